@@ -1,0 +1,155 @@
+"""The nouns of a captured program: Graph, Group, Block, Operator, Size, Analysis. The verbs are in the other files of this folder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from planish.signature import Signature
+
+
+@dataclass
+class Graph:
+    """A captured program: still an `nn.Module` that trains, evaluates and exports.
+
+    Args:
+        module: takes the flat input tensors positionally, gives the tuple of flat outputs. Parameters and buffers keep the names
+            that they had in the user's model.
+        signature: names, dtypes, dynamic axes, and the structure that the caller sees.
+        example: the flat example inputs, at the batch that latency is measured at.
+        notes: sentences for the report ("the axis 'sequence' is static because ...").
+    """
+
+    module: torch.fx.GraphModule
+    signature: Signature
+    example: tuple[torch.Tensor, ...]
+    notes: list[str] = field(default_factory=list)
+
+    def copy(self) -> Graph:
+        """A deep copy of the module; signature and example are shared."""
+        return Graph(copy.deepcopy(self.module), self.signature, self.example, list(self.notes))
+
+    def __call__(self, inputs: Any) -> Any:
+        """The outputs, in the original's structure, for inputs in the original's structure (torch tensors)."""
+        return self.signature.unflatten(list(self.module(*self.signature.flatten(inputs))))
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of one tensor at the example's batch, as a linear form in the widths of groups.
+
+    `full` is the size now; `fixed + sum(count * units)` ids run along it (`full` is a multiple of that: batch times heads, say).
+    """
+
+    full: int
+    fixed: int = 0
+    terms: tuple[tuple[str, int], ...] = ()  # (group name, ids along this size per unit)
+    units: tuple[int, ...] = ()  # full width of each group in `terms`
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        """The size when each group in `widths` keeps that many units (a group not named keeps all)."""
+        if not self.terms:
+            return self.full
+        now = self.fixed + sum(c * u for (_, c), u in zip(self.terms, self.units, strict=True))
+        new = self.fixed + sum(c * widths.get(g, u) for (g, c), u in zip(self.terms, self.units, strict=True))
+        return self.full * new // now
+
+
+@dataclass(frozen=True)
+class Group:
+    """A family of interchangeable units that must be removed together, e.g. the channels of a residual stream.
+
+    Args:
+        name: the module path of the first operator that issues the units ("layer1.0.conv1").
+        units: how many there are now.
+        unit_of: (parameter or buffer, dimension) -> for each index along it, the unit it belongs to, or -1 for another group's.
+        roles: the same keys -> "out" (the dimension that an operator's weight or bias issues), "in" (that it contracts), "affine"
+            (norm parameters, running statistics, anything element-wise).
+        exact: False where removal changes a statistic over survivors (a layer norm over the pruned dimension).
+        multiple: widths must stay a multiple of this many units (1 where nothing asks for it).
+        pinned: why no unit may be removed (a `keep` glob), or "".
+    """
+
+    name: str
+    units: int
+    unit_of: Mapping[tuple[str, int], NDArray[np.int64]]
+    roles: Mapping[tuple[str, int], str]
+    exact: bool = True
+    multiple: int = 1
+    pinned: str = ""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator that costs time: a convolution, linear map, matmul, attention, recurrent layer, norm, pool or element-wise map.
+
+    Args:
+        name: the module path of its weight ("layer1.0.conv1"), or the node's name where it has none.
+        node: the fx node's name in the graph's module.
+        kind: "conv", "linear", "matmul", "attention", "lstm", "gru", "embedding", "norm", "pool", "elementwise", "softmax", "other".
+        weight: the weight parameter's name, or None.
+        inputs: the shapes of its activation inputs.
+        output: the shape of its (first) output.
+        weights: the shapes of its parameters, in the operator's order.
+        attributes: what else its cost depends on: kernel_size, stride, padding, dilation, groups, transposed; hidden size; "op" with
+            the operator's short name for element-wise, norm and pool.
+        fused: short names of element-wise operators that directly follow it alone ("relu", "add"), in order; batch norm is folded.
+        reads: names of the operators that its activation inputs come from, through movements and fused element-wise operators.
+    """
+
+    name: str
+    node: str
+    kind: str
+    weight: str | None
+    inputs: tuple[tuple[Size, ...], ...]
+    output: tuple[Size, ...]
+    weights: tuple[tuple[Size, ...], ...]
+    attributes: Mapping[str, Any]
+    fused: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch that can be bypassed: the addition `node` then passes `skip` on.
+
+    Args:
+        name: the longest module path that all parameters of the branch share ("layer1.2"), made unique.
+        node: fx name of the addition.
+        skip: fx name of the value that remains.
+        operators: names of the operators that vanish.
+        parameters: names of the parameters that vanish.
+    """
+
+    name: str
+    node: str
+    skip: str
+    operators: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found in a graph: its groups, blocks and operators, and why the rest stays dense.
+
+    Args:
+        groups: prunable groups by name, in the order of the program.
+        blocks: residual branches that can be bypassed, by name.
+        operators: operators by name, in the order of the program.
+        unknown: operator short name -> fx nodes, of operators without a rule: what they touch stays dense.
+        reasons: parameter -> why its output dimension cannot be pruned ("the program's output", "unknown operator x", "keep=").
+        ids: internal to `ids.py` and `surgery.py`.
+    """
+
+    groups: Mapping[str, Group]
+    blocks: Mapping[str, Block]
+    operators: Mapping[str, Operator]
+    unknown: Mapping[str, tuple[str, ...]]
+    reasons: Mapping[str, str]
+    ids: Any = None

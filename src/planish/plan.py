@@ -1,0 +1,97 @@
+"""Options and plans: what could be done to a graph, and what is to be done; hashable, JSON both ways, no tensors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any
+
+import msgspec
+
+
+class Option(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that could be done to one group, operator or block.
+
+    Args:
+        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1) or "precision" (run it as `value`).
+        subject: the name of the group, block or operator.
+        value: units kept, 1, or the name of a scheme such as "int8".
+        loss: predicted increase of the calibration loss (same unit for all options of a graph), at least 0.
+        note: why the loss is what it is, or why the option is not offered at more levels; for the report.
+    """
+
+    technique: str
+    subject: str
+    value: int | str
+    loss: float
+    note: str = ""
+
+
+class Recovery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a compressed net is trained back.
+
+    Args:
+        samples: how many training samples it sees (an epoch or less of a large set, several of a small one); 0: none.
+        learning_rate: the peak; it decays linearly to zero.
+        batch_size: samples in a step.
+        quantized_share: the share of the samples that is trained with fake quantization in place, in [0, 1].
+    """
+
+    samples: int = 0
+    learning_rate: float = 0.02
+    batch_size: int = 64
+    quantized_share: float = 0.25
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
+    """What is to be done to a graph, and nothing else: replaying it on the same job gives the same module.
+
+    Args:
+        target: "runtime:device" that it was made for (placement of quantizers and ranges depend on it).
+        widths: units kept, per group; a group that is not named keeps all.
+        blocks: residual blocks that are bypassed.
+        precisions: scheme per operator; an operator that is not named stays in fp32.
+        saliency: which units of a group go first.
+        observer: how activation ranges are chosen.
+        recovery: how the result is trained back.
+        seed: of everything random on the way.
+    """
+
+    target: str
+    widths: dict[str, int] = {}
+    blocks: tuple[str, ...] = ()
+    precisions: dict[str, str] = {}
+    saliency: str = "magnitude"
+    observer: str = "mse"
+    recovery: Recovery = Recovery()
+    seed: int = 0
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A stable hexadecimal name of the plan: 16 digits of the SHA-256 of its canonical JSON."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return int(self.digest, 16)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the plan changes nothing."""
+        return not (self.widths or self.blocks or self.precisions)
+
+    def replace(self, **changes: Any) -> Plan:
+        """The same plan with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
+    def diff(self, other: Plan) -> dict[str, tuple[Any, Any]]:
+        """What differs, as `field or field[name] -> (here, there)`."""
+        out: dict[str, tuple[Any, Any]] = {}
+        for field in self.__struct_fields__:
+            here, there = getattr(self, field), getattr(other, field)
+            if isinstance(here, dict) and isinstance(there, dict):
+                for name in sorted({*here, *there}):
+                    if here.get(name) != there.get(name):
+                        out[f"{field}[{name}]"] = (here.get(name), there.get(name))
+            elif here != there:
+                out[field] = (here, there)
+        return out

@@ -1,0 +1,59 @@
+"""Everything that is found by name: runtimes, saliencies, observers and search methods, with other packages' entry points.
+
+A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
+the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
+Nothing is ever looked up by a module path that came from a file: only names listed here or installed as entry points exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import Any
+
+from planish.errors import UnknownName
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "runtime": {
+        "onnxruntime": "planish.runtimes.onnxruntime:OnnxRuntime",
+        "openvino": "planish.runtimes.openvino:OpenVino",
+        "torch": "planish.runtimes.torch:Torch",
+    },
+    "saliency": {
+        "magnitude": "planish.prune.saliency.magnitude:Magnitude",
+        "taylor": "planish.prune.saliency.taylor:Taylor",
+    },
+    "observer": {
+        "minmax": "planish.quantize.observers.minmax:MinMax",
+        "mse": "planish.quantize.observers.mse:MeanSquaredError",
+    },
+    "search": {
+        "solver": "planish.search.solver:Solver",
+        "random": "planish.search.random:Random",
+    },
+}
+
+
+@functools.cache
+def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=f"planish.{kind}")}
+
+
+def names(kind: str) -> list[str]:
+    """Every registered name of `kind` ("runtime", "saliency", "observer", "search"), built-in and installed, sorted."""
+    return sorted({*BUILT_IN[kind], *_entry_points(kind)})
+
+
+def get(kind: str, name: str) -> Any:
+    """The class registered as `name`.
+
+    Raises:
+        UnknownName: nobody registered that name; the message shows the nearest ones.
+    """
+    if name in BUILT_IN[kind]:
+        module, _, attribute = BUILT_IN[kind][name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if name in _entry_points(kind):
+        return _entry_points(kind)[name].load()
+    raise UnknownName(kind, name, names(kind))
