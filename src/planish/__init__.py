@@ -28,18 +28,36 @@ _HOMES = {
     "resume": "planish.flow",
     "verify": "planish.verification",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "Artifact",
+    "Budget",
+    "Estimate",
+    "Measurement",
+    "Option",
+    "Outcome",
+    "Plan",
+    "PlanishError",
+    "Recovery",
+    "Result",
+    "Target",
+    "Workload",
+    "__version__",
+    "load",
+    "optimize",
+    "resume",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from planish.artifact import Artifact as Artifact
     from planish.artifact import load as load
     from planish.budget import Budget as Budget
     from planish.errors import PlanishError as PlanishError
+    from planish.flow import optimize as optimize
+    from planish.flow import resume as resume
     from planish.measurement import Estimate as Estimate
     from planish.measurement import Measurement as Measurement
     from planish.measurement import Outcome as Outcome
-    from planish.flow import optimize as optimize
-    from planish.flow import resume as resume
     from planish.plan import Option as Option
     from planish.plan import Plan as Plan
     from planish.plan import Recovery as Recovery
