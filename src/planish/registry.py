@@ -19,6 +19,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "onnxruntime": "planish.runtimes.onnxruntime:OnnxRuntime",
         "openvino": "planish.runtimes.openvino:OpenVino",
         "torch": "planish.runtimes.torch:Torch",
+        "torch-compile": "planish.runtimes.torch:TorchCompile",
     },
     "saliency": {
         "magnitude": "planish.prune.saliency.magnitude:Magnitude",
