@@ -1,0 +1,10 @@
+"""The artifact: a directory that runs with its runtime alone, written whole or not at all, and checked by hash before it is used."""
+
+from __future__ import annotations
+
+from planish.artifact.contents import Artifact, open_artifact
+from planish.artifact.deployed import Deployed, load
+from planish.artifact.manifest import Entry, Manifest
+from planish.artifact.writing import check_output, default_folder, write
+
+__all__ = ["Artifact", "Deployed", "Entry", "Manifest", "check_output", "default_folder", "load", "open_artifact", "write"]

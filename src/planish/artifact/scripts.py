@@ -1,0 +1,70 @@
+"""`deploy.py`: the ten lines that run an artifact with its runtime and nothing else."""
+
+from __future__ import annotations
+
+from planish.signature import Signature
+from planish.target import Target
+
+_ONNXRUNTIME = '''\
+"""Runs this artifact with numpy and onnxruntime alone: predict({inputs}) gives {outputs}."""
+from pathlib import Path
+import numpy as np
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.intra_op_num_threads, options.inter_op_num_threads = {threads}, 1
+session = ort.InferenceSession(str(Path(__file__).with_name({model!r})), options, providers=["CPUExecutionProvider"])
+def predict(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Arrays in the order {inputs}: {shapes}."""
+    return session.run(None, dict(zip([i.name for i in session.get_inputs()], arrays, strict=True)))
+'''
+_OPENVINO = '''\
+"""Runs this artifact with numpy and openvino alone: predict({inputs}) gives {outputs}."""
+from pathlib import Path
+import numpy as np
+import openvino as ov
+settings = {{"INFERENCE_NUM_THREADS": {threads}, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}}
+model = ov.Core().compile_model(str(Path(__file__).with_name({model!r})), "CPU", settings)
+def predict(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Arrays in the order {inputs}: {shapes}."""
+    result = model(list(arrays))
+    return [result[port] for port in model.outputs]
+'''
+_TORCH = '''\
+"""Runs this artifact with torch alone: predict({inputs}) gives {outputs}."""
+from pathlib import Path
+import torch
+torch.set_num_threads({threads})
+module = torch.export.load(Path(__file__).with_name({model!r})).module()
+@torch.inference_mode()
+def predict(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors in the order {inputs}: {shapes}."""
+    return list(module(*tensors))
+'''
+_ANY = '''\
+"""Runs this artifact with planish and {runtime}: predict({inputs}) gives {outputs}."""
+from pathlib import Path
+import planish
+model = planish.load(Path(__file__).parent, threads={threads})
+def predict(*arrays):
+    """Arrays in the order {inputs}: {shapes}."""
+    return model(*arrays)
+'''
+_TEMPLATES = {"onnxruntime": _ONNXRUNTIME, "openvino": _OPENVINO, "torch": _TORCH}
+
+
+def deploy_script(target: Target, model: str, signature: Signature) -> str:
+    """The text of `deploy.py`; a runtime from another package gets one that goes through `planish.load`."""
+    shapes = ", ".join(f"{spec.dtype} {'x'.join(str(size) for size in spec.shape)}" for spec in signature.inputs)
+    return _TEMPLATES.get(target.runtime, _ANY).format(
+        runtime=target.runtime,
+        threads=target.threads,
+        model=model,
+        inputs=", ".join(_plain(spec.name) for spec in signature.inputs),
+        outputs=", ".join(_plain(spec.name) for spec in signature.outputs),
+        shapes=_plain(shapes),
+    )
+
+
+def _plain(text: str) -> str:
+    """`text` without anything that could end a docstring: names come from the user's model."""
+    return "".join(c if c.isalnum() or c in "_ ,." else "_" for c in text)[:200]
