@@ -1,0 +1,1 @@
+"""Studies: the trials of one job in a database that survives being killed."""
