@@ -151,9 +151,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(100, 24)
         cell = {"lstm": nn.LSTM, "gru": nn.GRU}[kind]
-        self.rnn = cell(
-            24, hidden, layers, batch_first=batch_first, dropout=dropout if layers > 1 else 0.0, bidirectional=bidirectional
-        )
+        self.rnn = cell(24, hidden, layers, batch_first=batch_first, dropout=dropout if layers > 1 else 0.0, bidirectional=bidirectional)
         self.batch_first = batch_first
         self.fc = nn.Linear(hidden * (2 if bidirectional else 1), 5)
 

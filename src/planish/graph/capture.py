@@ -1,0 +1,401 @@
+"""Capture: any exportable `nn.Module` becomes a `Graph` that trains, evaluates and exports, with its parameter names kept."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import keyword
+import re
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from planish.errors import CaptureError, DataError, UsageError
+from planish.graph.blame import FORWARD_ERRORS, blame
+from planish.graph.functional import functionalise
+from planish.graph.graph import Graph
+from planish.graph.modes import TRAIN_DROPOUT, set_mode, short_name
+from planish.graph.recurrent import Recurrence, to_aten
+from planish.signature import Signature, Structure, TensorSpec
+
+aten = torch.ops.aten
+_BOOKKEEPING = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
+_TRACE_BATCHES = (2, 3, 5, 7, 11, 13, 17)
+
+
+def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | None = None) -> Graph:
+    """The program of a model as a graph in eval mode; the caller's model, its mode, and the random state stay as they were.
+
+    Args:
+        model: any module that `torch.export` can trace.
+        example_inputs: a tensor, a tuple of tensors (positional) or a dict of tensors (by keyword), axis 0 of each being the batch.
+        state: input name -> output name, for inputs that the caller feeds from the step before.
+
+    Returns:
+        A graph on the CPU. The batch is dynamic, and so are sequence axes (axes 1 and 2 of inputs with at most three axes) where
+        the model allows; where not, a note says so.
+
+    Raises:
+        UsageError: the model is no module, an input is no tensor, or `state` names what is not there.
+        DataError: the inputs do not share a batch.
+        CaptureError: the model cannot run on its inputs or cannot be traced; the message names the line to blame.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"capture: the model must be a torch.nn.Module; got {type(model).__name__}; give the module, or a function that builds it"
+        )
+    takes, inputs = _flat_inputs(model, example_inputs)
+    batch = _batch_size(inputs)
+    notes: list[str] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        mine = _own_copy(model, notes)
+        call = _FlatCall(mine, list(inputs), takes)
+        sizes = {size for tensor in inputs.values() for size in tensor.shape[1:]}
+        traced = next(size for size in _TRACE_BATCHES if size not in sizes or size == _TRACE_BATCHES[-1])
+        few = tuple(_resize(tensor, traced) for tensor in inputs.values())
+        try:
+            call(*few)
+        except FORWARD_ERRORS as error:
+            raise blame(model, error, traced=False) from error
+        if not call.outputs:
+            raise CaptureError(f"capture: {type(model).__name__} must give at least one tensor; it gives none")
+        notes += call.notes
+        dropouts = _train_dropouts(mine, call, few)
+        program = _export(model, mine, call, few, dynamic=True)
+        axes = _axes(program, list(inputs))
+        if any(not isinstance(shape[0], str) for shape in axes.values()):
+            notes.append("the batch is static, because the model works with its size as a number")
+            program = _export(model, mine, call, tuple(inputs.values()), dynamic=False)
+            axes = _axes(program, list(inputs))
+    graph = _plain(program, mine, list(inputs))
+    _restore_dropouts(graph, dropouts, notes)
+    signature = _signature(program, inputs, axes, call, takes, dict(state or {}))
+    notes += _static_notes(inputs, axes)
+    captured = Graph(graph, signature, tuple(tensor.clone() for tensor in inputs.values()), notes)
+    set_mode(captured, training=False)
+    return captured
+
+
+def _flat_inputs(model: nn.Module, example: Any) -> tuple[Structure, dict[str, Tensor]]:
+    """How the caller gives the inputs, and the inputs by name (positional ones are named after the parameters of forward)."""
+    takes: Structure
+    if isinstance(example, Mapping):
+        takes, named = "dict", {str(name): value for name, value in example.items()}
+    elif isinstance(example, (Tensor, tuple, list)):
+        values = [example] if isinstance(example, Tensor) else list(example)
+        takes = "tensor" if len(values) == 1 else "tuple"
+        named = dict(zip(_positional_names(model, len(values)), values, strict=True))
+    else:
+        raise UsageError(f"capture: example_inputs must be a tensor, a tuple or a dict of tensors; got {type(example).__name__}")
+    if not named:
+        raise UsageError("capture: example_inputs must hold at least one tensor; got none")
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"capture: example_inputs must be tensors; {name!r} is {type(value).__name__}; "
+                "bind what is not a tensor in the model (functools.partial or a wrapping module)"
+            )
+    return takes, {name: value.detach().cpu() for name, value in named.items()}
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    """One name per positional input: the parameter of forward, else "input_0", ..."""
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return names[:count] + [f"input_{index}" for index in range(len(names), count)]
+
+
+def _batch_size(inputs: Mapping[str, Tensor]) -> int:
+    sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in inputs.items()}
+    if None in sizes.values() or len(set(sizes.values())) > 1 or 0 in sizes.values():
+        raise DataError(
+            f"capture: axis 0 of every example input must be the batch, the same and at least 1; got {sizes}; "
+            "bind inputs without a batch in the model"
+        )
+    return next(size for size in sizes.values() if size is not None)
+
+
+def _resize(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.index_select(0, torch.arange(batch) % tensor.shape[0])
+
+
+def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
+    """A copy in eval mode on the CPU, without weight norm and other parametrizations, that gives no key-value cache."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    mine = copy.deepcopy(model, memo).cpu().eval()
+    for module in mine.modules():
+        for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hasattr(hook, "compute_weight") and hasattr(hook, "remove") and hasattr(hook, "name"):
+                del module._forward_pre_hooks[key]
+                hook.remove(module)
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.momentum is None:
+            module.momentum = 0.1
+            notes.append("a batch norm with a cumulative average (momentum=None) averages with momentum 0.1 in training")
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+    return mine
+
+
+@dataclass
+class _Output:
+    name: str
+    position: int
+
+
+class _FlatCall:
+    """The model as a function of flat tensors; remembers names and structure of what it gave at the first call."""
+
+    def __init__(self, model: nn.Module, names: list[str], takes: Structure) -> None:
+        self.forward = model.forward
+        self.names = names
+        self.takes = takes
+        self.outputs: list[str] = []
+        self.gives: Structure = "tensor"
+        self.notes: list[str] = []
+
+    def __call__(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        result = self.forward(**dict(zip(self.names, flat, strict=True))) if self.takes == "dict" else self.forward(*flat)
+        leaves = list(_leaves(result, ""))
+        tensors = [(name, value) for name, value in leaves if isinstance(value, Tensor)]
+        if not self.outputs:
+            self.gives = (
+                "tensor"
+                if isinstance(result, Tensor)
+                else "tuple"
+                if isinstance(result, (tuple, list)) and not hasattr(result, "_fields")
+                else "dict"
+            )
+            names = [name for name, _ in tensors]
+            if self.gives != "dict":
+                names = ["output"] if self.gives == "tensor" else [f"output_{name.replace('.', '_')}" for name in names]
+            self.outputs = names
+            dropped = sorted(name for name, value in leaves if not isinstance(value, Tensor) and value is not None)
+            if dropped:
+                self.notes.append(f"outputs that are no tensors are left out: {', '.join(dropped)}")
+        return tuple(value for _, value in tensors)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested outputs with their dotted names, in the order of the structure."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in fields(value))
+    elif not isinstance(value, Tensor) and type(value) in pytree.SUPPORTED_NODES:
+        items = enumerate(pytree.tree_leaves(value))
+    else:
+        yield path, value
+        return
+    for key, inner in items:
+        yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+
+
+class _AttentionDropouts(TorchFunctionMode):
+    """Records the dropout of every scaled_dot_product_attention, in the order of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)))
+        return func(*args, **kwargs)
+
+
+def _train_dropouts(mine: nn.Module, call: _FlatCall, flat: tuple[Tensor, ...]) -> list[float]:
+    """What attention's dropout is in train mode, per call, from one run; the buffers are put back as they were."""
+    if not any(isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout") for module in mine.modules()):
+        return []
+    modes = {module: module.training for module in mine.modules()}
+    buffers = {name: buffer.clone() for name, buffer in mine.named_buffers()}
+    recorder = _AttentionDropouts()
+    mine.train()
+    try:
+        with recorder:
+            call(*flat)
+    except FORWARD_ERRORS:
+        return []  # a model that cannot run in train mode on two samples keeps the literals of eval mode
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in mine.named_buffers():
+            buffer.copy_(buffers[name])
+    return recorder.seen
+
+
+def _restore_dropouts(module: fx.GraphModule, dropouts: list[float], notes: list[str]) -> None:
+    nodes = [node for node in module.graph.nodes if short_name(node) == "scaled_dot_product_attention"]
+    if any(dropouts) and len(nodes) != len(dropouts):
+        notes.append("attention's dropout stays off in training, because train and eval mode run different programs")
+        return
+    for node, dropout in zip(nodes, dropouts, strict=False):
+        if dropout:
+            node.meta[TRAIN_DROPOUT] = dropout
+
+
+def _export(model: nn.Module, mine: nn.Module, call: _FlatCall, flat: tuple[Tensor, ...], dynamic: bool) -> torch.export.ExportedProgram:
+    automatic = torch.export.Dim.AUTO
+    free = [range(tensor.dim() if tensor.dim() <= 3 else 1) for tensor in flat]
+    shapes = (tuple({axis: automatic for axis in axes} for axes in free),) if dynamic else None
+    mine.forward = types.MethodType(lambda _, *inputs: call(*inputs), mine)  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings(), Recurrence():
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")  # nn.RNNBase's flat weights
+            return torch.export.export(mine, flat, dynamic_shapes=shapes, strict=False)
+    except FORWARD_ERRORS as error:
+        raise blame(model, error, traced=True) from error
+    finally:
+        del mine.forward
+
+
+def _symbolic(shape: Iterable[Any], names: dict[str, str]) -> tuple[int | str, ...]:
+    """The sizes of a shape; a symbol becomes its name in `names`, an expression one in these names."""
+    sizes: list[int | str] = []
+    for size in shape:
+        if isinstance(size, int):
+            sizes.append(size)
+        else:
+            text = re.sub(r"[A-Za-z]+\d+", lambda match: names.get(match[0], match[0]), str(size))
+            sizes.append(text)
+    return tuple(sizes)
+
+
+def _input_values(program: torch.export.ExportedProgram) -> list[Any]:
+    wanted = program.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    return [values[str(name)] for name in wanted]
+
+
+def _symbol_names(program: torch.export.ExportedProgram) -> dict[str, str]:
+    names: dict[str, str] = {}
+    sequences = 0
+    for value in _input_values(program):
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int) or str(size) in names:
+                continue
+            if axis == 0:
+                names[str(size)] = "batch"
+            else:
+                sequences += 1
+                names[str(size)] = "sequence" if sequences == 1 else f"sequence_{sequences}"
+    return names
+
+
+def _axes(program: torch.export.ExportedProgram, inputs: list[str]) -> dict[str, tuple[int | str, ...]]:
+    names = _symbol_names(program)
+    return {name: _symbolic(value.shape, names) for name, value in zip(inputs, _input_values(program), strict=True)}
+
+
+def _static_notes(inputs: Mapping[str, Tensor], axes: Mapping[str, tuple[int | str, ...]]) -> list[str]:
+    return [
+        f"the sequence axis of {name!r} is static at {tensor.shape[1]}, because the model works with its size as a number"
+        for name, tensor in inputs.items()
+        if tensor.dim() == 2 and not tensor.is_floating_point() and isinstance(axes[name][1], int)
+    ]
+
+
+def _plain(program: torch.export.ExportedProgram, mine: nn.Module, names: list[str]) -> fx.GraphModule:
+    """The program as a module of positional tensors, without guards and assertions."""
+    lifted = program.module(check_guards=False)
+    graph = lifted.graph
+    for node in list(graph.nodes):
+        if short_name(node) in _BOOKKEEPING or (node.op == "call_module" and node.target == "_guards_fn"):
+            graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+    for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=True):
+        safe = re.sub(r"\W", "_", name)
+        safe = f"_{safe}" if safe[:1].isdigit() or keyword.iskeyword(safe) else safe
+        node.target = node.name = graph._graph_namespace.create_name(safe, None)
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (tuple(output.args[0]),)
+    functionalise(graph)
+    to_aten(graph)
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(lifted, graph)
+    _retie(module, mine)
+    module.graph.lint()
+    return module
+
+
+def _retie(module: fx.GraphModule, mine: nn.Module) -> None:
+    """Give every alias of a parameter that the program uses its place in the module, so that tied weights keep all their names."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in mine.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        present = [name for name in names if _attribute(module, name) is not None]
+        if len(names) > 1 and present:
+            kept = _attribute(module, present[0])
+            assert isinstance(kept, nn.Parameter)
+            for name in names:
+                _set_parameter(module, name, kept)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    module.register_parameter(leaf, parameter)
+
+
+def _signature(
+    program: torch.export.ExportedProgram,
+    inputs: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[int | str, ...]],
+    call: _FlatCall,
+    takes: Structure,
+    state: dict[str, str],
+) -> Signature:
+    def dtype(tensor: Tensor) -> str:
+        return str(tensor.dtype).removeprefix("torch.")
+
+    names = _symbol_names(program)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    results = [values[str(name)] for name in program.graph_signature.user_outputs]
+    outputs = tuple(
+        TensorSpec(name, dtype(value), _symbolic(value.shape, names)) for name, value in zip(call.outputs, results, strict=True)
+    )
+    specs = tuple(TensorSpec(name, dtype(tensor), axes[name]) for name, tensor in inputs.items())
+    by_input, by_output = {spec.name: spec for spec in specs}, {spec.name: spec for spec in outputs}
+    for name, source in state.items():
+        if name not in by_input or source not in by_output:
+            raise UsageError(f"capture: state must map inputs {sorted(by_input)} to outputs {sorted(by_output)}; got {name!r}: {source!r}")
+        if by_input[name].shape[1:] != by_output[source].shape[1:] or by_input[name].dtype != by_output[source].dtype:
+            raise UsageError(
+                f"capture: state {name!r} must have the shape and dtype of {source!r}; got {by_input[name].shape} {by_input[name].dtype} "
+                f"and {by_output[source].shape} {by_output[source].dtype}"
+            )
+    return Signature(specs, outputs, takes, call.gives, state)

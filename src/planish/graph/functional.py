@@ -1,0 +1,59 @@
+"""In-place operators of a traced program become functional ones, so that a value never changes after it was computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def _returns_view(node: fx.Node) -> bool:
+    """Whether the node's result may share memory with its first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    if node.target in (aten.reshape.default, aten.contiguous.default, aten.to.dtype, aten.flatten.using_ints):
+        return True
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """`aten.relu.default` for `aten.relu_.default`; None where there is none."""
+    name = target._schema.name.split("::")[1]
+    if not name.endswith("_") or name.startswith("_") or not target._schema.is_mutable:
+        return None
+    packet = getattr(aten, name[:-1], None)
+    overload = getattr(packet, target._overloadname, None) if packet is not None else None
+    return overload if isinstance(overload, torch._ops.OpOverload) else None
+
+
+def _is_private(node: fx.Node, position: dict[fx.Node, int], at: int) -> bool:
+    """Whether nobody after `at` can see `node`'s memory other than through `node` itself."""
+    for user in node.users:
+        if position[user] < at and _returns_view(user) and any(position[later] > at for later in user.users):
+            return False
+    current = node
+    while current.op == "call_function" and _returns_view(current):
+        base = current.args[0]
+        if not isinstance(base, fx.Node) or any(user is not current and position[user] > position[current] for user in base.users):
+            return False
+        current = base
+    return current.op in ("call_function", "placeholder")
+
+
+def functionalise(graph: fx.Graph) -> None:
+    """Replace in-place operators where that cannot be seen, in place; those that write through a view or to a buffer stay."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        functional, first = _functional(node.target), (node.args[0] if node.args else None)
+        if functional is None or not isinstance(first, fx.Node):
+            continue
+        position = {other: index for index, other in enumerate(graph.nodes)}
+        at = position[node]
+        if not _is_private(first, position, at):
+            continue
+        node.target = functional
+        for user in list(first.users):
+            if position[user] > at:
+                user.replace_input_with(first, node)
