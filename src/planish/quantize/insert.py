@@ -1,0 +1,155 @@
+"""Quantizers chosen on calibration data and put into a program."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from planish.prune.replay import Replay
+from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
+from planish.quantize.contract import Observer
+from planish.quantize.placement import Placement, Read, activation_positions, source_among
+
+aten = torch.ops.aten
+BATCH = 50  # calibration samples that are run at once
+LARGEST_BIAS = 2.0**30  # runtimes turn a bias into int32 with the scale of input times weight; half the range is kept for the sum
+
+
+def watch(
+    module: GraphModule, flat: Sequence[Tensor], values: Sequence[str], make: Callable[[Grid], Observer]
+) -> dict[str, Quantizer | str]:
+    """For each value its quantizer on the calibration data, or why it can have none.
+
+    Args:
+        module: run in the mode that it is in.
+        flat: inputs of all calibration samples, sample axis 0.
+        values: fx node names.
+        make: an observer for a grid.
+    """
+    replay = Replay(module)
+    observers = {replay.by_name[value]: make(UINT8) for value in values}
+    largest = {node: 0.0 for node in observers}
+    reasons: dict[Node, str] = {}
+    with torch.no_grad():
+        for start in range(0, len(flat[0]) if observers else 0, BATCH):
+            environment = replay.start([value[start : start + BATCH] for value in flat])
+            for node in replay.nodes:
+                if node.op not in ("placeholder", "output"):
+                    environment[node] = replay.value(node, environment)
+                if node in observers and node not in reasons:
+                    found = environment[node]
+                    if not isinstance(found, Tensor) or not found.is_floating_point():
+                        reasons[node] = f"{node.name} is no floating-point tensor"
+                    elif not bool(torch.isfinite(found).all()):
+                        reasons[node] = f"{node.name} is not finite on the calibration data"
+                    else:
+                        largest[node] = max(largest[node], float(found.abs().max()))
+                        observers[node].update(found)
+                replay.release(node, environment)
+    for node, size in largest.items():
+        if size <= TINY_RANGE:
+            reasons.setdefault(node, f"{node.name} is zero on all of the calibration data")
+    return {node.name: reasons[node] if node in reasons else found.quantizer() for node, found in observers.items()}
+
+
+def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str], watched: Mapping[str, Quantizer | str]) -> dict[str, str]:
+    """Operators of the placement that cannot be int8 after all -> why: weights or inputs that are not finite, or nothing but zeros."""
+    by_name = {node.name: node for node in module.graph.nodes}
+    unfit: dict[str, str] = {}
+    for name, weight in placement.operators.items():
+        if weight is not None:
+            values = tensor_of(module, by_name[weight])
+            if not bool(torch.isfinite(values).all()):
+                unfit[name] = "its weight is not finite"
+            elif float(values.abs().max()) <= TINY_RANGE:
+                unfit[name] = "its weight is zero"
+        node = by_name[nodes[name]]
+        for position in activation_positions(node):
+            source = source_among(node, position, placement)
+            reason = watched[source] if source is not None else "its input has no place for a quantizer"
+            if isinstance(reason, str):
+                unfit.setdefault(name, "its input " + reason)
+    return unfit
+
+
+def weight_quantizer(
+    module: GraphModule,
+    weight: str,
+    readers: Sequence[Read],
+    grid: Grid,
+    make: Callable[[Grid], Observer],
+    activations: Mapping[str, Quantizer],
+    placement: Placement,
+) -> Quantizer:
+    """The quantizer of a weight, with scales that are large enough for its readers' biases.
+
+    A runtime stores a bias as int32 in units of input scale times weight scale; a channel with tiny weights and an ordinary bias
+    (a pruned or dead filter) would overflow there, so its scale is raised, which costs nothing: its weights are tiny.
+
+    Args:
+        weight: fx node name of the parameter.
+        readers: the operators that read it in int8.
+        grid: per channel.
+        activations: value -> its quantizer.
+    """
+    by_name = {node.name: node for node in module.graph.nodes}
+    watcher = make(grid)
+    watcher.update(tensor_of(module, by_name[weight]))
+    quantizer = watcher.quantizer()
+    scale = quantizer.scale
+    for reader in readers:
+        node = by_name[reader.node]
+        bias = bias_of(node)
+        source = source_among(node, 0, placement)
+        if bias is not None and source in activations:
+            needed = tensor_of(module, bias).abs().double() / (LARGEST_BIAS * activations[source].scale.double())
+            scale = torch.maximum(scale, needed.float())
+    return Quantizer(grid, scale, quantizer.zero_point)
+
+
+def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: Quantizer) -> Node:
+    """Puts a fake quantizer behind a node, for the given readers alone; returns its node. The caller recompiles.
+
+    Args:
+        module: changed in place: gets the buffers `VALUE_scale` and `VALUE_zero_point`.
+        value: fx node name.
+        readers: who reads the quantized value instead; at least one.
+        quantizer: scales and grid.
+    """
+    graph = module.graph
+    by_name = {node.name: node for node in graph.nodes}
+    source = by_name[value]
+    names = [f"{value}_scale", f"{value}_zero_point"]
+    for name, tensor in zip(names, (quantizer.scale, quantizer.zero_point), strict=True):
+        assert not hasattr(module, name), name
+        module.register_buffer(name, tensor.clone())
+    first = min((by_name[read.node] for read in readers), key=list(graph.nodes).index)
+    grid = quantizer.grid
+    with graph.inserting_before(first):
+        scale, zero_point = graph.get_attr(names[0]), graph.get_attr(names[1])
+        if grid.axis is None:
+            target, arguments = aten.fake_quantize_per_tensor_affine.tensor_qparams, (source, scale, zero_point, grid.low, grid.high)
+        else:
+            target = aten.fake_quantize_per_channel_affine.default
+            arguments = (source, scale, zero_point, grid.axis, grid.low, grid.high)
+        node = graph.call_function(target, arguments)
+    node.meta = {key: source.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in source.meta}
+    for read in readers:
+        by_name[read.node].update_arg(read.position, node)
+    return node
+
+
+def bias_of(node: Node) -> Node | None:
+    """The node of an operator's bias parameter, or None."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return bias if isinstance(bias, Node) and bias.op == "get_attr" else None
+
+
+def tensor_of(module: GraphModule, node: Node) -> Tensor:
+    """The parameter or buffer that a node fetches, detached."""
+    found: Tensor = operator.attrgetter(str(node.target))(module)
+    return found.detach()

@@ -1,0 +1,1 @@
+"""Observers, one file each: how the range of a tensor is chosen."""

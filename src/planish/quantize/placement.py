@@ -1,0 +1,307 @@
+"""Where quantizers go: a pure function of the program, of the operators that become int8, and of what the runtime says that it needs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from planish.graph.modes import short_name
+
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+MATMULS = frozenset({"matmul", "bmm", "mm"})
+ADDITIONS = frozenset({"add", "add_"})
+POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
+RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
+MOVEMENTS = frozenset(
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "transpose",
+        "slice",
+        "select",
+        "expand",
+        "contiguous",
+        "clone",
+        "dropout",
+        "dropout_",
+        "alias",
+        "detach",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "pad",
+        "constant_pad_nd",
+    ]
+)
+"""Operators whose output lies on the grid of their input: moving values, taking their maximum, and padding with zeros."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One argument of one node: `node.args[position]`."""
+
+    node: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which values get a quantizer and who reads the quantized value, by fx node names.
+
+    Args:
+        activations: value -> its readers that get the quantized value; one quantizer per value, in program order.
+        weights: parameter node -> (readers, dimension with one scale per index).
+        operators: the operators that are int8 -> the weight's node, or None.
+        skipped: operators that stay in float -> why.
+    """
+
+    activations: Mapping[str, tuple[Read, ...]]
+    weights: Mapping[str, tuple[tuple[Read, ...], int]]
+    operators: Mapping[str, str | None]
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments of an int8 operator."""
+
+    kind: str
+    activations: tuple[int, ...]
+    weight: int | None = None
+    axis: int = 0
+
+
+def unsupported(node: Node) -> str:
+    """Why an operator has no int8 form, or "" where it has one."""
+    found = _inputs(node)
+    return found if isinstance(found, str) else ""
+
+
+def activation_positions(node: Node) -> tuple[int, ...]:
+    """The positions of the arguments of an operator that get activation quantizers; none where it has no int8 form."""
+    found = _inputs(node)
+    return () if isinstance(found, str) else found.activations
+
+
+def source_among(node: Node, position: int, placement: Placement) -> str | None:
+    """The value with a quantizer that an operator's argument comes from, through movements; None if there is none."""
+    value = _argument(node, position)
+    while value.name not in placement.activations:
+        if not _moves(value):
+            return None
+        value = _argument(value, 0)
+    return value.name
+
+
+def _inputs(node: Node) -> _Inputs | str:
+    """The arguments that are quantized, or why there are none."""
+    name = short_name(node)
+    if name in CONVOLUTIONS:
+        if name == "convolution" and node.args[6]:
+            return "transposed convolutions have no int8 kernel"
+        return _weighted(node, "conv", 0)
+    if name.startswith("conv_transpose"):
+        return "transposed convolutions have no int8 kernel"
+    if name == "linear":
+        return _weighted(node, "linear", 0)
+    if name in MATMULS:
+        left, right = node.args[0], node.args[1]
+        if _is_parameter(left):
+            return "its left operand is a parameter"
+        if _is_parameter(right):
+            axis = _rank(right) - 1
+            return _Inputs("matmul", (0,), 1, axis) if axis > 0 else "its right operand is a vector"
+        return _Inputs("matmul", (0, 1))
+    if name == "scaled_dot_product_attention":
+        return "attention is one operator in the program, whose products cannot be quantized one by one"
+    return f"{name or node.op} has no int8 kernel"
+
+
+def _weighted(node: Node, kind: str, axis: int) -> _Inputs | str:
+    if not _is_parameter(node.args[1]):
+        return "its weight is computed by the program, not a parameter"
+    return _Inputs(kind, (0,), 1, axis)
+
+
+def _is_parameter(value: object) -> bool:
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+def _rank(value: object) -> int:
+    assert isinstance(value, Node) and value.op == "get_attr"
+    tensor = operator.attrgetter(str(value.target))(value.graph.owning_module)
+    return int(tensor.dim())
+
+
+def _is_residual(node: Node) -> bool:
+    """Whether a node adds two activations, without a factor."""
+    if short_name(node) not in ADDITIONS or node.kwargs.get("alpha", 1) != 1 or len(node.args) < 2:
+        return False
+    return all(isinstance(a, Node) and a.op != "get_attr" and _is_float(a) for a in node.args[:2])
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, (int, float, torch.SymInt)) and (not isinstance(value, torch.Tensor) or value.is_floating_point())
+
+
+def after_activation(node: Node) -> Node:
+    """The value that an operator issues once the rectifiers that only it feeds are fused into it."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if short_name(user) not in RECTIFIERS:
+            break
+        node = user
+    return node
+
+
+def place(
+    module: GraphModule,
+    operators: Mapping[str, str],
+    inputs_of: Collection[str],
+    outputs_of: Collection[str] = (),
+) -> Placement:
+    """Quantizers for the chosen operators, and for what lies between them where the runtime executes that in int8 as well.
+
+    - Every activation input of an int8 operator gets a quantizer; it sits after the fused rectifier of what issues the value, and
+      before operators that only move values, unless somebody reads the moved value in float.
+    - A value has one quantizer, shared by all who read it in int8; who reads it in float reads the unquantized value.
+    - An addition or an averaging pool gets quantized inputs if its kind ("add", "pool") is in `inputs_of`, an int8 operator issues one
+      of its inputs, and its output goes to an int8 reader: alone between float neighbours it would only cost conversions and accuracy
+      (the residual stream of a Transformer stays in float).
+    - Where `outputs_of` names an operator's kind, its output has a quantizer even if only float readers follow.
+
+    Args:
+        module: the program, with batch norm folded; it is only read.
+        operators: operator name -> fx node name, of those that are to be int8.
+        inputs_of: operator kinds whose activation inputs the runtime wants quantized.
+        outputs_of: operator kinds that the runtime executes in int8 only with a quantized output.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    chosen: dict[Node, _Inputs] = {}
+    issued: dict[str, str | None] = {}
+    skipped: dict[str, str] = {}
+    for name, node_name in operators.items():
+        node = nodes[node_name]
+        found = _inputs(node)
+        if isinstance(found, _Inputs) and found.kind not in inputs_of:
+            found = f"the runtime executes no {found.kind} in int8"
+        if isinstance(found, str):
+            skipped[name] = found
+            continue
+        chosen[node] = found
+        weight = node.args[found.weight] if found.weight is not None else None
+        issued[name] = weight.name if isinstance(weight, Node) else None
+    carried = _carried(module, chosen, inputs_of)
+
+    reads: dict[Node, set[tuple[Node, int]]] = {}
+    weights: dict[Node, tuple[list[Read], int]] = {}
+    for node, inputs in chosen.items():
+        for position in inputs.activations:
+            reads.setdefault(_argument(node, position), set()).add((node, position))
+        if inputs.weight is not None:
+            readers, axis = weights.setdefault(_argument(node, inputs.weight), ([], inputs.axis))
+            assert axis == inputs.axis, "a shared weight is contracted along different dimensions"
+            readers.append(Read(node.name, inputs.weight))
+    for node, kind in carried.items():
+        for position in (0, 1) if kind == "add" else (0,):
+            reads.setdefault(_argument(node, position), set()).add((node, position))
+    for node, kind in [*((n, i.kind) for n, i in chosen.items()), *carried.items()]:
+        value = after_activation(node)
+        if kind in outputs_of:
+            _read_by_all(value, reads)
+    _lift_over_movements(reads, order)
+    return Placement(
+        {
+            value.name: tuple(Read(n.name, p) for n, p in sorted(reads[value], key=lambda r: (order[r[0]], r[1])))
+            for value in sorted(reads, key=order.__getitem__)
+        },
+        {value.name: (tuple(readers), axis) for value, (readers, axis) in weights.items()},
+        issued,
+        skipped,
+    )
+
+
+def _argument(node: Node, position: int) -> Node:
+    value = node.args[position]
+    assert isinstance(value, Node), node.format_node()
+    return value
+
+
+def _read_by_all(value: Node, reads: dict[Node, set[tuple[Node, int]]]) -> None:
+    """Every positional reader of `value` gets the quantized value."""
+    for user in value.users:
+        for position, argument in enumerate(user.args):
+            if argument is value and user.op == "call_function":
+                reads.setdefault(value, set()).add((user, position))
+
+
+def _lift_over_movements(reads: dict[Node, set[tuple[Node, int]]], order: Mapping[Node, int]) -> None:
+    """Moves quantizers from the outputs of movements to their inputs, last first, where every reader of the output wants it quantized."""
+    pending = sorted(reads, key=order.__getitem__)
+    while pending:
+        value = pending.pop()
+        if value not in reads or not _moves(value) or not all(_reads_all(user, value, reads) for user in value.users):
+            continue
+        del reads[value]
+        source = _argument(value, 0)
+        if source not in reads:
+            pending.append(source)
+            pending.sort(key=order.__getitem__)
+        reads.setdefault(source, set()).add((value, 0))
+
+
+def _reads_all(user: Node, value: Node, reads: Mapping[Node, set[tuple[Node, int]]]) -> bool:
+    """Whether `user` gets the quantized value at every argument where it reads `value`."""
+    positions = [position for position, argument in enumerate(user.args) if argument is value]
+    return bool(positions) and all((user, position) in reads[value] for position in positions)
+
+
+def _moves(node: Node) -> bool:
+    """Whether a node's output lies on the grid of its first argument, which has a quantizer if it is an activation."""
+    name = short_name(node)
+    if name not in MOVEMENTS or not node.args or not isinstance(node.args[0], Node) or node.args[0].op == "get_attr":
+        return False
+    if name == "pad":
+        return (len(node.args) < 3 or node.args[2] == "constant") and (len(node.args) < 4 or not node.args[3])
+    if name == "constant_pad_nd":
+        return len(node.args) < 3 or node.args[2] == 0
+    return True
+
+
+def _carried(module: GraphModule, chosen: Mapping[Node, _Inputs], inputs_of: Collection[str]) -> dict[Node, str]:
+    """Additions and averaging pools that lie between int8 operators -> "add" or "pool"."""
+    kinds = {}
+    for node in module.graph.nodes:
+        kind = "add" if _is_residual(node) else "pool" if short_name(node) in POOLS else ""
+        if kind and kind in inputs_of:
+            kinds[node] = kind
+    fed: set[Node] = set()  # values that an int8 operator issues, moved and rectified
+    candidates: dict[Node, str] = {}
+    for node in module.graph.nodes:
+        is_passed_on = short_name(node) in RECTIFIERS or _moves(node)
+        if node in chosen or (is_passed_on and node.args[0] in fed):
+            fed.add(node)
+        elif node in kinds and any(argument in fed for argument in node.args[:2]):
+            candidates[node] = kinds[node]
+            fed.add(node)
+    wanted: set[Node] = set(chosen)  # nodes that read their activations in int8, and what passes values on to them
+    carried: dict[Node, str] = {}
+    for node in reversed(module.graph.nodes):
+        is_read = any(user in wanted for user in node.users)
+        if node in candidates and is_read:
+            carried[node] = candidates[node]
+            wanted.add(node)
+        elif (short_name(node) in RECTIFIERS or _moves(node)) and is_read:
+            wanted.add(node)
+    return dict(reversed(carried.items()))
