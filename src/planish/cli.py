@@ -1,0 +1,458 @@
+"""The command line: parsing and printing only. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import planish
+from planish.console import Console, open_standard_files
+from planish.errors import PlanishError, UnknownName, UsageError
+
+if TYPE_CHECKING:
+    from planish.result import Result, Summary
+
+INTERRUPTED = 130
+TECHNIQUES = ("prune", "quantize", "distill")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Commands in the order in which they are used, and the nearest name for one that does not exist."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], list(self.commands), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`planish --help` lists them"
+            raise click.UsageError(f"there is no command {args[0][:60]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise click.BadParameter(f"give a number of seconds above zero; got {value:g}", param=parameter)
+    return value
+
+
+def _common(function: F) -> F:
+    """The options that every command takes."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1, 1024), help="Threads of one call; all cores by default."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks."),
+        click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of everything random."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr."),
+    ):
+        function = option(function)
+    return function
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+job_argument = click.argument("job", metavar="JOB.PY", type=click.Path(path_type=Path))
+optional_job = click.argument("job", metavar="[JOB.PY]", required=False, type=click.Path(path_type=Path))
+artifact_argument = click.argument("path", metavar="ARTIFACT", type=click.Path(path_type=Path))
+target_option = click.option(
+    "--target", default="cpu", show_default=True, help="'cpu' takes the best runtime; 'openvino:cpu' asks for one."
+)
+keep_option = click.option("--keep", multiple=True, metavar="GLOB", help="Leave these parameters alone; may be repeated.")
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=_example("planish optimize job.py --latency 0.5x --drop 1pt --out out/net.planish"),
+)
+@click.version_option(planish.__version__, prog_name="planish", message="%(prog)s %(version)s")
+def cli() -> None:
+    """A trained net, some data and a budget in; a faster artifact, measured on this machine, out.
+
+    Exit codes: 0 met, 1 a bug of ours, 2 bad usage or input, 3 infeasible, 4 undecided, 130 interrupted.
+    """
+
+
+@cli.command(epilog=_example("planish doctor"))
+@_common
+@click.pass_obj
+def doctor(console: Console, **_: Any) -> None:
+    """What this machine can run: processor, runtimes, versions, known holes."""
+    from planish.doctor import examine
+    from planish.report import terminal
+
+    data = examine()
+    console.answer(data, terminal.doctor_text(data))
+
+
+@cli.command(epilog=_example("planish inspect job.py --target openvino:cpu"))
+@job_argument
+@target_option
+@keep_option
+@_common
+@click.pass_obj
+def inspect(console: Console, job: Path, target: str, keep: tuple[str, ...], **_: Any) -> None:
+    """Operators, groups and costs; what can be pruned or quantized, what not, and why."""
+    from planish.report import terminal
+
+    _check_target(target)
+    workload = _load(console, job)
+    from planish import flow
+
+    data = flow.inspect(workload, target=target, keep=keep).to_json()
+    console.answer(data, terminal.any_text(data))
+
+
+def _budget_options(function: F) -> F:
+    for name, example in reversed(
+        {
+            "latency": "0.5x or 5ms",
+            "throughput": "2x or 200/s",
+            "size": "0.25x or 2MB",
+            "memory": "0.5x or 64MB",
+            "macs": "0.5x or 20M",
+            "energy": "0.5x or 3mJ",
+        }.items()
+    ):
+        floor = "at least" if name == "throughput" else "at most"
+        function = click.option(f"--{name}", metavar="LIMIT", help=f"{floor} this much: {example}.")(function)
+    return function
+
+
+@cli.command(
+    epilog=_example(
+        "planish optimize job.py --latency 0.5x --drop 1pt --out out/net.planish",
+        "planish optimize job.py --target openvino:cpu --size 0.25x --drop 0.5pt --dry-run",
+    )
+)
+@job_argument
+@target_option
+@_budget_options
+@click.option("--drop", default="1pt", show_default=True, help="Quality that may be lost: 1pt, 1% or 0.01 (the metric's own unit).")
+@click.option("--confidence", type=float, help="0.95 makes the upper end of the drop's interval count.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the artifact goes; NAME.planish by default.")
+@click.option("--search", default="solver", show_default=True, help="How plans are found.")
+@click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="Plans that are exported and measured at most.")
+@click.option("--time-limit", type=float, callback=_finite, metavar="SECONDS", help="For the whole call.")
+@click.option("--techniques", default=",".join(TECHNIQUES), show_default=True, help="Which may be used.")
+@keep_option
+@click.option("--saliency", help="Which units go first: magnitude or taylor.")
+@click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--accept-nearest", is_flag=True, help="Write the nearest artifact when nothing holds the budget.")
+@_common
+@click.pass_obj
+def optimize(console: Console, job: Path, techniques: str, **options: Any) -> int:
+    """Make a net faster within a budget, and write it as an artifact."""
+    from planish.artifact import check_output, default_folder
+    from planish.budget import QUANTITIES, Budget
+
+    limits = {name: options[name] for name in QUANTITIES if options[name] is not None}
+    budget = Budget(**limits, drop=options["drop"], confidence=options["confidence"])
+    _check_target(options["target"])
+    _check_name("search", options["search"])
+    if options["saliency"] is not None:
+        _check_name("saliency", options["saliency"])
+    chosen = _techniques(techniques)
+    out: Path | None = options["out"]
+    if out is not None and not options["dry_run"]:
+        check_output(out, options["overwrite"])
+    workload = _load(console, job)
+    if out is None:
+        out = default_folder(workload.name)
+        if not options["dry_run"]:
+            check_output(out, options["overwrite"])
+    from planish import flow
+
+    def work() -> Result:
+        return flow.optimize(
+            workload,
+            target=options["target"],
+            budget=budget,
+            out=out,
+            search=options["search"],
+            trials=options["trials"],
+            time_limit=options["time_limit"],
+            seed=options["seed"],
+            techniques=chosen,
+            keep=options["keep"],
+            threads=options["threads"],
+            control=options["control"],
+            overwrite=options["overwrite"],
+            accept_nearest=options["accept_nearest"],
+            dry_run=options["dry_run"],
+            saliency=options["saliency"],
+            events=console,
+        )
+
+    return _show_result(console, _resumable(work, out, job))
+
+
+@cli.command(epilog=_example("planish resume out/net.planish job.py"))
+@artifact_argument
+@optional_job
+@click.option("--time-limit", type=float, callback=_finite, metavar="SECONDS", help="For the rest of the work.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--accept-nearest", is_flag=True, help="Write the nearest artifact when nothing holds the budget.")
+@click.option("--fork", is_flag=True, help="The job has changed: start a new study from the old one's plans.")
+@_common
+@click.pass_obj
+def resume(console: Console, path: Path, job: Path | None, **options: Any) -> int:
+    """Carry on a search that was interrupted."""
+    from planish import flow
+
+    workload = _load(console, job) if job is not None else None
+
+    def work() -> Result:
+        return flow.resume(
+            path,
+            workload,
+            time_limit=options["time_limit"],
+            overwrite=options["overwrite"],
+            accept_nearest=options["accept_nearest"],
+            fork=options["fork"],
+            threads=options["threads"],
+            events=console,
+        )
+
+    return _show_result(console, _resumable(work, path, job))
+
+
+@cli.command(epilog=_example("planish verify out/net.planish job.py"))
+@artifact_argument
+@optional_job
+@_common
+@click.pass_obj
+def verify(console: Console, path: Path, job: Path | None, threads: int | None, **_: Any) -> int:
+    """Measure an artifact again, here, and compare with what it claims (quality too, with the job)."""
+    from planish.artifact import open_artifact
+    from planish.report import terminal
+
+    open_artifact(path)
+    workload = _load(console, job) if job is not None else None
+    from planish import verification
+
+    found = verification.verify(path, workload, threads=threads)
+    data = found.to_json()
+    console.answer(data, terminal.any_text(data))
+    return found.exit_code
+
+
+@cli.command(epilog=_example("planish bench job.py out/*.planish"))
+@job_argument
+@click.argument("paths", metavar="ARTIFACT...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--seconds", type=float, default=5.0, show_default=True, callback=_finite, help="Measuring time for each row.")
+@_common
+@click.pass_obj
+def bench(console: Console, job: Path, paths: tuple[Path, ...], seconds: float, threads: int | None, **_: Any) -> None:
+    """Several artifacts and every runtime, measured in turn, in one table."""
+    from planish.artifact import open_artifact
+    from planish.report import terminal
+
+    for path in paths:
+        open_artifact(path)
+    workload = _load(console, job)
+    from planish import verification
+
+    rows = [row.to_json() for row in verification.bench(workload, paths, threads=threads, seconds=seconds, events=console)]
+    console.answer({"rows": rows}, terminal.any_text(rows))
+
+
+@cli.command(epilog=_example("planish report out/net.planish -o page.html"))
+@artifact_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the page goes; beside the artifact by default.")
+@_common
+@click.pass_obj
+def report(console: Console, path: Path, output: Path | None, **_: Any) -> None:
+    """One offline page: the verdict, both nets, every trial, every operator."""
+    page = write_page(read_summary(path), output or path.with_suffix(".html"))
+    console.answer({"page": str(page)}, f"written: {page}\n")
+
+
+@cli.command(epilog=_example("planish demo --out out/demo.planish"))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("out/demo.planish"), show_default=True, help="Where the artifact goes."
+)
+@_common
+@click.pass_obj
+def demo(console: Console, out: Path, seed: int, threads: int | None, **_: Any) -> int:
+    """The main job on data that a dependency ships: train, optimize to half the latency, and show it."""
+    from planish.artifact import check_output
+
+    check_output(out, overwrite=True)
+    from planish import demo as example
+
+    result = example.run(out, events=console, seed=seed, threads=threads, overwrite=True)
+    page = write_page(result.summary, out.with_suffix(".html"))
+    return _show_result(console, result, page)
+
+
+def read_summary(path: Path) -> Summary:
+    """What a run ended with, from its artifact or, where nothing was written, from the study beside it.
+
+    Raises:
+        MissingFile, ArtifactError: neither is there, or one was changed.
+    """
+    import msgspec
+
+    from planish.artifact import open_artifact
+    from planish.artifact.manifest import RESULT, read_small
+    from planish.errors import ArtifactError
+    from planish.result import Summary
+
+    kept = path.with_suffix(".study") / RESULT
+    raw = read_small(kept) if not path.exists() and kept.exists() else open_artifact(path).result_json()
+    if raw is None:
+        raise ArtifactError(f"{path} does not hold {RESULT}, which a page is made from; optimize it again")
+    try:
+        return msgspec.json.decode(raw, type=Summary)
+    except msgspec.MsgspecError as err:
+        raise ArtifactError(f"{path}: {RESULT} cannot be read: {err}") from err
+
+
+def write_page(summary: Summary, output: Path) -> Path:
+    """The report page at `output`; a page of ours that is there is replaced, nothing else.
+
+    Raises:
+        UsageError: it cannot be written, or something else is there.
+    """
+    from planish.report.page import MARK, page
+
+    if output.is_dir() or output.is_symlink():
+        raise UsageError(f"report: {output} is no file; give another -o")
+    if output.exists():
+        with output.open("rb") as file:
+            if MARK.encode() not in file.read(2000):
+                raise UsageError(f"report: {output} is there and is no page of planish; it is not overwritten: give another -o")
+    text = page(summary)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as err:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"report: {output} could not be written: {err.strerror}") from err
+    return output
+
+
+def _show_result(console: Console, result: Result, page: Path | None = None) -> int:
+    from planish.report import terminal
+
+    data = result.to_json() | ({"page": str(page)} if page else {})
+    console.answer(data, terminal.result_text(result.summary) + (f"page: {page}\n" if page else ""))
+    code: int = result.summary.exit_code
+    if code:
+        console.say(f"planish: {result.summary.verdict}: {result.summary.reason}")
+    return code
+
+
+def _load(console: Console, path: Path) -> Any:
+    from planish.jobfile import load_job, read_source
+
+    read_source(path)
+    console.stage(f"loading {path.name}")
+    job = load_job(path)
+    console.end_stage()
+    return job
+
+
+def _check_name(kind: str, name: str) -> None:
+    from planish import registry
+
+    if name not in registry.names(kind):
+        raise UnknownName(kind, name, registry.names(kind))
+
+
+def _check_target(target: str) -> None:
+    from planish import registry
+    from planish.target import parse_target
+
+    parse_target(target, registry.names("runtime"))
+
+
+def _techniques(text: str) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in chosen:
+        if name not in TECHNIQUES:
+            raise UnknownName("technique", name, TECHNIQUES)
+    if not chosen:
+        raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}, separated by commas")
+    return chosen
+
+
+class _Interrupted(KeyboardInterrupt):
+    """An interrupted run that can be carried on; its text says how."""
+
+
+def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Result:
+    try:
+        return work()
+    except KeyboardInterrupt as err:
+        if not out.with_suffix(".study").exists():
+            raise
+        command = shlex.join(["planish", "resume", str(out), *([str(job)] if job else [])])
+        raise _Interrupted(f"finished trials are kept; resume with: {command}") from err
+
+
+def _terminate(number: int, _: object) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name; the process's own by default.
+
+    Returns:
+        The exit code: 0 met, 1 a bug of ours, 2 bad usage or input, 3 infeasible, 4 undecided, 130 interrupted.
+    """
+    open_standard_files()
+    signal.signal(signal.SIGTERM, _terminate)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = any(word in ("-v", "--verbose") for word in given)
+    console = Console(as_json="--json" in given, verbose=verbose)
+    with console.running():
+        try:
+            code = cli.main(args=given, prog_name="planish", standalone_mode=False, obj=console)
+            return code if isinstance(code, int) else 0
+        except click.ClickException as err:
+            console.error(_click_message(err), 2)
+            return 2
+        except PlanishError as err:
+            if verbose:
+                traceback.print_exc()
+            console.error(str(err), err.exit_code)
+            return err.exit_code
+        except (KeyboardInterrupt, click.Abort) as err:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            console.error("interrupted" + (f"; {err}" if isinstance(err, _Interrupted) else ""), INTERRUPTED)
+            return INTERRUPTED
+        except BrokenPipeError:
+            return 0
+        # Bugs propagate with their traceback; with --json the reader of stdout still gets an object.
+        except Exception as err:
+            if console.as_json:
+                console.error(f"a bug in planish: {type(err).__name__}: {err}", 1)
+            raise
+
+
+def _click_message(err: click.ClickException) -> str:
+    command = err.ctx.command_path if isinstance(err, click.UsageError) and err.ctx is not None else "planish"
+    text = err.format_message()
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}; see `{command} --help`"

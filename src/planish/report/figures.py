@@ -1,0 +1,92 @@
+"""Figures as people read them: SI inside, a unit and three digits at the edge."""
+
+from __future__ import annotations
+
+import math
+
+from planish.measurement import Estimate
+
+_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_COUNTS = ((1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, ""))
+NOTHING = "–"
+
+
+def digits(value: float) -> str:
+    """Three significant digits without an exponent where that is readable: 0.0412, 1.43, 87.9, 1430."""
+    if not math.isfinite(value):
+        return NOTHING
+    if value == 0:
+        return "0"
+    if abs(value) >= 999.5:
+        return f"{value:.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}" if places <= 6 else f"{value:.2e}"
+
+
+def _scaled(value: float | None, units: tuple[tuple[float, str], ...], space: str = " ") -> str:
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    for factor, unit in units:
+        if abs(value) >= 0.9995 * factor:
+            return f"{digits(value / factor)}{space if unit else ''}{unit}"
+    return f"{digits(value / units[-1][0])}{space if units[-1][1] else ''}{units[-1][1]}"
+
+
+def seconds(value: float | None) -> str:
+    """`1.43 ms`, `812 µs`, `2.10 s`."""
+    return _scaled(value, _TIMES)
+
+
+def duration(value: float) -> str:
+    """`48 s`, `3 min 05 s`, `1 h 12 min`: how long a person waits."""
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(value: float | None) -> str:
+    """`3.53 MB`, `942 kB`."""
+    return _scaled(value, _SIZES)
+
+
+def count(value: float | None) -> str:
+    """`40.6 M`, `1.21 G`."""
+    return _scaled(value, _COUNTS, space="")
+
+
+def ratio(value: float | None) -> str:
+    """`0.43×`: optimized ÷ original."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.3f}×" if value < 0.1 else f"{value:.2f}×"
+
+
+def speed_up(value: float | None) -> str:
+    """`2.3× as fast`, from a ratio of latencies."""
+    return NOTHING if not value or not math.isfinite(value) else f"{1 / value:.2f}× as fast"
+
+
+def quality(value: float | None) -> str:
+    """Four significant digits: a quality is compared in its last one."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+
+
+def signed(value: float | None) -> str:
+    """`+0.0042` or `−0.0010`, with a true minus."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:+.4f}".replace("-", "−")
+
+
+def interval(estimate: Estimate | None) -> str:
+    """`1.40 – 1.47 ms` of an estimate in seconds, and a warning where it decides nothing."""
+    if estimate is None:
+        return NOTHING
+    factor, unit = next(((f, u) for f, u in _TIMES if abs(estimate.median) >= 0.9995 * f), _TIMES[-1])
+    text = f"{digits(estimate.low / factor)} – {digits(estimate.high / factor)} {unit}"
+    return text if estimate.trustworthy else f"{text} (not trustworthy)"
+
+
+def plain(text: object, longest: int = 160) -> str:
+    """`text` on one line for a terminal: control characters shown as `?`, long names cut in the middle."""
+    line = "".join(c if c.isprintable() else "?" for c in str(text))
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[: half - 1]}…{line[-half:]}"
