@@ -57,7 +57,7 @@ class Runtime(Protocol):
     """The extra of planish that brings `package`, or "" where planish itself depends on it."""
     devices: tuple[str, ...]
     model_file: str
-    """The file name of an exported model: "model.onnx" or "model.pt2"."""
+    """The file name of an exported model: "model.onnx" or "model.safetensors"."""
     schemes: tuple[str, ...]
     """Precisions of an operator that it executes: always "fp32", and "int8" where QDQ models run on int8 kernels."""
     quantize_inputs_of: frozenset[str]

@@ -1,0 +1,143 @@
+"""Latency of several models side by side: warm-up left out, rounds of short blocks in rotating order, medians with intervals.
+
+Machines drift: clocks change, neighbours come and go. So no model is timed in one go. Each round gives each probe one short block
+while all others are idle; a probe's figure of a round is the median call of its block; its estimate is the median over rounds with
+a 95 % interval; and a ratio of two probes is taken round by round, where most of the drift cancels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from planish.errors import UsageError
+from planish.measure.probe import Probe
+from planish.measurement import Estimate
+from planish.runtimes.contract import Array
+
+WIDEST = 0.10
+"""An interval wider than this share of its median decides nothing: the estimate is not trustworthy."""
+FEWEST = 6
+"""With fewer repeats not even their whole range holds the median with 95 % confidence (2 * 0.5 ** 6 = 3 %)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What `interleaved` found for one probe.
+
+    Args:
+        latency_s: wall seconds of one call.
+        cpu_s: process CPU seconds of one call, all threads.
+        warm_up: calls made before counting.
+        rounds: wall seconds of one call in each round, in order; rounds of all probes of one `interleaved` are paired.
+    """
+
+    latency_s: Estimate
+    cpu_s: Estimate
+    warm_up: int
+    rounds: tuple[float, ...]
+
+
+def estimate(values: ArrayLike, widest: float = WIDEST) -> Estimate:
+    """The median of `values` and a distribution-free interval that holds the true median with at least 95 %.
+
+    The interval is between order statistics: the k-th smallest and the k-th largest, with the largest k for which
+    2 * P(Binomial(n, 1/2) < k) <= 5 %. With fewer than `FEWEST` values it is their range, and not trustworthy.
+
+    Args:
+        values: at least one repeat, independent of each other.
+        widest: the share of the median that the interval may span and still be trustworthy.
+
+    References: Conover, Practical Nonparametric Statistics (1999), section 3.2.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64).ravel())
+    n = len(ordered)
+    if n == 0 or not np.isfinite(ordered).all():
+        raise UsageError(f"estimate: it takes at least one finite value; got {n}, of which {int(np.isfinite(ordered).sum())} are finite")
+    tail, k = 0.5**n, 0
+    while 2 * tail <= 0.05:
+        k += 1
+        tail += math.comb(n, k) * 0.5**n
+    low, high = float(ordered[max(k - 1, 0)]), float(ordered[n - max(k, 1)])
+    median = float(np.median(ordered))
+    return Estimate(median, low, high, n, n >= FEWEST and high - low <= widest * abs(median))
+
+
+def ratio(a: Timing, b: Timing) -> Estimate:
+    """a ÷ b, paired by round: the median of the rounds' ratios, with its interval. Both must come from one `interleaved`."""
+    if len(a.rounds) != len(b.rounds):
+        raise UsageError(f"ratio: both timings must come from the same rounds; got {len(a.rounds)} and {len(b.rounds)}")
+    return estimate(np.divide(a.rounds, b.rounds))
+
+
+def interleaved(
+    probes: Mapping[str, Probe],
+    flat: list[Array] | Mapping[str, list[Array]],
+    seconds: float = 2.0,
+    min_rounds: int = 11,
+    block_s: float | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Timing]:
+    """Time several models against each other.
+
+    Args:
+        probes: name -> open probe. Only one of them computes at a time.
+        flat: the inputs of one call, in the order of the signatures; or for each name its own.
+        seconds: of counted time for each probe; warm-up comes on top and is about as long at most.
+        min_rounds: rounds at least, whatever `seconds` says; each has at least one call of each probe.
+        block_s: length of one probe's block in a round; by default what spreads `seconds` over 2 * `min_rounds` rounds, within
+            [10 ms, 250 ms].
+        progress: called after each round with the share that is done.
+
+    Returns:
+        name -> timing. With noise that does not go away an estimate says that it is not trustworthy.
+    """
+    inputs = {name: flat[name] if isinstance(flat, Mapping) else flat for name in probes}
+    block = block_s or min(0.25, max(0.01, seconds / (2 * min_rounds)))
+    warm = {name: warm_up(probe, inputs[name], block, seconds) for name, probe in probes.items()}
+    wall: dict[str, list[float]] = {name: [] for name in probes}
+    cpu: dict[str, list[float]] = {name: [] for name in probes}
+    n = max(min_rounds, math.ceil(seconds / block))
+    order = list(probes)
+    end = time.monotonic() + 3 * seconds * len(order)
+    for i in range(n):
+        for name in _rotated(order, i):
+            sample = probes[name].time(inputs[name], block, min_calls=1)
+            # The first call of a block finds caches that another process has filled.
+            kept = slice(1, None) if len(sample.wall) > 3 else slice(None)
+            wall[name].append(float(np.median(sample.wall[kept])))
+            cpu[name].append(float(np.mean(sample.cpu[kept])))
+        if progress is not None:
+            progress((i + 1) / n)
+        if i + 1 >= min_rounds and time.monotonic() > end:
+            break
+    return {name: Timing(estimate(wall[name]), estimate(cpu[name], math.inf), warm[name], tuple(wall[name])) for name in probes}
+
+
+def _rotated(order: Sequence[str], i: int) -> list[str]:
+    """The order of round `i`: rotated by one each round, and reversed in every second cycle, so that no probe always follows the same."""
+    shift, cycle = i % len(order), i // len(order)
+    rotated = [*order[shift:], *order[:shift]]
+    return rotated[::-1] if cycle % 2 else rotated
+
+
+def warm_up(probe: Probe, flat: list[Array], block_s: float, limit_s: float) -> int:
+    """Call a model until its running median has settled: three blocks in a row within 2 % of each other; at most `limit_s`.
+
+    Returns:
+        The number of calls that were made.
+    """
+    medians: list[float] = []
+    calls, end = 0, time.monotonic() + limit_s
+    while True:
+        sample = probe.time(flat, block_s / 2, min_calls=1)
+        calls += len(sample.wall)
+        medians.append(float(np.median(sample.wall)))
+        last = medians[-3:]
+        if (len(last) == 3 and max(last) <= 1.02 * min(last)) or time.monotonic() > end:
+            return calls
