@@ -66,8 +66,7 @@ def _reason(error: BaseException, line: str) -> tuple[str, str]:
     if any(word in text for word in _VALUES):
         return (
             "Python needs the value of a tensor, which is not known while tracing",
-            "replace the branch by torch.where (or torch.cond), the loop bound by a shape, and .item() by tensor arithmetic, "
-            "or move it out of forward",
+            "replace a branch by torch.where, a loop bound by a shape and .item() by tensor arithmetic, or move it out of forward",
         )
     message = str(error).strip().splitlines()
     first = message[0].rstrip(".") if message else "no message"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import keyword
@@ -9,7 +10,7 @@ import re
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from planish.signature import Signature, Structure, TensorSpec
 
 aten = torch.ops.aten
 _BOOKKEEPING = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
+_KEPT_META = ("nn_module_stack", "stack_trace", TRAIN_DROPOUT)  # sizes and fake tensors would go stale, and do not pickle
 _TRACE_BATCHES = (2, 3, 5, 7, 11, 13, 17)
 
 
@@ -53,9 +55,9 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
             f"capture: the model must be a torch.nn.Module; got {type(model).__name__}; give the module, or a function that builds it"
         )
     takes, inputs = _flat_inputs(model, example_inputs)
-    batch = _batch_size(inputs)
+    _check_batch(inputs)
     notes: list[str] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _no_fused_attention():
         mine = _own_copy(model, notes)
         call = _FlatCall(mine, list(inputs), takes)
         sizes = {size for tensor in inputs.values() for size in tensor.shape[1:]}
@@ -115,14 +117,13 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     return names[:count] + [f"input_{index}" for index in range(len(names), count)]
 
 
-def _batch_size(inputs: Mapping[str, Tensor]) -> int:
+def _check_batch(inputs: Mapping[str, Tensor]) -> None:
     sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in inputs.items()}
     if None in sizes.values() or len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise DataError(
             f"capture: axis 0 of every example input must be the batch, the same and at least 1; got {sizes}; "
             "bind inputs without a batch in the model"
         )
-    return next(size for size in sizes.values() if size is not None)
 
 
 def _resize(tensor: Tensor, batch: int) -> Tensor:
@@ -149,14 +150,19 @@ def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
             notes.append("a batch norm with a cumulative average (momentum=None) averages with momentum 0.1 in training")
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
-            config.use_cache = False  # type: ignore[union-attr]
+            config.use_cache = False
     return mine
 
 
-@dataclass
-class _Output:
-    name: str
-    position: int
+@contextlib.contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """Keep `nn.TransformerEncoderLayer` from taking its fused path, which is one opaque operator, in eval mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _FlatCall:
@@ -276,11 +282,8 @@ def _symbolic(shape: Iterable[Any], names: dict[str, str]) -> tuple[int | str, .
     """The sizes of a shape; a symbol becomes its name in `names`, an expression one in these names."""
     sizes: list[int | str] = []
     for size in shape:
-        if isinstance(size, int):
-            sizes.append(size)
-        else:
-            text = re.sub(r"[A-Za-z]+\d+", lambda match: names.get(match[0], match[0]), str(size))
-            sizes.append(text)
+        text = re.sub(r"[A-Za-z]+\d+", lambda match: names.get(match[0], match[0]), str(size))
+        sizes.append(int(text) if text.isdigit() else text)
     return tuple(sizes)
 
 
@@ -295,7 +298,7 @@ def _symbol_names(program: torch.export.ExportedProgram) -> dict[str, str]:
     sequences = 0
     for value in _input_values(program):
         for axis, size in enumerate(value.shape):
-            if isinstance(size, int) or str(size) in names:
+            if str(size).isdigit() or str(size) in names:
                 continue
             if axis == 0:
                 names[str(size)] = "batch"
@@ -335,6 +338,8 @@ def _plain(program: torch.export.ExportedProgram, mine: nn.Module, names: list[s
     functionalise(graph)
     to_aten(graph)
     graph.eliminate_dead_code()
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
     module = fx.GraphModule(lifted, graph)
     _retie(module, mine)
     module.graph.lint()

@@ -56,13 +56,10 @@ def _flip(node: fx.Node, training: bool) -> bool:
     position, needs_statistics = _FLAG[name]
     if needs_statistics and node.args[3] is None:
         return False
-    wanted = training if name != "instance_norm" else training
-    if position < len(node.args):
-        if node.args[position] == wanted:
-            return False
-        node.update_arg(position, wanted)
-        return True
-    return False
+    if node.args[position] == training:
+        return False
+    node.update_arg(position, training)
+    return True
 
 
 def set_mode(graph: Graph, training: bool) -> None:
