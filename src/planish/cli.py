@@ -88,7 +88,7 @@ def cli() -> None:
 @cli.command(epilog=_example("planish doctor"))
 @_common
 @click.pass_obj
-def doctor(console: Console, **_: Any) -> None:
+def doctor(console: Console, /, **_: Any) -> None:
     """What this machine can run: processor, runtimes, versions, known holes."""
     from planish.doctor import examine
     from planish.report import terminal
@@ -103,7 +103,7 @@ def doctor(console: Console, **_: Any) -> None:
 @keep_option
 @_common
 @click.pass_obj
-def inspect(console: Console, job: Path, target: str, keep: tuple[str, ...], **_: Any) -> None:
+def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], **_: Any) -> None:
     """Operators, groups and costs; what can be pruned or quantized, what not, and why."""
     from planish.report import terminal
 
@@ -155,7 +155,7 @@ def _budget_options(function: F) -> F:
 @click.option("--accept-nearest", is_flag=True, help="Write the nearest artifact when nothing holds the budget.")
 @_common
 @click.pass_obj
-def optimize(console: Console, job: Path, techniques: str, **options: Any) -> int:
+def optimize(console: Console, /, job: Path, techniques: str, **options: Any) -> int:
     """Make a net faster within a budget, and write it as an artifact."""
     from planish.artifact import check_output, default_folder
     from planish.budget import QUANTITIES, Budget
@@ -210,7 +210,7 @@ def optimize(console: Console, job: Path, techniques: str, **options: Any) -> in
 @click.option("--fork", is_flag=True, help="The job has changed: start a new study from the old one's plans.")
 @_common
 @click.pass_obj
-def resume(console: Console, path: Path, job: Path | None, **options: Any) -> int:
+def resume(console: Console, /, path: Path, job: Path | None, **options: Any) -> int:
     """Carry on a search that was interrupted."""
     from planish import flow
 
@@ -236,7 +236,7 @@ def resume(console: Console, path: Path, job: Path | None, **options: Any) -> in
 @optional_job
 @_common
 @click.pass_obj
-def verify(console: Console, path: Path, job: Path | None, threads: int | None, **_: Any) -> int:
+def verify(console: Console, /, path: Path, job: Path | None, threads: int | None, **_: Any) -> int:
     """Measure an artifact again, here, and compare with what it claims (quality too, with the job)."""
     from planish.artifact import open_artifact
     from planish.report import terminal
@@ -257,7 +257,7 @@ def verify(console: Console, path: Path, job: Path | None, threads: int | None, 
 @click.option("--seconds", type=float, default=5.0, show_default=True, callback=_finite, help="Measuring time for each row.")
 @_common
 @click.pass_obj
-def bench(console: Console, job: Path, paths: tuple[Path, ...], seconds: float, threads: int | None, **_: Any) -> None:
+def bench(console: Console, /, job: Path, paths: tuple[Path, ...], seconds: float, threads: int | None, **_: Any) -> None:
     """Several artifacts and every runtime, measured in turn, in one table."""
     from planish.artifact import open_artifact
     from planish.report import terminal
@@ -276,7 +276,7 @@ def bench(console: Console, job: Path, paths: tuple[Path, ...], seconds: float, 
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the page goes; beside the artifact by default.")
 @_common
 @click.pass_obj
-def report(console: Console, path: Path, output: Path | None, **_: Any) -> None:
+def report(console: Console, /, path: Path, output: Path | None, **_: Any) -> None:
     """One offline page: the verdict, both nets, every trial, every operator."""
     page = write_page(read_summary(path), output or path.with_suffix(".html"))
     console.answer({"page": str(page)}, f"written: {page}\n")
@@ -288,7 +288,7 @@ def report(console: Console, path: Path, output: Path | None, **_: Any) -> None:
 )
 @_common
 @click.pass_obj
-def demo(console: Console, out: Path, seed: int, threads: int | None, **_: Any) -> int:
+def demo(console: Console, /, out: Path, seed: int, threads: int | None, **_: Any) -> int:
     """The main job on data that a dependency ships: train, optimize to half the latency, and show it."""
     from planish.artifact import check_output
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from planish.errors import ArtifactError
 
 _DEEPEST = 64
+_LONGEST_ENTRY = 4096
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 # message -> field number -> message, of every way that leads from a model to a tensor
 _WAYS: dict[str, dict[int, str]] = {
@@ -26,10 +27,10 @@ _WAYS: dict[str, dict[int, str]] = {
 }
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        if at >= len(data) or shift > 63:
+        if at >= end or shift > 63:
             raise ValueError("a number runs past the end")
         byte = data[at]
         at += 1
@@ -39,47 +40,43 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, number or bytes) of one message, in order."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, number, start, end) of one message, in order; a field is a number, or bytes from start to end."""
+    while at < end:
+        key, at = _varint(data, at, end)
         number, wire = key >> 3, key & 7
-        value: int | memoryview
+        value, start = 0, at
         if wire == 0:
-            value, at = _varint(data, at)
+            value, at = _varint(data, at, end)
+            start = at
         elif wire == 2:
-            length, at = _varint(data, at)
-            value, at = data[at : at + length], at + length
+            length, start = _varint(data, at, end)
+            at = start + length
         elif wire in (1, 5):
-            width = 8 if wire == 1 else 4
-            value, at = data[at : at + width], at + width
+            at = start + (8 if wire == 1 else 4)
         else:
             raise ValueError(f"wire type {wire} does not occur in ONNX")
-        if at > len(data):
+        if at > end:
             raise ValueError("a field runs past the end")
-        yield number, value
+        yield number, value, start, at
 
 
-def _entry(data: memoryview) -> tuple[str, str]:
-    pair = {number: bytes(value).decode() for number, value in _fields(data) if isinstance(value, memoryview)}
-    return pair.get(1, ""), pair.get(2, "")
-
-
-def _external(data: memoryview, message: str, depth: int = 0) -> Iterator[dict[str, str]]:
+def _external(data: mmap.mmap, at: int, end: int, message: str, depth: int = 0) -> Iterator[dict[str, str]]:
     """The external-data keys of every tensor below one message that lives outside the file."""
     if depth > _DEEPEST:
         raise ValueError(f"messages are nested more than {_DEEPEST} deep")
     entries: dict[str, str] = {}
-    for number, value in _fields(data):
+    for number, value, start, stop in _fields(data, at, end):
         if message == "tensor":
-            if number == 13 and isinstance(value, memoryview):
-                key, text = _entry(value)
-                entries[key] = text
+            if number == 13:
+                if stop - start > _LONGEST_ENTRY:
+                    raise ValueError(f"an external-data entry of {stop - start} bytes")
+                pair = {field: data[a:b].decode() for field, _, a, b in _fields(data, start, stop)}
+                entries[pair.get(1, "")] = pair.get(2, "")
             elif number == 14 and value == 1:
                 entries.setdefault("location", "")
-        elif isinstance(value, memoryview) and number in _WAYS[message]:
-            yield from _external(value, _WAYS[message][number], depth + 1)
+        elif number in _WAYS[message] and stop > start:
+            yield from _external(data, start, stop, _WAYS[message][number], depth + 1)
     if entries:
         yield entries
 
@@ -97,13 +94,10 @@ def check_external_data(path: Path, files: Mapping[str, int]) -> None:
     if path.stat().st_size == 0:
         raise ArtifactError(f"{path} is empty; a runtime model is expected")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        data = memoryview(mapped)
         try:
-            found = list(_external(data, "model"))
+            found = list(_external(mapped, 0, len(mapped), "model"))
         except (ValueError, UnicodeDecodeError) as err:
             raise ArtifactError(f"{path} is not an ONNX file: {err}") from err
-        finally:
-            data.release()
     for entries in found:
         location = entries.get("location", "")
         if unknown := sorted(set(entries) - _KEYS):
