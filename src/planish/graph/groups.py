@@ -1,0 +1,220 @@
+"""Groups from index propagation: ids that are tied are one unit, units that run through the same parameter dimensions are one group."""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch.fx import GraphModule
+
+import planish.graph.rules  # noqa: F401  (registers the rules)
+from planish.errors import UnknownName
+from planish.graph.blocks import find_blocks
+from planish.graph.facts import Facts, at_batch, observe
+from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.ids import Program, Signature, Val
+from planish.graph.naming import module_path, unique
+from planish.graph.operators import Labels, find_operators
+
+Key = tuple[str, int]
+
+# Another way to keep a kind of place rectangular must make this much more of the parameters prunable to be preferred.
+_WORTH = 1.01
+_BATCH = 2  # a batch of 1 would look like a neutral dimension
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A program whose ties were solved.
+
+    Args:
+        program: the ids.
+        unit: for each id, a number that all ids of one unit share, or -1 where the id is fixed.
+        inexact: for each unit, whether a statistic runs over it.
+    """
+
+    program: Program
+    unit: NDArray[np.int64]
+    inexact: NDArray[np.bool_]
+
+
+def solve(program: Program) -> Solved:
+    """Connected components of the ties; a component with a fixed id is fixed as a whole."""
+    ids = program.ids
+    a = np.concatenate([np.zeros(0, np.int64), *ids.left])
+    b = np.concatenate([np.zeros(0, np.int64), *ids.right])
+    count, component = connected_components(coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(ids.size, ids.size)), directed=False)
+    fixed = np.zeros(count, bool)
+    fixed[component[0]] = True
+    for vector, _ in ids.fixes:
+        fixed[component[vector]] = True
+    inexact = np.zeros(count, bool)
+    for vector in ids.inexact:
+        inexact[component[vector]] = True
+    return Solved(program, np.where(fixed[component], -1, component).astype(np.int64), inexact)
+
+
+def dimensions(program: Program) -> dict[Key, Val]:
+    """Every labelled dimension of parameters, buffers and constants, in the order in which the program uses them."""
+    found: dict[Key, Val] = {}
+    shared = {name: val for (name, _), val in program.copies.items()}
+    for node in program.module.graph.nodes:
+        if node.op != "get_attr" or str(node.target) not in program.parameters:
+            continue
+        val = shared.get(node.name, program.parameters[str(node.target)])
+        for d in val.ids:
+            found.setdefault((str(node.target), d), val)
+    rank = {key: position for position, key in enumerate(program.ids.roles)}
+    return dict(sorted(found.items(), key=lambda item: rank.get(item[0], len(rank))))
+
+
+def _members(solved: Solved) -> tuple[dict[Key, NDArray[np.int64]], dict[int, set[int]], list[Key]]:
+    """The unit of each index per dimension; for each unit, the numbers of the dimensions that it runs through; their keys."""
+    labelled = {key: solved.unit[val.ids[key[1]].numpy()] for key, val in dimensions(solved.program).items()}
+    keys = list(labelled)
+    through: dict[int, set[int]] = collections.defaultdict(set)
+    for number, key in enumerate(keys):
+        for unit in np.unique(labelled[key]):
+            if unit >= 0:
+                through[int(unit)].add(number)
+    return labelled, through, keys
+
+
+def coverage(solved: Solved) -> float:
+    """How much could be pruned: for each parameter dimension the elements of its parameter times the share of units that may go."""
+    labelled, through, keys = _members(solved)
+    families = collections.Counter(frozenset(numbers) for numbers in through.values())
+    prunable = np.zeros(int(solved.unit.max(initial=0)) + 2, bool)
+    for unit, numbers in through.items():
+        prunable[unit] = families[frozenset(numbers)] > 1
+    sizes = {name: parameter.numel() for name, parameter in solved.program.module.named_parameters(remove_duplicate=False)}
+    return float(sum(sizes.get(key[0], 0) * prunable[units].mean() for key, units in labelled.items()))
+
+
+def decide(module: GraphModule, facts: Facts) -> Solved:
+    """Propagate ids; wherever a kind of place can be kept rectangular in several ways, take the one that covers most."""
+    best = solve(Program(module, facts))
+    covered, chosen = coverage(best), dict[Signature, int]()
+    tried: set[Signature] = set()
+    while True:
+        open_ = sorted((s for s in best.program.ids.options if s not in tried), key=repr)
+        if not open_:
+            return best
+        signature = open_[0]
+        tried.add(signature)
+        for choice in range(1, best.program.ids.options[signature]):
+            other = solve(Program(module, facts, {**chosen, signature: choice}))
+            if (more := coverage(other)) > covered * _WORTH:
+                best, covered = other, more
+                chosen = {**chosen, signature: choice}
+
+
+def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], NDArray[np.int64], dict[int, tuple[str, int]]]:
+    """The groups in program order; for each id its unit's number (-1: in no group); number -> (group, unit in it)."""
+    labelled, through, keys = _members(solved)
+    parameters = {name for name, _ in solved.program.module.named_parameters(remove_duplicate=False)}
+    families: dict[frozenset[int], list[int]] = collections.defaultdict(list)
+    for unit, numbers in through.items():
+        families[frozenset(numbers)].append(unit)
+    roles = solved.program.ids.roles
+    groups: dict[str, Group] = {}
+    place: dict[int, tuple[str, int]] = {}
+
+    def producing(numbers: frozenset[int]) -> int:
+        """The first dimension that issues the units (a weight before a bias), else the first parameter's."""
+        issuing = [n for n in sorted(numbers) if roles.get(keys[n]) == "out"]
+        weights = [n for n in issuing if not keys[n][0].endswith("bias")]
+        own = [n for n in sorted(numbers) if keys[n][0] in parameters]
+        return (weights or issuing or own or [min(numbers)])[0]
+
+    for numbers, units in sorted(families.items(), key=lambda item: (producing(item[0]), sorted(item[0]))):
+        if len(units) < 2 or not any(keys[n][0] in parameters for n in numbers):
+            continue
+        first = producing(numbers)
+        _, positions = np.unique(labelled[keys[first]], return_index=True)
+        order = {int(labelled[keys[first]][p]): p for p in positions}
+        ranked = sorted(units, key=lambda u: order[u])
+        number_of = np.full(int(solved.unit.max()) + 2, -1, np.int64)
+        number_of[ranked] = np.arange(len(ranked))
+        name = unique(module_path(keys[first][0]), groups)
+        member = [keys[n] for n in sorted(numbers)]
+        groups[name] = Group(
+            name,
+            len(ranked),
+            {key: number_of[labelled[key]] for key in member},
+            {key: roles.get(key, "affine") for key in member},
+            exact=not bool(solved.inexact[ranked].any()),
+            pinned=next((pins[p] for p, _ in member if p in pins), ""),
+        )
+        place.update({unit: (name, position) for position, unit in enumerate(ranked)})
+    return groups, solved.unit, place
+
+
+def _reasons(solved: Solved, groups: Mapping[str, Group]) -> dict[str, str]:
+    """Why output dimensions stay as they are: the first thing in the program that fixes one of their ids."""
+    ids = solved.program.ids
+    a = np.concatenate([np.zeros(0, np.int64), *ids.left])
+    b = np.concatenate([np.zeros(0, np.int64), *ids.right])
+    count, component = connected_components(coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(ids.size, ids.size)), directed=False)
+    first = np.full(count, len(ids.fixes), np.int64)
+    for number, (vector, _) in enumerate(ids.fixes):
+        np.minimum.at(first, component[vector], number)
+    covered = {key for group in groups.values() for key in group.unit_of}
+    found: dict[str, str] = {}
+    for key, val in dimensions(solved.program).items():
+        if ids.roles.get(key) != "out" or key in covered or key[0].endswith("bias"):
+            continue
+        number = int(first[component[val.ids[key[1]].numpy()]].min())
+        found[key[0]] = ids.fixes[number][1] if number < len(ids.fixes) else "all its indices are tied to one another"
+    for group in groups.values():
+        if group.pinned:
+            found.update({name: group.pinned for (name, _), role in group.roles.items() if role == "out"})
+    return found
+
+
+def _pins(module: GraphModule, keep: Sequence[str]) -> dict[str, str]:
+    """Parameters that a glob names -> "keep=GLOB"."""
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    pins: dict[str, str] = {}
+    for glob in keep:
+        matched = fnmatch.filter(names, glob)
+        if not matched:
+            raise UnknownName("parameter", glob, names)
+        for name in matched:
+            pins.setdefault(name, f"keep={glob}")
+    tied: dict[int, set[str]] = collections.defaultdict(set)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tied[id(parameter)].add(name)
+    for same in tied.values():
+        for pinned in [pins[name] for name in sorted(same) if name in pins][:1]:
+            pins.update(dict.fromkeys(same - pins.keys(), pinned))
+    return pins
+
+
+def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
+    """What can be removed from a graph, what its operators cost, and why the rest stays.
+
+    Args:
+        graph: a captured program; it is run on its example twice, and stays as it is.
+        keep: globs over parameter names; groups that run through a matching parameter are pinned.
+
+    Returns:
+        Groups, blocks and operators in the order of the program.
+
+    Raises:
+        UnknownName: a glob that matches no parameter.
+    """
+    pins = _pins(graph.module, keep)
+    solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)))
+    groups, unit, place = _groups(solved, pins)
+    labels = Labels(solved.program, unit, place, {name: group.units for name, group in groups.items()})
+    operators = find_operators(graph.module, labels, observe(graph.module, graph.example))
+    blocks = find_blocks(solved.program, operators)
+    unknown = {name: tuple(nodes) for name, nodes in solved.program.unknown.items()}
+    return Analysis(groups, blocks, operators, unknown, _reasons(solved, groups), labels)

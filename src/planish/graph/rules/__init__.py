@@ -1,0 +1,27 @@
+"""The rules of index propagation and surgery, one file per kind of operator; importing this package registers them all."""
+
+from planish.graph.rules import (
+    attention,
+    contraction,
+    creation,
+    elementwise,
+    embedding,
+    movement,
+    norm,
+    pooling,
+    recurrent,
+    reduction,
+)
+
+__all__ = [
+    "attention",
+    "contraction",
+    "creation",
+    "elementwise",
+    "embedding",
+    "movement",
+    "norm",
+    "pooling",
+    "recurrent",
+    "reduction",
+]
