@@ -394,8 +394,10 @@ def _techniques(text: str) -> tuple[str, ...]:
     return chosen
 
 
-class _Interrupted(KeyboardInterrupt):
+class _Interrupted(PlanishError):
     """An interrupted run that can be carried on; its text says how."""
+
+    exit_code = INTERRUPTED
 
 
 def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Result:
@@ -405,7 +407,7 @@ def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Resul
         if not out.with_suffix(".study").exists():
             raise
         command = shlex.join(["planish", "resume", str(out), *([str(job)] if job else [])])
-        raise _Interrupted(f"finished trials are kept; resume with: {command}") from err
+        raise _Interrupted(f"interrupted; finished trials are kept; resume with: {command}") from err
 
 
 def _terminate(number: int, _: object) -> None:
@@ -438,10 +440,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
             console.error(str(err), err.exit_code)
             return err.exit_code
-        except (KeyboardInterrupt, click.Abort) as err:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            console.error("interrupted" + (f"; {err}" if isinstance(err, _Interrupted) else ""), INTERRUPTED)
+        except (KeyboardInterrupt, click.Abort):
+            console.error("interrupted", INTERRUPTED)
             return INTERRUPTED
         except BrokenPipeError:
             return 0
