@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 from planish.errors import UnknownName
 from planish.graph.facts import rule_name
 from planish.graph.graph import Analysis, Block, Graph, Operator
-from planish.graph.ids import Program
 from planish.graph.naming import module_path, unique
+from planish.graph.program import Program
 
 
 def _ancestors(node: Node, stop: Collection[Node] = ()) -> set[Node]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from planish.graph.facts import arguments, rule_name
-from planish.graph.ids import Program, Val
+from planish.graph.ids import Val
+from planish.graph.program import Program
 
 EDITS: dict[str, Callable[[Edit], None]] = {}
 
@@ -39,7 +40,8 @@ class Survivors:
         """For each index along a dimension, whether it stays."""
         if dim not in val.ids:
             return np.ones(val.shape[dim], bool)
-        return self.keep[val.ids[dim].numpy()]
+        mask: NDArray[np.bool_] = self.keep[val.ids[dim].numpy()]
+        return mask
 
     def count(self, val: Val, dim: int) -> int:
         """How many indices stay along a dimension."""

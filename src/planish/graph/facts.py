@@ -117,7 +117,7 @@ def observe(module: GraphModule, inputs: Sequence[torch.Tensor]) -> Facts:
                 if isinstance(out, torch.Tensor) and not isinstance(out, torch.nn.Parameter):
                     out = out.clone()
             else:
-                out = call(node, map_arg(node.args, env.__getitem__), map_arg(node.kwargs, env.__getitem__))  # type: ignore[arg-type]
+                out = call(node, map_arg(node.args, env.__getitem__), map_arg(node.kwargs, env.__getitem__))
             env[node] = out
             shapes[node.name] = _shapes(out)
             first = out[0] if isinstance(out, (tuple, list)) and out else out

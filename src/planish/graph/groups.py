@@ -18,9 +18,10 @@ from planish.errors import UnknownName
 from planish.graph.blocks import find_blocks
 from planish.graph.facts import Facts, at_batch, observe
 from planish.graph.graph import Analysis, Graph, Group
-from planish.graph.ids import Program, Signature, Val
+from planish.graph.ids import Signature, Val
 from planish.graph.naming import module_path, unique
 from planish.graph.operators import Labels, find_operators
+from planish.graph.program import Program
 
 Key = tuple[str, int]
 
@@ -88,7 +89,7 @@ def _members(solved: Solved) -> tuple[dict[Key, NDArray[np.int64]], dict[int, se
 
 def coverage(solved: Solved) -> float:
     """How much could be pruned: for each parameter dimension the elements of its parameter times the share of units that may go."""
-    labelled, through, keys = _members(solved)
+    labelled, through, _ = _members(solved)
     families = collections.Counter(frozenset(numbers) for numbers in through.values())
     prunable = np.zeros(int(solved.unit.max(initial=0)) + 2, bool)
     for unit, numbers in through.items():
@@ -120,8 +121,8 @@ def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], 
     labelled, through, keys = _members(solved)
     parameters = {name for name, _ in solved.program.module.named_parameters(remove_duplicate=False)}
     families: dict[frozenset[int], list[int]] = collections.defaultdict(list)
-    for unit, numbers in through.items():
-        families[frozenset(numbers)].append(unit)
+    for unit, crossed in through.items():
+        families[frozenset(crossed)].append(unit)
     roles = solved.program.ids.roles
     groups: dict[str, Group] = {}
     place: dict[int, tuple[str, int]] = {}

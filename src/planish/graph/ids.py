@@ -2,12 +2,11 @@
 
 An id is one index of one dimension of one parameter (or of padding, or of a created constant). Id 0 stands for "fixed". A dimension
 without ids is fixed, or neutral if its size is 1. *Weak* ids belong to dimensions that only repeat a value (`expand`, `zeros`): they
-can be resized and yield to other ids. A rule says for one kind of operator what is tied, what is fixed, and which ids its outputs carry.
+can be resized and yield to other ids. Where ids meet is said by rules (`program.py` and `rules/`).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
-from planish.graph.facts import Facts, Shape, arguments, attribute, rule_name
+from planish.graph.facts import Shape
 
 Signature = tuple[Any, ...]
 
@@ -56,27 +53,6 @@ class Val:
         return self.only(range(count), self.shape[:count])
 
 
-Result = Val | list[Val | None]
-Rule = Callable[["Step"], Result | None]
-
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators by short name (in-place variants are the same operator).
-
-    A rule returns the ids of the output or outputs, or None for a form of the operator that it does not cover.
-    """
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            assert name not in RULES, name
-            RULES[name] = function
-        return function
-
-    return register
-
-
 class Ids:
     """The ids issued so far, and what was said about them.
 
@@ -101,8 +77,8 @@ class Ids:
 
     def tie(self, a: Tensor, b: Tensor, why: str = "") -> None:
         """Say that ids must be removed together, elementwise after broadcasting; whatever meets id 0 is fixed."""
-        a, b = torch.broadcast_tensors(a, b)
-        x, y = a.reshape(-1).numpy(), b.reshape(-1).numpy()
+        shape = np.broadcast_shapes(tuple(a.shape), tuple(b.shape))
+        x, y = a.expand(shape).reshape(-1).numpy(), b.expand(shape).reshape(-1).numpy()
         fixed = (x == 0) | (y == 0)
         if fixed.any():
             self.fix(torch.from_numpy(np.maximum(x[fixed], y[fixed])), why or "it meets a dimension that is fixed")
@@ -232,158 +208,3 @@ class Ids:
                     if d in val.origin:
                         out.origin.setdefault(found[0], val.origin[d])
         return outs
-
-
-class Step:
-    """One operator of the program, as its rule sees it."""
-
-    def __init__(self, program: Program, node: Node) -> None:
-        self.program, self.ids, self.node = program, program.ids, node
-        self.name = rule_name(node.target)
-        self.arguments = arguments(node)
-        self.why = f"`{self.name}` ({node.name})"
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of the (first) output."""
-        return self.program.facts.shape(self.node.name)
-
-    @property
-    def shapes(self) -> list[Shape | None]:
-        """The shapes of all outputs."""
-        found = self.program.facts.shapes[self.node.name]
-        return found if isinstance(found, list) else [found]
-
-    def val(self, name: str) -> Val | None:
-        """The value of a tensor argument by its name in the schema, or None where it was not given."""
-        argument = self.arguments.get(name)
-        return self.program.operand(argument, self.node) if isinstance(argument, Node) else None
-
-    def tensor(self, name: str) -> Val:
-        """The same for an argument that must be there."""
-        found = self.val(name)
-        assert found is not None, (self.node.name, name)
-        return found
-
-    def vals(self, name: str) -> list[Val]:
-        """The values of an argument that is a list of tensors (or one tensor)."""
-        argument = self.arguments.get(name)
-        found = [
-            self.program.operand(a, self.node)
-            for a in (argument if isinstance(argument, (list, tuple)) else [argument])
-            if isinstance(a, Node)
-        ]
-        return [val for val in found if val is not None]
-
-    def operands(self) -> list[Val]:
-        """All tensor arguments, in order."""
-        found = [self.program.operand(a, self.node) for a in self.node.all_input_nodes]
-        return [val for val in found if val is not None]
-
-    def value(self, name: str) -> Any:
-        """The concrete value of an argument that is no tensor (integers and lists of integers)."""
-        return map_arg(self.arguments[name], self._concrete)
-
-    def _concrete(self, node: Node) -> Any:
-        return self.program.facts.values.get(node.name)
-
-    def run(self, first: Tensor) -> Any:
-        """The operator itself, with `first` in place of its first argument."""
-        args = map_arg(self.node.args[1:], self._concrete)
-        assert callable(self.node.target) and isinstance(args, tuple)
-        return self.node.target(first, *args, **map_arg(self.node.kwargs, self._concrete))
-
-    def move(self, val: Val, run: Callable[[Tensor], Any] | None = None) -> Result:
-        """Carry ids through this operator as a movement."""
-        outs = self.ids.move(val, run or self.run, self.shapes, self.name, self.why)
-        if isinstance(self.program.facts.shapes[self.node.name], list):
-            return outs
-        assert outs[0] is not None
-        return outs[0]
-
-    def plain(self) -> Result:
-        """Outputs that carry no ids."""
-        outs: list[Val | None] = [None if shape is None else Val(shape) for shape in self.shapes]
-        if isinstance(self.program.facts.shapes[self.node.name], list):
-            return outs
-        assert outs[0] is not None
-        return outs[0]
-
-
-CREATED = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
-
-
-class Program:
-    """The ids of a whole program: `vals` by node name, `copies` of constants by (node, consumer), `parameters` by their first name."""
-
-    def __init__(self, module: GraphModule, facts: Facts, decisions: Mapping[Signature, int] | None = None) -> None:
-        self.module, self.facts, self.ids = module, facts, Ids(decisions)
-        self.vals: dict[str, Result | None] = {}
-        self.copies: dict[tuple[str, str], Val] = {}
-        self.parameters: dict[str, Val] = {}
-        self.unknown: dict[str, list[str]] = {}
-        self.first_user: dict[str, int] = {}
-        self._alias: dict[int, str] = {}
-        for position, node in enumerate(module.graph.nodes):
-            self._visit(node, position)
-
-    def operand(self, node: Node, consumer: Node) -> Val | None:
-        """What `consumer` sees of `node`. A constant that several read is copied for each, or it would tie them all together."""
-        if self.is_constant(node) and len(node.users) > 1:
-            key = (node.name, consumer.name)
-            if key not in self.copies:
-                self.copies[key] = self._constant(node)
-            return self.copies[key]
-        val = self.vals.get(node.name)
-        return val if isinstance(val, Val) else None
-
-    def is_constant(self, node: Node) -> bool:
-        """Whether a node is a tensor that is the same whatever the inputs are, and is no parameter."""
-        if node.op == "get_attr":
-            return not isinstance(attribute(self.module, str(node.target)), torch.nn.Parameter)
-        return node.op == "call_function" and rule_name(node.target) in CREATED
-
-    def canonical(self, name: str) -> str:
-        """The first name of a tensor that has several (tied weights)."""
-        return self._alias.setdefault(id(attribute(self.module, name)), name)
-
-    def _constant(self, node: Node) -> Val:
-        if node.op != "get_attr":
-            created = RULES[rule_name(node.target)](Step(self, node))
-            assert isinstance(created, Val)
-            return created
-        name, shape = str(node.target), self.facts.shape(node.name)
-        return Val(shape, {d: self.ids.fresh(k) for d, k in enumerate(shape) if k > 1}, set(), {d: (name, d) for d in range(len(shape))})
-
-    def _visit(self, node: Node, position: int) -> None:
-        if node.op == "placeholder":
-            self.vals[node.name] = Val(self.facts.shape(node.name))
-        elif node.op == "get_attr":
-            if isinstance(self.facts.shapes[node.name], tuple):
-                name = self.canonical(str(node.target))
-                if name not in self.parameters:
-                    self.parameters[name] = self._constant(node)
-                self.vals[node.name] = self.parameters[name]
-        elif node.op == "output":
-            for used in node.all_input_nodes:
-                self.ids.fix_all(self.operand(used, node), "it is the program's output")
-        elif node.target is operator.getitem:
-            several, index = self.vals.get(node.args[0].name), node.args[1]  # type: ignore[union-attr]
-            self.vals[node.name] = several[index] if isinstance(several, list) and isinstance(index, int) else None
-        elif self.facts.shapes[node.name] is not None:
-            self._apply(node)
-
-    def _apply(self, node: Node) -> None:
-        step = Step(self, node)
-        found = RULES.get(step.name)
-        if found is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
-            found = RULES["pointwise"]
-        result = found(step) if found is not None else None
-        if result is None:
-            operands = step.operands()
-            if any(val.ids for val in operands):
-                self.unknown.setdefault(step.name, []).append(node.name)
-            for val in operands:
-                self.ids.fix_all(val, f"the operator {step.why} has no rule")
-            result = step.plain()
-        self.vals[node.name] = result

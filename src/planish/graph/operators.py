@@ -13,8 +13,9 @@ from torch.fx import GraphModule, Node
 
 from planish.graph.facts import Facts, Shape, arguments, rule_name
 from planish.graph.graph import Operator, Size
-from planish.graph.ids import Program, Val
+from planish.graph.ids import Val
 from planish.graph.naming import module_path, unique
+from planish.graph.program import Program
 
 KINDS = {
     "conv": ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -201,7 +202,8 @@ class _Finder:
     def _operator(self, node: Node) -> Operator:
         kind = self.kinds[node]
         given = arguments(node)
-        activations, parameters = [], []
+        activations: list[Node] = []
+        parameters: list[Node] = []
         for argument in node.all_input_nodes:
             if self.facts.shapes.get(argument.name) is None:
                 continue

@@ -12,7 +12,8 @@ from torch.fx.node import map_arg
 
 from planish.graph.edit import Survivors
 from planish.graph.facts import arguments, attribute, call, rule_name
-from planish.graph.ids import Program, Val
+from planish.graph.ids import Val
+from planish.graph.program import Program
 
 _STATISTICS = frozenset({"mean", "var", "std", "amax", "amin", "max", "min", "logsumexp"})
 
@@ -85,7 +86,7 @@ def run_masked(program: Program, stay: Survivors, flat_inputs: Sequence[Tensor])
                 env[node] = attribute(program.module, str(node.target))
                 continue
             if node.op == "output":
-                return tuple(map_arg(node.args[0], env.__getitem__))  # type: ignore[arg-type]
+                return tuple(map_arg(node.args[0], env.__getitem__))
             args: Any = map_arg(node.args, env.__getitem__)
             kwargs: Any = map_arg(node.kwargs, env.__getitem__)
             name = rule_name(node.target)

@@ -16,8 +16,9 @@ from planish.errors import PlanError, UnknownName
 from planish.graph.edit import EDITS, Edit, Survivors
 from planish.graph.facts import attribute, rule_name
 from planish.graph.graph import Analysis, Graph
-from planish.graph.ids import Program, Val
+from planish.graph.ids import Val
 from planish.graph.operators import Labels
+from planish.graph.program import Program
 from planish.graph.reference import run_masked
 
 _STALE = ("val", "tensor_meta", "example_value")

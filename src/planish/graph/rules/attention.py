@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from planish.graph.edit import Edit, edit
-from planish.graph.ids import Result, Step, rule
+from planish.graph.program import Result, Step, rule
 
 
 @rule("scaled_dot_product_attention")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from planish.graph.edit import Edit, edit
-from planish.graph.ids import Result, Step, Val, rule
+from planish.graph.ids import Val
+from planish.graph.program import Result, Step, rule
 
 
 @rule("linear")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from planish.graph.ids import Result, Step, Val, rule
+from planish.graph.ids import Val
+from planish.graph.program import Result, Step, rule
 
 
 @rule(

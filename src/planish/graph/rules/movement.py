@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from planish.graph.edit import Edit, edit
-from planish.graph.ids import Result, Step, Val, rule
+from planish.graph.ids import Val
+from planish.graph.program import Result, Step, rule
 
 aten = torch.ops.aten
 

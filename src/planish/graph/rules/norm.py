@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from planish.graph.edit import Edit, edit
-from planish.graph.ids import Result, Step, Val, rule
+from planish.graph.ids import Val
+from planish.graph.program import Result, Step, rule
 
 
 @rule("batch_norm", "instance_norm")
