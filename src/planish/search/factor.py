@@ -5,6 +5,7 @@ Exact min-sum elimination (bucket elimination) while its largest table stays sma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -94,12 +95,28 @@ class FactorGraph:
         for scope in self.scopes:
             if list(scope) != sorted(set(scope)) or (scope and not 0 <= scope[0] <= scope[-1] < len(self.sizes)):
                 raise ValueError(f"scopes: variables must be ascending, distinct and below {len(self.sizes)}; got {scope}")
-        order, self.largest = elimination_order(self.sizes, self.scopes)
-        self.is_exact = self.largest <= limit
-        self._steps = self._compile(order) if self.is_exact else ()
+        self.limit = limit
         self.holding: tuple[tuple[int, ...], ...] = tuple(
             tuple(f for f, scope in enumerate(self.scopes) if v in scope) for v in range(len(self.sizes))
         )
+
+    @functools.cached_property
+    def _ordered(self) -> tuple[tuple[int, ...], int]:
+        return elimination_order(self.sizes, self.scopes)
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest table that elimination makes."""
+        return self._ordered[1]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `minimise` is exact."""
+        return self.largest <= self.limit
+
+    @functools.cached_property
+    def _steps(self) -> tuple[_Step, ...]:
+        return self._compile(self._ordered[0])
 
     def _compile(self, order: Sequence[int]) -> tuple[_Step, ...]:
         alive: dict[int, tuple[int, ...]] = {f: scope for f, scope in enumerate(self.scopes) if scope}
@@ -184,7 +201,7 @@ class FactorGraph:
             return np.zeros(shape)
         return np.broadcast_to(total, (*total.shape[: total.ndim - len(free)], *shape))
 
-    @property
+    @functools.cached_property
     def pairs(self) -> list[tuple[int, int]]:
         """Pairs of variables that share a factor, ascending."""
         return sorted({(a, b) for scope in self.scopes for i, a in enumerate(scope) for b in scope[i + 1 :]})

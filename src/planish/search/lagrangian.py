@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,19 +72,26 @@ class Problem:
                 stacks[scope][number] += table
         self.graph = FactorGraph(sizes, tuple(stacks), limit=largest_table)
         self.stacks: tuple[Table, ...] = tuple(stacks.values())
-        self.adjacent = np.eye(len(sizes), dtype=bool)
-        for a, b in self.graph.pairs:
-            self.adjacent[a, b] = self.adjacent[b, a] = True
 
-    def scaled(self, row: str, factors: Sequence[Table]) -> Problem:
-        """The same problem with a row's tables multiplied, one factor (broadcast over the table) for each scope of the graph."""
+    @functools.cached_property
+    def adjacent(self) -> NDArray[np.bool_]:
+        """Which variables share a table (each with itself), `[variables, variables]`."""
+        out = np.eye(len(self.graph.sizes), dtype=bool)
+        for a, b in self.graph.pairs:
+            out[a, b] = out[b, a] = True
+        return out
+
+    def replaced(self, row: str, tables: Sequence[tuple[tuple[int, ...], Table]]) -> Problem:
+        """The same problem with other tables in one row, over variables that the row had tables over before."""
         number = self.rows.index(row)
         new = object.__new__(Problem)
-        new.rows, new.graph, new.adjacent = self.rows, self.graph, self.adjacent
-        stacks = [stack.copy() for stack in self.stacks]
-        for stack, factor in zip(stacks, factors, strict=True):
-            stack[number] *= factor
-        new.stacks = tuple(stacks)
+        new.rows, new.graph = self.rows, self.graph
+        new.adjacent = self.adjacent
+        stacks = dict(zip(self.graph.scopes, self.stacks, strict=True))
+        for scope, table in tables:
+            stacks[scope] = stacks[scope].copy()
+            stacks[scope][number] = table
+        new.stacks = tuple(stacks.values())
         return new
 
     def values(self, assignment: Sequence[int]) -> Table:
@@ -211,6 +219,7 @@ class _Solve:
             bounds=[(None, None)] + [(0.0, highest / scale)] * (size - 1),
             method="highs",
         )
+        assert found.x is not None, found.message
         return np.asarray(found.x[1:]) * scale, float(found.x[0]) * scale
 
     def polish(self, start: Assignment) -> None:

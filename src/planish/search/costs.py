@@ -1,0 +1,172 @@
+"""Predicted costs of every plan of a space: latency from kernel tables, bytes, memory and MACs, as factors over its variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from planish.budget import Limit
+from planish.errors import BudgetError
+from planish.measure.tables import Kernel
+from planish.search.factor import Table
+from planish.search.kernels import fill_unmeasured, grids, terms_of
+from planish.search.lagrangian import Problem
+from planish.search.memory import memory_rows, size_rows
+from planish.search.space import Space
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A correction of a predicted cost: `measured = offset + slope * predicted`.
+
+    Args:
+        offset: at least 0 wherever it was fitted on more than one point, below every measurement.
+        slope: above 0.
+        n: measurements behind it; 0 is the identity.
+        spread: relative standard deviation of the measurements about it, weighted as in the fit.
+    """
+
+    offset: float = 0.0
+    slope: float = 1.0
+    n: int = 0
+    spread: float = 0.0
+
+    def __call__(self, predicted: float) -> float:
+        """The measurement to expect."""
+        return self.offset + self.slope * predicted
+
+    def inverse(self, measured: float) -> float:
+        """The prediction at which `measured` is to be expected."""
+        return (measured - self.offset) / self.slope
+
+    @classmethod
+    def fit(cls, predicted: Sequence[float], measured: Sequence[float], near: float | None = None) -> Affine:
+        """Weighted least squares of relative errors; measurements close to `near` (in the measured unit) weigh most.
+
+        Predictions that differ by less than 5 % among each other fix the slope alone.
+        """
+        p, m = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
+        good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
+        p, m = p[good], m[good]
+        if not len(p):
+            return cls()
+        weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
+        weights /= weights.sum()
+        offset, slope = 0.0, float((weights * p / m).sum() / (weights * (p / m) ** 2).sum())
+        if np.ptp(p) > 0.05 * p.max():
+            root = np.sqrt(weights)
+            both, _ = nnls(np.stack([root / m, root * p / m], axis=1) * m.mean(), root)
+            if both[1] > 0:
+                offset, slope = (float(value) * float(m.mean()) for value in both)
+        errors = (offset + slope * p) / m - 1.0
+        return cls(offset, slope, len(p), float(np.sqrt((weights * errors**2).sum())))
+
+
+Lookup = Callable[[Sequence[Kernel]], NDArray[np.float64]]
+Factors = list[tuple[tuple[int, ...], Table]]
+
+
+class Costs:
+    """The costs of a space's plans, as sums of tables over its variables.
+
+    Args:
+        space: the decisions.
+        lookup: seconds of each kernel in the target, NaN where it could not be measured; called once, with every kernel that is
+            needed. None where the target has no tables: then there is no latency, and MACs stand for it.
+        most_kernels: at most about so many kernels are asked for; with more, widths in between are interpolated.
+    """
+
+    def __init__(self, space: Space, lookup: Lookup | None, most_kernels: int = 600) -> None:
+        self.space = space
+        terms = terms_of(space)
+        self._names = [term.name for term in terms]
+        rows: dict[str, Factors] = {}
+        self.kernels: tuple[Kernel, ...] = ()
+        self.unmeasured: tuple[Kernel, ...] = ()
+        if lookup is not None:
+            grid = grids(terms, most_kernels)
+            self.kernels = tuple(dict.fromkeys(kernel for term in terms for kernel in term.kernels(grid)))
+            measured = dict(zip(self.kernels, np.asarray(lookup(self.kernels), dtype=np.float64).tolist(), strict=True))
+            self.unmeasured = tuple(kernel for kernel, seconds in measured.items() if not np.isfinite(seconds))
+            seconds = fill_unmeasured(terms, grid, measured)
+            rows["latency"] = [term.latency(grid, seconds) for term in terms]
+        rows["macs"] = [term.macs() for term in terms if term.operator is not None]
+        rows["size"] = size_rows(space)
+        rows.update({f"memory@{name}": factors for name, factors in memory_rows(space, rows["size"]).items()})
+        self.factors = rows
+        self.problem = Problem(space.sizes, {"loss": space.losses(), **rows})
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """What is predicted: "latency" (seconds), "macs", "size" and "memory" (bytes)."""
+        return tuple(dict.fromkeys(row.partition("@")[0] for row in self.factors))
+
+    @property
+    def effort(self) -> str:
+        """What "fast" means here: "latency", or "macs" where the target has no tables."""
+        return "latency" if "latency" in self.factors else "macs"
+
+    def rows(self, quantity: str) -> tuple[str, ...]:
+        """The problem's rows that a quantity is the largest of (memory peaks at one of several moments)."""
+        return tuple(row for row in self.factors if row.partition("@")[0] == quantity)
+
+    def predict(self, assignment: Sequence[int]) -> dict[str, float]:
+        """Loss and all costs of one assignment, uncorrected, by quantity."""
+        values = dict(zip(self.problem.rows, self.problem.values(self.space.canonical(assignment)).tolist(), strict=True))
+        return {"loss": values["loss"], **{q: max(values[row] for row in self.rows(q)) for q in self.quantities}}
+
+    def shares(self, assignment: Sequence[int]) -> dict[str, float]:
+        """Predicted seconds (or MACs) of each operator, conversions with the operator that needs them; for the report."""
+        chosen = self.space.canonical(assignment)
+        out: dict[str, float] = {}
+        for name, (scope, table) in zip(self._names, self.factors[self.effort], strict=False):
+            out[name] = out.get(name, 0.0) + float(table[tuple(chosen[v] for v in scope)])
+        return out
+
+
+def reachable_kernels(space: Space, most: int = 600) -> tuple[Kernel, ...]:
+    """Every kernel that `Costs` would ask its lookup for, each once."""
+    terms = terms_of(space)
+    grid = grids(terms, most)
+    return tuple(dict.fromkeys(kernel for term in terms for kernel in term.kernels(grid)))
+
+
+def ceilings(limits: Sequence[Limit], original: Mapping[str, float], batch: int, costs: Costs) -> dict[str, float]:
+    """Upper bounds of predicted quantities from a budget's limits.
+
+    Throughput becomes a latency; energy, which no table predicts, is taken to fall as latency does; latency becomes MACs where the
+    target has no tables.
+
+    Args:
+        limits: of the budget.
+        original: what the uncompressed model measures in the same target: "latency" (seconds), "size", "memory" (bytes), "macs" of
+            one call, and "energy" if known.
+        batch: samples in the call that latency is measured at.
+        costs: what can be predicted.
+
+    Raises:
+        BudgetError: a relative limit on something that the original has no figure for.
+    """
+    out: dict[str, float] = {}
+    for limit in limits:
+        quantity = limit.quantity
+        if quantity == "throughput":
+            bound = batch / limit.bound(batch / original["latency"])
+            quantity = "latency"
+        elif quantity == "energy":
+            if not original.get("energy"):
+                raise BudgetError("energy: this machine cannot tell what the original uses, so nothing can be promised; give a latency")
+            bound = original["latency"] * limit.bound(original["energy"]) / original["energy"]
+            quantity = "latency"
+        elif limit.relative:
+            bound = limit.bound(original[quantity])
+        else:
+            bound = limit.value * (batch if quantity == "macs" else 1)
+        if quantity == "latency" and costs.effort == "macs":
+            bound, quantity = bound / original["latency"] * original["macs"], "macs"
+        out[quantity] = min(bound, out.get(quantity, np.inf))
+    return out

@@ -1,0 +1,214 @@
+"""What a search knows: the plans it proposed, what became of them, and what that says about losses, costs and quality.
+
+Everything here is a function of the evidence and not of the order in which it came, so that a resumed search goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression  # type: ignore[import-untyped]
+
+from planish.errors import BudgetError
+from planish.plan import Plan
+from planish.search.contract import Evidence, Kind, Limits
+from planish.search.costs import Affine, Costs
+from planish.search.factor import Assignment, Table
+from planish.search.space import Space
+
+_MARGIN = 0.04
+_LOSS_NOISE = 0.15
+_LOSS_DOUBT = 0.7
+
+
+class Ledger:
+    """The evidence of one search, by assignment (plans that differ in recovery alone are one).
+
+    Args:
+        space: the decisions.
+        costs: their predicted costs.
+        limits: what is sought.
+
+    Raises:
+        BudgetError: a limit on a quantity that `costs` cannot predict.
+    """
+
+    def __init__(self, space: Space, costs: Costs, limits: Limits) -> None:
+        unknown = sorted(set(limits.costs) - set(costs.quantities))
+        if unknown:
+            raise BudgetError(f"limits: nothing predicts {', '.join(unknown)} in this target; known are {', '.join(costs.quantities)}")
+        self.space, self.costs, self.limits = space, costs, limits
+        self.seen: dict[Assignment, None] = {space.identity: None}
+        self.told: dict[Assignment, dict[Kind, Evidence]] = {}
+        self.plans: dict[Assignment, Plan] = {}
+
+    def remember(self, plan: Plan) -> Assignment:
+        """Count a plan as proposed."""
+        assignment = self.space.assignment(plan)
+        self.seen.setdefault(assignment)
+        self.plans.setdefault(assignment, plan)
+        return assignment
+
+    def tell(self, plan: Plan, evidence: Evidence) -> None:
+        """Enter what became of a plan."""
+        assignment = self.remember(plan)
+        self.plans[assignment] = plan
+        self.told.setdefault(assignment, {})[evidence.kind] = evidence
+
+    def propose(self, assignment: Assignment) -> Plan:
+        """The plan of an assignment, counted as proposed."""
+        plan = self.space.plan(assignment)
+        self.remember(plan)
+        return plan
+
+    @property
+    def pending(self) -> int:
+        """How many proposed plans nothing is known of yet."""
+        return sum(assignment not in self.told for assignment in self.seen if assignment != self.space.identity)
+
+    def _reports(self, *kinds: Kind) -> list[tuple[Assignment, Evidence]]:
+        """Reports that did not fail, the dearest of `kinds` (the last named) for each plan, in an order that evidence alone decides."""
+        out = []
+        for assignment in sorted(self.told):
+            found = [self.told[assignment][kind] for kind in kinds if kind in self.told[assignment]]
+            if found and not found[-1].failed:
+                out.append((assignment, found[-1]))
+        return out
+
+    def correction(self, quantity: str, near: float | None = None) -> Affine:
+        """Measured against predicted costs, fitted over all trials, those whose figure is close to `near` weighing most."""
+        pairs = [
+            (self.costs.predict(assignment)[quantity], evidence.costs[quantity])
+            for assignment, evidence in self._reports("trial", "winner")
+            if quantity in evidence.costs and quantity in self.costs.quantities
+        ]
+        return Affine.fit([p for p, _ in pairs], [m for _, m in pairs], near)
+
+    def margin(self, quantity: str, fit: Affine) -> float:
+        """How far below a limit to aim, as a share of it: less with every measurement, more where they scatter."""
+        return 0.0 if quantity == "macs" else _MARGIN / (1 + max(0, fit.n - 1)) + min(fit.spread, _MARGIN) / 2
+
+    def ceilings(self, tighter: float = 0.0) -> dict[str, float]:
+        """Upper bounds of the problem's rows (uncorrected) that stand for the limits, less margin and a further share `tighter`."""
+        out: dict[str, float] = {}
+        for quantity, limit in self.limits.costs.items():
+            fit = self.correction(quantity, limit)
+            bound = fit.inverse(limit * (1.0 - self.margin(quantity, fit) - tighter))
+            out.update(dict.fromkeys(self.costs.rows(quantity), bound))
+        return out
+
+    def expected(self, assignment: Assignment) -> dict[str, float]:
+        """Costs of a plan: measured where a trial told, else predicted and corrected."""
+        predicted = self.costs.predict(assignment)
+        out = {}
+        for quantity in self.costs.quantities:
+            first = self.correction(quantity)(predicted[quantity])
+            out[quantity] = self.correction(quantity, first)(predicted[quantity])
+        reports = self.told.get(assignment, {})
+        for report in (reports.get("trial"), reports.get("winner")):
+            out.update(report.costs if report else {})
+        return out
+
+    def contributions(self, assignment: Assignment) -> NDArray[np.float64]:
+        """Predicted loss of each variable, `[variables]`."""
+        chosen = self.space.canonical(assignment)
+        return np.asarray([variable.losses[i] for variable, i in zip(self.space.variables, chosen, strict=True)], dtype=np.float64)
+
+    def coefficients(self, rng: np.random.Generator | None = None) -> NDArray[np.float64]:
+        """A factor for each variable's loss, so that the sums explain the measured losses.
+
+        Ridge regression towards the common ratio of measured to predicted; with `rng`, a sample of its posterior instead of the mean
+        (Matheron's rule), which is how proposals differ.
+
+        References:
+            Frantar and Alistarh, 2022 (SPDY): per-layer coefficients, there found by local search on the stitched model's loss.
+        """
+        pairs = [(a, e.loss) for a, e in self._reports("candidate") if e.loss is not None and e.loss > 0 and a != self.space.identity]
+        count = len(self.space.variables)
+        if count == 0:
+            return np.ones(0)
+        design = np.stack([self.contributions(a) for a, _ in pairs]) if pairs else np.zeros((0, count))
+        measured = np.asarray([loss for _, loss in pairs])
+        useful = design.sum(axis=1) > 0
+        design, measured = design[useful], measured[useful]
+        common = float(np.median(measured / design.sum(axis=1))) if len(measured) else 1.0
+        common = max(common, 1e-12)
+        prior = np.full(count, common)
+        noise = _LOSS_NOISE * measured
+        if rng is not None:
+            prior = prior * np.exp(_LOSS_DOUBT * rng.standard_normal(count))
+            measured = measured + noise * rng.standard_normal(len(measured))
+        if len(measured):
+            doubt = (_LOSS_DOUBT * common) ** 2
+            gram = doubt * design @ design.T + np.diag(noise**2)
+            prior = prior + doubt * design.T @ np.linalg.solve(gram, measured - design @ prior)
+        clipped: NDArray[np.float64] = np.clip(prior, 0.05 * common, 20.0 * common)
+        return clipped
+
+    def losses(self, coefficients: NDArray[np.float64]) -> list[tuple[tuple[int, ...], Table]]:
+        """The space's loss tables, each times its variable's coefficient."""
+        return [(scope, table * factor) for (scope, table), factor in zip(self.space.losses(), coefficients.tolist(), strict=True)]
+
+    def remaining(self) -> float:
+        """The share of a candidate's drop that is left after recovery: the median over plans that were both, else as was assumed."""
+        shares = []
+        for assignment, winner in self._reports("winner"):
+            candidate = self.told[assignment].get("candidate")
+            if candidate and candidate.quality_drop and winner.quality_drop is not None and candidate.quality_drop > 0:
+                shares.append(winner.quality_drop / candidate.quality_drop)
+        return float(np.clip(np.median(shares), 0.0, 1.0)) if shares else self.limits.recovered
+
+    def drop(self, assignment: Assignment) -> float | None:
+        """The drop that a plan is expected to end with."""
+        reports = self.told.get(assignment, {})
+        winner = reports.get("winner")
+        if winner is not None and winner.quality_drop is not None:
+            return winner.quality_drop
+        for report in (reports.get("trial"), reports.get("candidate")):
+            if report is not None and report.quality_drop is not None:
+                return report.quality_drop * (self.remaining() if report.quality_drop > 0 else 1.0)
+        return None
+
+    def bracket(self, coefficients: NDArray[np.float64]) -> tuple[float, float | None]:
+        """The largest loss whose drop is allowed and the least above it whose drop is not (None: none is known).
+
+        The drop as a function of the loss is isotonic regression over all evaluated plans, with no drop at no loss.
+        """
+        points = [(0.0, 0.0)]
+        for assignment in sorted(self.told):
+            if assignment == self.space.identity:
+                continue
+            reports = self.told[assignment]
+            loss = reports["candidate"].loss if "candidate" in reports else None
+            predicted = float(coefficients @ self.contributions(assignment))
+            if any(report.failed for report in reports.values()):
+                continue
+            drop = self.drop(assignment)
+            if drop is not None:
+                points.append((predicted if loss is None else loss, drop))
+        losses, drops = np.asarray(points).T
+        fitted = IsotonicRegression().fit_transform(losses, drops)
+        within = fitted <= self.limits.drop + 1e-12
+        held = float(losses[within].max(initial=0.0))
+        over = losses[~within & (losses > held)]
+        return held, (float(over.min()) if len(over) else None)
+
+    def best(self, n: int, kind: Kind) -> list[Plan]:
+        """See `Search.best`."""
+        found = [
+            assignment
+            for assignment, reports in self.told.items()
+            if kind in reports and assignment != self.space.identity and not any(report.failed for report in reports.values())
+        ]
+        ranked = sorted(found, key=lambda assignment: (*self._rank(assignment), self.plans[assignment].digest))
+        return [self.plans[assignment] for assignment in ranked[:n]]
+
+    def _rank(self, assignment: Assignment) -> tuple[float, float, float]:
+        costs = self.expected(assignment)
+        over = sum(max(0.0, costs[quantity] / limit - 1.0) for quantity, limit in self.limits.costs.items() if quantity in costs)
+        drop = self.drop(assignment)
+        loss = next((e.loss for e in self.told[assignment].values() if e.loss is not None), float(self.contributions(assignment).sum()))
+        lost = max(0.0, drop - self.limits.drop) / max(self.limits.drop, 0.01) if drop is not None else 0.0
+        if over + lost > 1e-9:
+            return (over + lost, loss, costs[self.costs.effort])
+        return (0.0, drop if drop is not None else loss, loss) if self.limits.costs else (0.0, costs[self.costs.effort], loss)

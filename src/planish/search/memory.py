@@ -1,0 +1,85 @@
+"""Bytes of a plan: parameters by precision, and activations that are alive at the moments where memory may peak."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from planish.search.factor import Table
+from planish.search.kernels import spread, width_variables
+from planish.search.space import FULL_PRECISION, Space
+
+if TYPE_CHECKING:
+    from planish.graph.graph import Operator, Size
+
+Factors = list[tuple[tuple[int, ...], Table]]
+_BYTES = {FULL_PRECISION: 4.0, "int8": 1.0, "bf16": 2.0, "fp16": 2.0}
+_MOMENTS = 4
+
+
+def _elements(space: Space, shape: tuple[Size, ...], variables: tuple[int, ...]) -> Table:
+    """Elements of a tensor as a table over width variables."""
+    subjects = [space.variables[v] for v in variables]
+    axes = [
+        np.asarray(variable.values, dtype=np.int64).reshape([-1 if i == n else 1 for i in range(len(subjects))])
+        for n, variable in enumerate(subjects)
+    ]
+    total = np.ones([len(variable.values) for variable in subjects])
+    for size in shape:
+        if not size.terms:
+            total = total * size.full
+            continue
+        widths = {variable.subject: axis for variable, axis in zip(subjects, axes, strict=True)}
+        now = size.fixed + sum(c * u for (_, c), u in zip(size.terms, size.units, strict=True))
+        new = size.fixed + sum((c * widths.get(g, np.int64(u)) for (g, c), u in zip(size.terms, size.units, strict=True)), np.int64(0))
+        total = total * (size.full * new // now)
+    return total
+
+
+def _bytes(space: Space, operator: Operator, shape: tuple[Size, ...], narrows: bool) -> tuple[tuple[int, ...], Table]:
+    """Bytes of a tensor of an operator: by its precision where `narrows`, else four for each element."""
+    widths = width_variables(space, shape)
+    table = _elements(space, shape, widths)
+    own = space.index.get(("precision", operator.name)) if narrows else None
+    if own is None:
+        return spread(space, 4.0 * table, widths, space.bits_of(operator.name))
+    each = np.asarray([_BYTES.get(str(scheme), 4.0) for scheme in space.variables[own].values])
+    return spread(space, table[..., None] * each, (*widths, own), space.bits_of(operator.name))
+
+
+def size_rows(space: Space) -> Factors:
+    """Bytes of all parameters that operators hold, each once; matrices and kernels in the operator's precision, vectors in fp32."""
+    out: Factors = []
+    seen: set[str] = set()
+    for operator in space.analysis.operators.values():
+        weights = operator.weights
+        if operator.weight is not None and operator.weight in seen:
+            weights = weights[1:]
+        seen.add(operator.weight or operator.name)
+        out += [_bytes(space, operator, shape, narrows=len(shape) > 1) for shape in weights]
+    return out
+
+
+def memory_rows(space: Space, weights: Factors) -> dict[str, Factors]:
+    """For each moment (an operator's name) at which memory may peak: bytes of all parameters and of the activations then alive.
+
+    Moments are those of the uncompressed graph with the most bytes alive, less those whose tensors are all alive at another one.
+    """
+    operators = list(space.analysis.operators.values())
+    last = {operator.name: number for number, operator in enumerate(operators)}
+    for number, operator in enumerate(operators):
+        for name in operator.reads:
+            if name in last:
+                last[name] = max(last[name], number)
+    alive = [[o for o in operators[: number + 1] if last[o.name] >= number] for number in range(len(operators))]
+    full = {o.name: float(np.prod([size.full for size in o.output], dtype=np.float64)) for o in operators}
+    order = sorted(range(len(operators)), key=lambda number: (-sum(full[o.name] for o in alive[number]), number))
+    out: dict[str, Factors] = {}
+    chosen: list[set[str]] = []
+    for number in order:
+        names = {o.name for o in alive[number]}
+        if len(chosen) < _MOMENTS and not any(names <= other for other in chosen):
+            chosen.append(names)
+            out[operators[number].name] = [*weights, *(_bytes(space, o, o.output, narrows=True) for o in alive[number])]
+    return out or {"start": list(weights)}

@@ -1,0 +1,140 @@
+"""The search method "solver": plans from the Lagrangian of predicted losses and costs, both corrected by what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planish.plan import Plan
+from planish.search.contract import Evidence, Kind, Limits
+from planish.search.costs import Costs
+from planish.search.factor import Assignment
+from planish.search.lagrangian import Problem, Solution, solve
+from planish.search.ledger import Ledger
+from planish.search.random import draw
+from planish.search.space import Space
+
+_ENUMERATED = 4096
+_SAMPLES = 6
+
+
+class Solver:
+    """Solves for the best plan under the current tables, then for samples of what the tables may be wrong about.
+
+    With limits: the least loss at the limits, less a margin that shrinks as trials come in. Without: the fastest plan whose loss
+    stays below what the drop allows, found by bisection over a monotone map from loss to drop that candidates teach.
+
+    Args:
+        space: the decisions.
+        costs: their predicted costs.
+        limits: what is sought.
+        seed: of everything random.
+    """
+
+    def __init__(self, space: Space, costs: Costs, limits: Limits, seed: int = 0) -> None:
+        self.ledger = Ledger(space, costs, limits)
+        self.seed = seed
+        self.solution: Solution | None = None
+        rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
+        self._problem = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
+        identity = self._row(space.identity, costs.effort)
+        self._efforts = (solve(self._problem, costs.effort, {}).objective, identity)
+
+    def ask(self, n: int) -> list[Plan]:
+        """See `Search.ask`."""
+        out = []
+        for _ in range(n):
+            found = next((a for a in self._candidates() if a not in self.ledger.seen), None)
+            if found is None:
+                break
+            out.append(self.ledger.propose(found))
+        return out
+
+    def remember(self, plan: Plan) -> None:
+        """See `Search.remember`."""
+        self.ledger.remember(plan)
+
+    def tell(self, plan: Plan, evidence: Evidence) -> None:
+        """See `Search.tell`."""
+        self.ledger.tell(plan, evidence)
+
+    def best(self, n: int = 1, kind: Kind = "candidate") -> list[Plan]:
+        """See `Search.best`."""
+        return self.ledger.best(n, kind)
+
+    def _row(self, assignment: Assignment, row: str) -> float:
+        return float(self._problem.values(assignment)[self._problem.rows.index(row)])
+
+    def _candidates(self) -> Iterator[Assignment]:
+        """Assignments to propose, most wanted first; the caller takes the first that is new."""
+        canonical = self.ledger.space.canonical
+        number = len(self.ledger.seen)
+        mean = self.ledger.coefficients()
+        self.solution = self._solve(mean, 0)
+        yield canonical(self.solution.assignment)
+        if not self.solution.feasible:
+            yield from (canonical(assignment) for assignment in self.solution.nearest.values())
+            return
+        for attempt in range(1, _SAMPLES + 1):
+            rng = np.random.default_rng([self.seed, number, attempt])
+            yield canonical(self._solve(self.ledger.coefficients(rng), attempt).assignment)
+        yield from self._rest(mean, number)
+
+    def _solve(self, coefficients: NDArray[np.float64], attempt: int) -> Solution:
+        problem = self._problem.replaced("loss", self.ledger.losses(coefficients))
+        limits = self.ledger.limits
+        if limits.costs:
+            return solve(problem, "loss", self.ledger.ceilings(tighter=0.01 * (attempt // 2)), self.seed)
+        return self._fastest(problem, coefficients)
+
+    def _fastest(self, problem: Problem, coefficients: NDArray[np.float64]) -> Solution:
+        """A point of the front of effort against loss, nearer to where the drop reaches what is allowed with every candidate."""
+        ledger = self.ledger
+        effort = ledger.costs.effort
+        held, over = ledger.bracket(coefficients)
+        where = _halving(ledger.pending)
+        lowest, highest = self._efforts
+        if over is None:
+            known = [self._row(a, effort) for a, reports in ledger.told.items() if not any(r.failed for r in reports.values())]
+            reached = min([highest, *known])
+            return solve(problem, "loss", {effort: lowest + (reached - lowest) * where}, self.seed)
+        if held > 0:
+            wanted = held * (over / held) ** (1.0 - where)
+        else:
+            wanted = over * (0.5 ** (2.0 * (where + 0.5)))
+        return solve(problem, effort, {"loss": wanted}, self.seed)
+
+    def _ceilings(self) -> Mapping[str, float]:
+        return self.ledger.ceilings() if self.ledger.limits.costs else {}
+
+    def _rest(self, coefficients: NDArray[np.float64], number: int) -> Iterator[Assignment]:
+        """When solving brings nothing new: everything in a small space, best first; random plans under the limits in a large one."""
+        space = self.ledger.space
+        ceilings = self._ceilings()
+        if space.count <= _ENUMERATED:
+            every = list(space.all())
+            values = self._problem.values_of(np.asarray(every, dtype=np.intp).reshape(len(every), len(space.sizes)))
+            rows = self._problem.rows
+            inside = np.ones(len(every), dtype=bool)
+            for row, bound in ceilings.items():
+                inside &= values[rows.index(row)] <= bound * (1 + 1e-12)
+            sought = values[rows.index("loss" if ceilings else self.ledger.costs.effort)]
+            yield from (every[i] for i in np.argsort(sought, kind="stable") if inside[i])
+            return
+        for attempt in range(64):
+            drawn = draw(self._problem, ceilings, np.random.default_rng([self.seed, number, 1000 + attempt]))
+            if drawn is not None:
+                yield space.canonical(drawn)
+
+
+def _halving(number: int) -> float:
+    """The number-th point of 1/2, 1/4, 3/4, 1/8, 5/8, ... (van der Corput), so that plans under way at once spread out."""
+    out, step, left = 0.0, 0.5, number + 1
+    while left:
+        out += step * (left % 2)
+        left //= 2
+        step /= 2
+    return out if math.isfinite(out) else 0.5
