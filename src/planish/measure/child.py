@@ -117,10 +117,10 @@ class _Server:
         session.close()
         return {"wall": wall, "cpu": cpu}
 
-    def peaks(self, seconds: float) -> dict[str, Any]:
+    def peaks(self, seconds: float, threads: int) -> dict[str, Any]:
         from planish.measure.roofline import measure_peaks
 
-        return measure_peaks(seconds)
+        return measure_peaks(seconds, threads)
 
     def proof(self) -> Any:
         assert self._session is not None

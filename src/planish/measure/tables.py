@@ -1,64 +1,168 @@
-"""Latency tables: seconds of one fused kernel in a target, measured in sandwiches, filled when asked for, cached on disk.
+"""Latency tables: seconds of a `Kernel` in a target, measured in sandwiches, filled when asked for, cached on disk.
 
-A `Kernel` is one operator with what the runtime fuses into it, at fixed shapes. Shapes are those of torch, at the batch that
-latency is measured at. Attributes that are not listed are ignored; one that is missing takes the value in brackets. All
-attribute values are ints, strings or tuples of ints; a boolean is 0 or 1.
-
-kind         inputs                          output           weights                       attributes
-conv         (N, C, *space)                  (N, O, *space')  (O, C/groups, *k)[, (O,)]     stride [1..], padding [from the shapes],
-             transposed: the same                             (C, O/groups, *k)[, (O,)]     dilation [1..], groups [1], transposed [0]
-linear       (*lead, I)                      (*lead, O)       (O, I)[, (O,)]
-matmul       (*b, M, K), (*b, K, N)          (*b, M, N)
-attention    q (*b, T, D), k (*b, S, D),     (*b, T, V)
-             v (*b, S, V)[, mask (.., T, S)]
-lstm, gru    (T, B, I) or, batch_first, (B, T, I)             (g*H, I), (g*H, H)[, biases]  batch_first [0]; one layer, one direction;
-             (further inputs ignored)        (.., H)          with g = 4 (lstm), 3 (gru)    reverse [0]
-embedding    (*lead) of int64                (*lead, D)       (V, D)
-norm         (N, C, *space) or (*lead, D)    as the input     scale and shift or none       op: "layer_norm", "rms_norm", "group_norm",
-                                                                                            "batch_norm", "instance_norm"; groups [1]
-pool         (N, C, *space)                  (N, C, *space')  none                          op: "max_pool2d", "avg_pool2d", ...;
-                                                                                            kernel_size, stride [kernel_size], padding [0];
-                                                                                            without kernel_size or with op "adaptive_..."
-                                                                                            or "mean": the mean over space
-softmax      any                             as the input     none                          dim [-1]
-elementwise  one or two                      broadcast        none                          op: "relu", "gelu", "silu", "sigmoid", "tanh",
-                                                                                            "hardswish", "hardsigmoid", "relu6", "exp",
-                                                                                            "sqrt", "add", "sub", "mul", "div", ...
-conversion   any                             as the input     none                          quantize and dequantize, once each
-
-For every kind: `from_input` [0]: 1 where the first input is the program's own input (no layout to inherit); `layout`: "channels"
-(the producer is a convolution, N C *space) or "plain" [channels for conv, pool, for norms other than layer and RMS norm, and
-for element-wise operators of rank 4 and 5].
-
-`fused` are short names of element-wise operators ("relu", "add", "mul", ...) that follow and that the runtime may fuse; "add" and
-"mul" take a second operand of the output's shape, whose producer is not part of the figure. `precision` "int8" puts the kernel
-in a sandwich that is int8 throughout, so that no conversion is part of the figure.
+What a kernel is, with the shapes and attributes of each kind, is said in `kernels.py`; how its time is isolated, in
+`kernel_models.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-Shape = tuple[int, ...]
+from planish.errors import RuntimeFailed, UsageError
+from planish.measure import cache
+from planish.measure.kernel_models import build, recipe
+from planish.measure.kernels import Kernel
+from planish.measure.machine import machine
+from planish.measure.probe import Process
+from planish.runtimes.contract import get_runtime
+from planish.target import Target
+
+__all__ = ["Kernel", "Table", "affine"]
+
+FORMAT = 1
+"""Part of the cache's file name: raise it whenever `kernel_models.py` builds other models for the same kernel."""
+_SECONDS, _CALLS, _TIMEOUT_S, _SAVE_EVERY_S = 0.03, 15, 60.0, 5.0
+_PERCENTILE = 15
 
 
-class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One fused kernel at fixed shapes: the key of a latency table. Hashable, JSON both ways. See the top of this file.
+class Table:
+    """Seconds of kernels in one target, on this machine. Figures that are not in the cache are measured in one child process.
+
+    With one thread a figure is CPU time, so that other processes disturb it less; with more it is wall time, since idle workers burn
+    CPU too. It is a low percentile of at least 15 calls: what the kernel takes when nothing comes between.
 
     Args:
-        kind: a kind of the table above.
-        inputs: shapes of the activation inputs, without the operands of `fused`.
-        output: shape of the output.
-        weights: shapes of the parameters, weight first.
-        attributes: sorted pairs of name and value.
-        fused: short names of what follows and may be fused, in order.
-        precision: "fp32" or "int8".
+        target: an ONNX runtime; its threads count.
+        cache_dir: where figures are kept; by default the user's.
+
+    Raises:
+        UsageError: a target that runs no ONNX models.
     """
 
-    kind: str
-    inputs: tuple[Shape, ...]
-    output: Shape
-    weights: tuple[Shape, ...] = ()
-    attributes: tuple[tuple[str, int | str | tuple[int, ...]], ...] = ()
-    fused: tuple[str, ...] = ()
-    precision: str = "fp32"
+    def __init__(self, target: Target, cache_dir: Path | None = None) -> None:
+        runtime = get_runtime(target.runtime)
+        if runtime.model_file != "model.onnx":
+            raise UsageError(f"latency table: {target.name} runs no ONNX models, so its kernels cannot be measured alone; use MACs")
+        self._target, self._placement = target, runtime.quantize_inputs_of
+        versions = "-".join(runtime.versions().values())
+        name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}-{FORMAT}.json"
+        self.path = (cache_dir or cache.cache_folder()) / "tables" / name
+        self._known: dict[str, float] = {}
+        self._failed: dict[str, str] = {}
+        self._process: Process | None = None
+        self._merge()
+
+    def _merge(self) -> None:
+        """Take over what the cache holds, also from processes that wrote meanwhile."""
+        for key, value in cache.read(self.path).items():
+            if isinstance(value, float) and math.isfinite(value):
+                self._known.setdefault(key, value)
+
+    def seconds(self, kernels: Sequence[Kernel], progress: Callable[[float], None] | None = None) -> NDArray[np.float64]:
+        """Seconds of each kernel, at least 0; NaN where it cannot be measured (`failures` says why).
+
+        Args:
+            kernels: any; those that are not known yet are measured, about 0.1 s each.
+            progress: called now and then with the share that is done.
+        """
+        recipes = [self._recipe(kernel) for kernel in kernels]
+        wanted = {key: model for terms in recipes for _, key, model in terms if key not in self._known and key not in self._failed}
+        saved = time.monotonic()
+        try:
+            for i, (key, model) in enumerate(wanted.items()):
+                self._measure(key, model)
+                if progress is not None:
+                    progress((i + 1) / len(wanted))
+                if time.monotonic() - saved > _SAVE_EVERY_S:
+                    self._save()
+                    saved = time.monotonic()
+        finally:
+            if self._process is not None:
+                self._process.close()
+                self._process = None
+            if wanted:
+                self._save()
+        figures = [sum(f * self._known.get(key, math.nan) for f, key, _ in terms) if terms else math.nan for terms in recipes]
+        return np.maximum(np.array(figures, dtype=np.float64), 0.0)
+
+    def failures(self) -> dict[str, str]:
+        """Kernel (as JSON) -> why it could not be measured in this process's life."""
+        return dict(self._failed)
+
+    def _recipe(self, kernel: Kernel) -> list[tuple[int, str, Kernel]]:
+        try:
+            return [(factor, _key(model), model) for factor, model in recipe(kernel)]
+        except UsageError as err:
+            self._failed[_key(kernel)] = str(err)
+            return []
+
+    def _measure(self, key: str, model: Kernel) -> None:
+        try:
+            blob, signature = build(model, self._placement, self._target.weight_range)
+        except (UsageError, ValueError, IndexError) as err:
+            self._failed[key] = f"{model.kind}: no model can be built for it ({err})"
+            return
+        process = self._process = self._process or Process(self._target, f"latency table of {self._target.name}")
+        path = process.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
+        try:
+            path.write_bytes(blob)
+            times = process.ask(
+                "kernel",
+                _TIMEOUT_S,
+                target=msgspec.to_builtins(self._target),
+                path=str(path),
+                signature=msgspec.to_builtins(signature),
+                min_seconds=_SECONDS,
+                min_calls=_CALLS,
+            )
+            path.unlink()
+        except RuntimeFailed as err:
+            self._failed[key] = str(err)
+            if err.kind != "unsupported":
+                process.close()
+                self._process = None
+            return
+        counted: Any = times["cpu"] if self._target.threads == 1 else times["wall"]
+        self._known[key] = float(np.percentile(counted, _PERCENTILE))
+
+    def _save(self) -> None:
+        self._merge()
+        cache.write(self.path, self._known)
+
+
+def _key(kernel: Kernel) -> str:
+    return msgspec.json.encode(kernel).decode()
+
+
+def affine(predicted: ArrayLike, measured: ArrayLike) -> tuple[float, float]:
+    """(a, b) for which a + b * predicted comes closest to measured, relative to measured; b is positive, a at least 0.
+
+    What tables miss is a fixed cost of a call (a) and that kernels run warmer or colder in a net than in a sandwich (b).
+
+    Args:
+        predicted: sums of kernels, in seconds, shape (n,).
+        measured: seconds of whole models, shape (n,), positive; with n = 1, or where all predictions are alike, a is 0.
+
+    Raises:
+        UsageError: no pair of finite positive figures.
+    """
+    p, m = (np.asarray(values, dtype=np.float64).ravel() for values in (predicted, measured))
+    good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
+    if not good.any():
+        raise UsageError(f"affine: it takes a pair of positive finite figures; got {p.tolist()} and {m.tolist()}")
+    p, m = p[good], m[good]
+    scale = float((p / m).sum() / ((p / m) ** 2).sum())
+    if len(p) > 1 and np.ptp(p) > 1e-9 * p.max():
+        (a, b), *_ = np.linalg.lstsq(np.stack([1 / m, p / m], axis=1), np.ones_like(m), rcond=None)
+        if a >= 0 and b > 0:
+            return float(a), float(b)
+    return 0.0, scale

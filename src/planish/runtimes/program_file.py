@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from planish.errors import RuntimeFailed
 
-_NAMESPACES = ("aten", "quantized_decomposed", "planish")
+_NAMESPACES = ("aten", "quantized_decomposed")
 _ON_SIZES: dict[str, Callable[..., Any]] = {
     **{f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)},
     **{f"operator.{f.__name__}": f for f in (operator.mod, operator.neg, operator.truediv, operator.pow)},
@@ -120,8 +120,6 @@ def _find(name: str) -> Any:
     packet, _, overload = rest.partition(".")
     if namespace == "quantized_decomposed":
         importlib.import_module("torch.ao.quantization.fx._decomposed")
-    if namespace == "planish":
-        importlib.import_module("planish.graph.recurrent")
     if namespace in _NAMESPACES and packet.isidentifier() and overload.isidentifier():
         found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
         if isinstance(found, torch._ops.OpOverload):

@@ -130,7 +130,7 @@ class TorchSession:
     def proof(self) -> Proof:
         """The program's operators; what inductor fuses them into is not read back."""
         functions = [str(node.target) for node in self._module.graph.nodes if node.op == "call_function"]
-        kernels = Counter(name for name in functions if name.startswith(("aten.", "planish.")) and "sym_size" not in name)
+        kernels = Counter(name for name in functions if name.startswith("aten.") and "sym_size" not in name)
         compute = sum(n for name, n in kernels.items() if name.split(".")[1].startswith(_COMPUTE))
         named = {f"inductor {name}" if self._compiled else name: n for name, n in sorted(kernels.items())}
         return Proof("CPU", named, {"f32": sum(kernels.values())}, 0, compute)
