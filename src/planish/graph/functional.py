@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+_DUNDER = {"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"}
 
 
 def _returns_view(node: fx.Node) -> bool:
@@ -42,10 +43,16 @@ def _is_private(node: fx.Node, position: dict[fx.Node, int], at: int) -> bool:
 
 
 def functionalise(graph: fx.Graph) -> None:
-    """Replace in-place operators where that cannot be seen, in place; those that write through a view or to a buffer stay."""
+    """Replace in-place operators where that cannot be seen, in place; those that write through a view or to a buffer stay.
+
+    Operators that are known under two names (`__and__`, `bitwise_and`) get the one that exporters know.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
+        plain = _DUNDER.get(node.target._schema.name.split("::")[1])
+        if plain is not None:
+            node.target = getattr(getattr(aten, plain), node.target._overloadname)
         functional, first = _functional(node.target), (node.args[0] if node.args else None)
         if functional is None or not isinstance(first, fx.Node):
             continue
