@@ -1,0 +1,121 @@
+"""A plan's blocks and widths, carried out on a copy of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planish.errors import PlanError, UnknownName
+from planish.graph.blocks import bypass
+from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.groups import analyse
+from planish.graph.surgery import prune
+from planish.plan import Plan
+from planish.prune.contract import Scores
+from planish.prune.units import lowest
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a plan left.
+
+    Args:
+        graph: the smaller graph; names of nodes and parameters are the original's.
+        kept: (parameter or buffer, dimension) -> indices of the original's that survive, for every dimension that shrank.
+        removed: group of the original -> units that went.
+        spared: group of the original -> units that the plan asked for beyond what could go, because their scores are not finite.
+    """
+
+    graph: Graph
+    kept: Mapping[tuple[str, int], NDArray[np.int64]]
+    removed: Mapping[str, NDArray[np.int64]]
+    spared: Mapping[str, int]
+
+
+def check(analysis: Analysis, plan: Plan) -> None:
+    """Refuse a plan that does not fit the graph.
+
+    Raises:
+        PlanError: a group or block that the graph has not (with the nearest names), or a width that the group cannot take.
+    """
+    for kind, given, known in (("group", plan.widths, analysis.groups), ("block", plan.blocks, analysis.blocks)):
+        for name in given:
+            if name not in known:
+                raise PlanError(f"plan: {UnknownName(kind, name, known)}")
+    for name, width in plan.widths.items():
+        group = analysis.groups[name]
+        if not 1 <= width <= group.units:
+            raise PlanError(f"plan: the width of {name!r} must be in [1, {group.units}]; got {width}; choose one of its levels")
+        if width < group.units and group.pinned:
+            raise PlanError(f"plan: the width of {name!r} must stay {group.units} ({group.pinned}); got {width}; leave the group out")
+        if width < group.units and width % group.multiple:
+            raise PlanError(f"plan: the width of {name!r} must be a multiple of {group.multiple}; got {width}; choose one of its levels")
+
+
+def removals(analysis: Analysis, plan: Plan, scores: Scores) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
+    """The units that a plan removes from each group: the lowest scores, never NaN; and how many it asked for that must be kept.
+
+    Raises:
+        PlanError: no scores for a group that is to be narrowed.
+    """
+    removed: dict[str, NDArray[np.int64]] = {}
+    spared: dict[str, int] = {}
+    for name, width in plan.widths.items():
+        units = analysis.groups[name].units
+        if width == units:
+            continue
+        if name not in scores or len(scores[name]) != units:
+            raise PlanError(f"plan: saliency {plan.saliency!r} must give {units} scores for group {name!r}; it gave none or others")
+        going = lowest(scores[name], units - width)
+        multiple = analysis.groups[name].multiple
+        going = going[: len(going) - (units - len(going)) % multiple] if len(going) < units - width else going
+        if len(going) < units - width:
+            spared[name] = units - width - len(going)
+        if len(going):
+            removed[name] = going
+    return removed, spared
+
+
+def apply(graph: Graph, analysis: Analysis, plan: Plan, scores: Scores) -> Applied:
+    """Bypasses the plan's blocks, then removes the units with the lowest scores from each group that it narrows.
+
+    Args:
+        graph: the original; left as it is.
+        analysis: of that graph.
+        plan: `widths` and `blocks` are read. A width of a group that vanishes with a block is no error.
+        scores: of the original's groups; a NaN keeps its unit.
+
+    Raises:
+        PlanError: see `check`; or scores are missing.
+    """
+    check(analysis, plan)
+    removed, spared = removals(analysis, plan, scores)
+    current, now = graph, analysis
+    if plan.blocks:
+        current = bypass(graph, analysis, plan.blocks)
+        now = analyse(current)
+    translated = {name: units for name, group in now.groups.items() if (units := _translate(group, analysis, removed))}
+    pruned = prune(current, now, translated)
+    return Applied(pruned.graph, pruned.kept, removed, spared)
+
+
+def _translate(group: Group, original: Analysis, removed: Mapping[str, NDArray[np.int64]]) -> list[int]:
+    """The units of a group of the bypassed graph all of whose indices belong to removed units of the original.
+
+    A bypass may merge, split or rename groups, but parameters and their dimensions stay, so these tell which unit is which.
+    """
+    goes = np.ones(group.units, bool)
+    known = np.zeros(group.units, bool)
+    for key, unit_of in group.unit_of.items():
+        gone = np.zeros(len(unit_of), bool)
+        for name, units in removed.items():
+            before = original.groups[name].unit_of.get(key)
+            if before is not None:
+                gone |= np.isin(before, units)
+        mine = unit_of >= 0
+        known[unit_of[mine]] = True
+        goes[unit_of[mine & ~gone]] = False
+    return [int(unit) for unit in np.flatnonzero(goes & known)]

@@ -1,0 +1,1 @@
+"""Saliencies, one file each; found by name in the registry."""
