@@ -1,0 +1,228 @@
+"""The report page: figures, escaping, and what a real browser makes of it: no error, no request, no overflow."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import making
+from planish.measurement import Estimate, Outcome
+from planish.report.page import MARK, page
+from planish.report.plots import front, trials_figure
+from planish.result import OperatorRow, Summary
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+HOSTILE = [
+    "<script>document.title='owned'</script>",
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "\"'><b>{{ 7 * 7 }}{% raw %}",
+    "ü" * 300,
+    "nul\0bell\a\x1b[31m\u202e",
+    "../../etc/passwd",
+    "<a href='https://example.invalid/'>click</a>$\\frac{1}{2}$",
+]
+
+
+def hostile() -> Summary:
+    """A result in which every free text is hostile."""
+    good = making.summary()
+    rows = tuple(
+        OperatorRow(name=name, kind=name, width_before=3, width_after=3, precision=name, why=name, time_before_s=1e-5) for name in HOSTILE
+    )
+    trials = tuple(
+        msgspec.structs.replace(trial, outcome=Outcome("mismatch", name)) for trial, name in zip(good.trials, HOSTILE * 2, strict=False)
+    )
+    names = "".join(HOSTILE)
+    return making.summary(
+        name=names,
+        reason=names,
+        target=HOSTILE[1],
+        metric=HOSTILE[2],
+        operators=rows * 8,
+        trials=trials,
+        notes=tuple(HOSTILE),
+        groups={name: (4, 2) for name in HOSTILE},
+        baselines={name: making.measurement() for name in HOSTILE},
+        artifact=names,
+        seconds={name: 1.0 for name in HOSTILE},
+    )
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects the tags with their attributes, and the visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            self.text.append(data)
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    return reader
+
+
+def test_the_verdict_comes_first_and_the_figures_are_there() -> None:
+    text = page(making.summary())
+    assert MARK in text[:2000]
+    shown = " ".join(" ".join(read(text).text).split())
+    assert shown.index("Budget met") < shown.index("What was asked") < shown.index("Original and optimized") < shown.index("Every operator")
+    for part in (
+        "2.26×",
+        "1.40 ms → 620 µs a call",
+        "+0.0048",
+        "−0.0021 … +0.0114",
+        "17 int8, 2 float on CPU",
+        "15.48× as fast",
+        "32 → 24",
+    ):
+        assert part in shown
+    assert "the program's output" in shown
+    assert "bypassed with its block" in shown
+    assert "planish.load(" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "unwanted"),
+    [
+        ({"verdict": "infeasible", "reason": "nothing holds", "artifact": None, "nearest": (2, 4)}, "Nothing held the budget", "Use it"),
+        ({"verdict": "undecided", "artifact": None}, "Undecided", "Budget met"),
+        ({"split": "validation"}, "Selection-biased", "Infeasible"),
+        ({"optimized": None, "ratios": {}, "drop": None, "verdict": "infeasible", "plan": None}, "Infeasible", "Budget met"),
+        ({"trials": (), "operators": (), "groups": {}, "notes": (), "baselines": {}, "seconds": {}}, "Budget met", "Every trial"),
+        ({"control_quality": 0.897, "control_drop": 0.006}, "dense control", "Infeasible"),
+        ({"ratios": {"latency": Estimate(0.5, 0.3, 0.9, 10, False)}}, "not trustworthy", "Infeasible"),
+    ],
+)
+def test_every_kind_of_result_has_a_page(changes: dict[str, Any], wanted: str, unwanted: str) -> None:
+    shown = " ".join(" ".join(read(page(making.summary(**changes))).text).split())
+    assert wanted in shown
+    assert unwanted not in shown
+
+
+def test_a_limit_that_was_missed_is_marked() -> None:
+    from planish.budget import Budget
+
+    shown = " ".join(" ".join(read(page(making.summary(budget=Budget(latency="0.4x", size="2MB", drop="0.1pt")))).text).split())
+    table = shown.partition("What was asked")[2].partition("Original and optimized")[0]
+    assert re.search(r"latency 0\.40× 560 µs 620 µs missed", table)
+    assert re.search(r"size 2\.00 MB 2\.00 MB 812 kB holds", table)
+    assert "missed" in table.partition("drop")[2]
+
+
+def test_hostile_names_are_text() -> None:
+    text = page(hostile())
+    plain, reader = read(page(making.summary())), read(text)
+    count = [sum(tag == name for tag, _ in r.tags) for r in (plain, reader) for name in ("script", "img", "a", "b", "link", "iframe")]
+    assert count[:6] == count[6:]
+    assert not [attrs for _, attrs in reader.tags if any(name.startswith("on") for name in attrs)]
+    assert "\0" not in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "{{ 7 * 7 }}" in "".join(reader.text)
+    inline = re.search(r'<script type="application/json" id="data-trials">(.*?)</script>', text, re.DOTALL)
+    assert inline is not None
+    assert "<" not in inline[1]
+    assert json.loads(inline[1])["data"]
+
+
+def test_the_page_names_no_address_to_load() -> None:
+    for tag, attrs in read(page(hostile())).tags:
+        for name in ("src", "href", "action", "data"):
+            value = attrs.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+
+
+@pytest.mark.parametrize(
+    ("points", "wanted"),
+    [
+        ([], []),
+        ([(1.0, 1.0)], [0]),
+        ([(1.0, 1.0), (0.5, 2.0), (2.0, 0.5), (1.5, 1.5)], [1, 0, 2]),
+        ([(1.0, 1.0), (1.0, 1.0), (1.0, 0.5)], [2]),
+    ],
+)
+def test_the_front_is_what_nothing_dominates(points: list[tuple[float, float]], wanted: list[int]) -> None:
+    assert front(points) == wanted
+
+
+def test_trials_without_figures_make_no_plot() -> None:
+    bare = msgspec.structs.replace(making.summary().trials[0], drop=None)
+    assert trials_figure(making.summary(trials=(bare,))) is None
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if not (Path(CHROMIUM).exists() and Path(DRIVER).exists()):
+        pytest.skip("no chromium with its driver here; `make services` installs them")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    profile = tmp_path_factory.mktemp("profile")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    quiet = (
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    )
+    for flag in (*quiet.split(), f"user-data-dir={profile}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER, env=os.environ | {"NO_PROXY": "*"}))
+    yield driver
+    driver.quit()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    for name, summary in {"good": making.summary(), "hostile": hostile()}.items():
+        file = tmp_path / f"{name}.html"
+        file.write_text(page(summary), encoding="utf-8")
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        )
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        browser.get_log("browser")
+        browser.get_log("performance")
+        browser.get(file.as_uri())
+        drawn = browser.execute_async_script(
+            "const done = arguments[0]; let n = 0;"
+            "(function wait() { const k = document.querySelectorAll('.plot .main-svg').length;"
+            " if (k >= 2 || ++n > 100) done(k); else setTimeout(wait, 50); })();"
+        )
+        assert drawn >= 2, "the plots were not drawn"
+        assert browser.get_log("browser") == []
+        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert [url for url in asked if not url.startswith(("file:///", "data:", "blob:"))] == []
+        assert asked[0] == file.as_uri()
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.title != "owned"
+        assert browser.find_element("css selector", ".verdict h2").is_displayed()
+        if name == "hostile":
+            assert "<script>document.title='owned'</script>" in browser.execute_script("return document.body.innerText")
+            assert browser.execute_script("return document.querySelectorAll('main script:not([type]), main img, main b').length") == 0
