@@ -56,6 +56,7 @@ def to_onnx(graph: Graph, path: Path) -> None:
     prepared = to_qdq(fold_batch_norm(graph))
     set_mode(prepared, training=False)
     _pack_recurrent(prepared.module)
+    _drop_dropout(prepared.module)
     _copy_passed_through(prepared.module)
     prepared.module.recompile()
     with _quiet(), torch.no_grad():
@@ -147,7 +148,11 @@ def _trace(graph: Graph) -> torch.export.ExportedProgram:
             tensor = torch.cat([tensor, tensor])
         inputs.append(tensor)
         shapes.append({axis: torch.export.Dim.AUTO for axis in free})
-    return torch.export.export(graph.module, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
+    program = torch.export.export(graph.module, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
+    for node in list(program.graph.nodes):
+        if short_name(node) == "_assert_tensor_metadata":
+            program.graph.erase_node(node)
+    return program
 
 
 def _skip_decomposition(program: torch.export.ExportedProgram, own: Collection[Callable[..., Any]]) -> None:
@@ -211,6 +216,14 @@ def _pack_recurrent(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
 
 
+def _drop_dropout(module: fx.GraphModule) -> None:
+    """Erase the dropouts, which do nothing in eval mode, in place."""
+    for node in list(module.graph.nodes):
+        if short_name(node) in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
 def _copy_passed_through(module: fx.GraphModule) -> None:
     """An output that is an input, a parameter or another output becomes a copy, so that every output has a value of its own."""
     output = next(node for node in module.graph.nodes if node.op == "output")
@@ -251,6 +264,35 @@ def _to_device(x: Any, device: Any, dtype: int, *ignored: Any) -> Any:
     return op.Cast(x, to=dtype)
 
 
+def _to_layout(x: Any, dtype: int | None = None, **ignored: Any) -> Any:
+    return op.Identity(x) if dtype in (None, -1) else op.Cast(x, to=dtype)
+
+
+def _attention(query: Any, key: Any, value: Any, mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None) -> Any:
+    """Attention with a boolean mask. A row that may see nothing gives zeros, as in torch.
+
+    Differs: the exporter's own looks for NaN in the whole [batch, heads, queries, keys] matrix; this multiplies the result instead.
+    """
+    width = int(query.shape[-1])
+    scaled = op.Mul(query, op.Constant(value_float=float(width**-0.5 if scale is None else scale)))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[*range(len(key.shape) - 2), len(key.shape) - 1, len(key.shape) - 2]))
+    if mask is None:
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+    bias = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=-3.0e38))
+    seen = op.ReduceMax(op.Cast(mask, to=ir.DataType.FLOAT), op.Constant(value_ints=[-1]), keepdims=1)
+    return op.Mul(op.MatMul(op.Softmax(op.Add(scores, bias), axis=-1), value), seen)
+
+
+def _is_plain_attention(node: fx.Node) -> bool:
+    """Whether `_attention` covers this node: float32, no causal flag, no grouped queries, no mask or a boolean one."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    query = node.args[0]
+    assert isinstance(query, fx.Node)
+    is_boolean = mask is None or (isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool)
+    return is_boolean and not causal and not node.kwargs.get("enable_gqa", False) and query.meta["val"].dtype == torch.float32
+
+
 def _clone(x: Any, memory_format: Any = None) -> Any:
     return op.Identity(x)
 
@@ -267,10 +309,13 @@ def _translations(graph: fx.Graph) -> dict[Callable[..., Any], Callable[..., Any
         aten.clone.default: _clone,
         aten.to.dtype: _to,
         aten.to.device: _to_device,
+        aten.to.dtype_layout: _to_layout,
     }
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     if all(None not in node.args[1:5] and not node.args[5] for node in nodes if short_name(node) == "batch_norm"):
         table[aten.batch_norm.default] = _batch_norm
+    if all(_is_plain_attention(node) for node in nodes if short_name(node) == "scaled_dot_product_attention"):
+        table[aten.scaled_dot_product_attention.default] = _attention
     for pool in (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default):
         mine = [node for node in nodes if node.target is pool]
         if mine and all(set(node.args[1]) == {1} and len(node.args[0].meta["val"].shape) == len(node.args[1]) + 2 for node in mine):
