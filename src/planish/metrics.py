@@ -91,7 +91,7 @@ def labels(outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.int64]:
     """Integer labels from targets that may have a superfluous last axis, be floats, or be one-hot."""
     targets = np.asarray(targets)
     if targets.dtype.kind == "f" and targets.ndim > 1 and targets.shape == outputs.shape and targets.shape[-1] > 1:
-        return targets.argmax(class_axis(targets.shape)).astype(np.int64)
+        return np.asarray(targets.argmax(class_axis(targets.shape)), np.int64)
     if targets.ndim > 1 and targets.shape[-1] == 1:
         targets = targets[..., 0]
     return targets.astype(np.int64)
