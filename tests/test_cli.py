@@ -39,7 +39,7 @@ def job(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+def flow(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A flow that notes how it was called and answers with a result that was prepared."""
     fake = types.ModuleType("planish.flow")
     calls: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     fake.__dict__.update(optimize=optimize, resume=resume, calls=calls, answers=answers)
     monkeypatch.setitem(sys.modules, "planish.flow", fake)
     monkeypatch.setattr(planish, "flow", fake, raising=False)
-    yield fake
+    return fake
 
 
 def planish_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -51,10 +51,10 @@ def hostile() -> Summary:
         operators=rows * 8,
         trials=trials,
         notes=tuple(HOSTILE),
-        groups={name: (4, 2) for name in HOSTILE},
+        groups=dict.fromkeys(HOSTILE, (4, 2)),
         baselines={name: making.measurement() for name in HOSTILE},
         artifact=names,
-        seconds={name: 1.0 for name in HOSTILE},
+        seconds=dict.fromkeys(HOSTILE, 1.0),
     )
 
 
