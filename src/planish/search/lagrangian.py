@@ -178,7 +178,7 @@ class _Solve:
         prices, dual = self.dual()
         ranked = sorted(self.points, key=self.rank)
         near = sorted(self.points, key=lambda x: (float(np.abs(self.excess(self.points[x])).sum()), x))
-        for start in dict.fromkeys(ranked[:3] + near[:3]):
+        for start in dict.fromkeys(ranked[:2] + near[:2]):
             self.polish(start)
         best = min(self.points, key=lambda x: (*self.rank(x), x))
         return self.report(best, prices, dual, dual, "elimination" if self.exact else "local search")
@@ -208,7 +208,7 @@ class _Solve:
 
     def master(self, cuts: Sequence[Table], highest: float) -> tuple[Table, float]:
         """The maximiser of the least of all cuts over multipliers in `[0, highest]`."""
-        scale = max(max(abs(float(cut[self.row])) for cut in cuts), 1e-300)
+        scale = max(*(abs(float(cut[self.row])) for cut in cuts), 1e-8 * highest)
         rows = np.stack([np.concatenate(([1.0], -self.excess(cut))) for cut in cuts])
         ends = np.asarray([cut[self.row] for cut in cuts]) / scale
         size = rows.shape[1]

@@ -95,7 +95,7 @@ def respond(space: Space, costs: Costs, plan: Plan, kind: str = "candidate") -> 
 
 def check_search(method: Method) -> None:
     """Raise `AssertionError` where a search method breaks the contract of `planish.search.contract.Search`."""
-    space, costs = made_up()
+    space, costs = made_up(blocks=2)
     full = costs.predict(space.identity)["latency"]
     for limits in (Limits({"latency": 0.5 * full}, drop=0.1), Limits({"latency": 0.6 * full, "size": 4e4}, drop=0.1), Limits(drop=0.05)):
         first, second = (_played(method, space, costs, limits) for _ in range(2))
@@ -149,7 +149,7 @@ def _check_exhaustion(method: Method) -> None:
 
 
 def _check_infeasible(method: Method) -> None:
-    space, costs = made_up()
+    space, costs = made_up(blocks=2)
     search = method(space, costs, Limits({"latency": 1e-9}, drop=0.1), 0)
     nearest = search.ask(1)
     assert len(nearest) == 1, "where nothing holds the limits, the nearest plan is proposed"

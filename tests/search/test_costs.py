@@ -1,0 +1,206 @@
+"""Costs as factors against the same costs counted plan by plan; kernels, gaps in the tables, interpolation, the affine correction."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from planish.budget import Budget
+from planish.errors import BudgetError
+from planish.graph.graph import Analysis, Operator, Size
+from planish.graph.macs import macs, operator_macs
+from planish.measure.tables import Kernel
+from planish.plan import Option, Plan
+from planish.search.costs import Affine, Costs, ceilings, reachable_kernels
+from planish.search.kernels import kernel_of
+from planish.search.space import Space
+from planish.testing.search import kernel_seconds, made_up, options_of, residual_net
+
+TEMPLATE = Plan(target="made-up:cpu")
+
+
+def some(space, count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return [space.canonical([int(rng.integers(size)) for size in space.sizes]) for _ in range(count)]
+
+
+def by_hand(space, plan):
+    """Seconds of a plan's operators and conversions, without factors."""
+    gone = {name for block in plan.blocks for name in space.analysis.blocks[block].operators}
+    operators = {name: o for name, o in space.analysis.operators.items() if name not in gone}
+    readers = {name: sum(name in o.reads for o in space.analysis.operators.values()) for name in space.analysis.operators}
+    seconds = 0.0
+    for name, operator in operators.items():
+        scheme = plan.precisions.get(name, "fp32")
+        seconds += kernel_seconds([kernel_of(operator, plan.widths, scheme)])[0]
+        changed = []
+        if not operator.reads and scheme != "fp32":
+            changed.append((operator.inputs[0], 1))
+        others = [read for read in operator.reads if read in operators and "pool" not in (name, read)]
+        changed += [(operators[read].output, readers[read]) for read in others if plan.precisions.get(read, "fp32") != scheme]
+        for shape, share in changed:
+            sizes = tuple(size.at(plan.widths) for size in shape)
+            seconds += 0.5 / share * kernel_seconds([Kernel("conversion", (sizes,), sizes)])[0]
+    return seconds
+
+
+def test_latency_is_the_sum_over_operators_and_conversions():
+    space, costs = made_up()
+    for assignment in some(space):
+        assert costs.predict(assignment)["latency"] == pytest.approx(by_hand(space, space.plan(assignment)), rel=1e-12)
+
+
+def test_shares_add_up_to_the_latency_and_a_removed_block_has_none():
+    space, costs = made_up()
+    for assignment in some(space, 10):
+        shares = costs.shares(assignment)
+        assert sum(shares.values()) == pytest.approx(costs.predict(assignment)["latency"])
+        for block in space.plan(assignment).blocks:
+            assert all(shares[name] == 0 for name in space.analysis.blocks[block].operators)
+
+
+def test_macs_are_those_of_the_graph():
+    space, costs = made_up()
+    for assignment in some(space, 20):
+        plan = space.plan(assignment)
+        gone = {name for block in plan.blocks for name in space.analysis.blocks[block].operators}
+        want = sum(operator_macs(o, plan.widths) for name, o in space.analysis.operators.items() if name not in gone)
+        assert costs.predict(assignment)["macs"] == want
+    assert costs.predict(space.identity)["macs"] == macs(space.analysis)
+
+
+def test_size_counts_matrices_in_their_precision_and_shared_weights_once():
+    analysis = residual_net(blocks=1, units=16)
+    operators = dict(analysis.operators)
+    tied = operators["head"]
+    operators["again"] = Operator("again", "again", "linear", "head.weight", tied.inputs, tied.output, tied.weights[:1], {}, (), ("pool",))
+    analysis = Analysis(analysis.groups, analysis.blocks, operators, {}, {})
+    space = Space(analysis, [Option("precision", "head", "int8", 0.1), Option("width", "stem", 8, 0.1)], TEMPLATE)
+    costs = Costs(space, None)
+    weights = 16 * 3 * 9 + 16 * 16 * 9 * 2 + 10 * 16
+    assert costs.predict((0, 0))["size"] == 4 * (weights + 16 * 3 + 10)
+    assert costs.predict((0, 1))["size"] == 4 * (weights + 16 * 3 + 10) - 3 * 10 * 16
+    assert costs.predict((1, 0))["size"] == 4 * (8 * 3 * 9 + 8 * 16 * 9 * 2 + 10 * 8 + 8 + 16 + 8 + 10)
+
+
+def test_memory_is_parameters_and_what_is_alive_at_the_peak():
+    """While block0.conv2 runs, its output, its input and the stem's output (the skip) are alive: three tensors of 16 x 8 x 8."""
+    space = Space(residual_net(blocks=1, units=16), [Option("width", "block0.conv1", 8, 0.1), Option("block", "block0", 1, 0.1)], TEMPLATE)
+    costs = Costs(space, None)
+    at = {assignment: costs.predict(assignment) for assignment in ((0, 0), (1, 0), (0, 1))}
+    assert at[0, 0]["memory"] - at[0, 0]["size"] == 3 * 4 * 16 * 64
+    assert at[1, 0]["memory"] - at[1, 0]["size"] == 4 * (16 + 8 + 16) * 64
+    assert at[0, 1]["memory"] - at[0, 1]["size"] == 4 * 16 * 64  # the stem's output
+
+
+def test_without_tables_macs_stand_for_latency():
+    space, _ = made_up()
+    costs = Costs(space, None)
+    assert costs.quantities == ("macs", "size", "memory") and costs.effort == "macs" and costs.kernels == ()
+
+
+def test_only_reachable_kernels_are_asked_for_and_once():
+    space, costs = made_up(blocks=3, units=32)
+    asked = []
+
+    def lookup(kernels):
+        asked.append(tuple(kernels))
+        return kernel_seconds(kernels)
+
+    Costs(space, lookup)
+    assert asked == [costs.kernels] == [reachable_kernels(space)]
+    # stem: 4 widths x 2 precisions; first and second convolution of a block: 16 x 2 each, the same in all blocks; pool 4; head 4 x 2;
+    # conversions of 4 widths at 8 x 8 and of the picture
+    assert len(costs.kernels) == 8 + 32 + 32 + 4 + 8 + 4 + 1
+
+
+def test_fewer_kernels_are_interpolated_between_widths():
+    """These times are bilinear in (in, out) and the fixed part is constant, so interpolation is exact."""
+    analysis = residual_net(blocks=2, units=128)
+    space = Space(analysis, options_of(analysis), TEMPLATE)
+    every, few = Costs(space, kernel_seconds), Costs(space, kernel_seconds, most_kernels=60)
+    assert len(few.kernels) <= 60 < len(every.kernels)
+    for assignment in some(space, 20):
+        assert few.predict(assignment)["latency"] == pytest.approx(every.predict(assignment)["latency"], rel=1e-9)
+
+
+def test_a_kernel_that_could_not_be_measured_takes_the_median_rate_of_its_kind():
+    space, _ = made_up(blocks=1, units=16)
+
+    def lookup(kernels):
+        return np.asarray([math.nan if k.kind == "conv" and k.output[1] == 8 else 1e-9 * rate(k) for k in kernels])
+
+    def rate(kernel):
+        return math.prod(kernel.output) * (math.prod(kernel.weights[0][1:]) if kernel.weights else 1)
+
+    costs = Costs(space, lookup)
+    assert costs.unmeasured and all(k.output[1] == 8 for k in costs.unmeasured)
+    narrow = space.assignment(TEMPLATE.replace(widths={"block0.conv1": 8}))
+    assert costs.shares(narrow)["block0.conv1"] == pytest.approx(1e-9 * 8 * 64 * 16 * 9)
+
+
+def test_nothing_measured_at_all_still_orders_plans_by_work():
+    space, _ = made_up(blocks=1, units=16)
+    costs = Costs(space, lambda kernels: np.full(len(kernels), math.nan))
+    narrow = space.assignment(TEMPLATE.replace(widths={"block0.conv1": 8}))
+    assert 0 < costs.predict(narrow)["latency"] < costs.predict(space.identity)["latency"]
+
+
+def test_a_depthwise_kernel_has_as_many_groups_as_channels_are_left():
+    wide = Size(32, 0, (("g", 1),), (32,))
+    image = (Size(1), wide, Size(8), Size(8))
+    attributes = {"stride": [2, 2], "groups": 32, "transposed": False, "kernel_size": (3, 3), "hidden": object(), "eps": 1e-5}
+    operator = Operator("dw", "dw", "conv", "w", (image,), image, ((wide, Size(1), Size(3), Size(3)),), attributes, ("relu6",), ("x",))
+    assert kernel_of(operator, {"g": 24}, "int8") == Kernel(
+        "conv",
+        ((1, 24, 8, 8),),
+        (1, 24, 8, 8),
+        ((24, 1, 3, 3),),
+        (("groups", 24), ("stride", (2, 2)), ("transposed", 0)),
+        ("relu6",),
+        "int8",
+    )
+
+
+def test_the_affine_correction_recovers_an_affine_machine():
+    predicted = np.linspace(1e-3, 5e-3, 6)
+    fit = Affine.fit(predicted, 2e-4 + 1.3 * predicted)
+    assert (fit.offset, fit.slope, fit.n) == (pytest.approx(2e-4), pytest.approx(1.3), 6)
+    assert fit.spread == pytest.approx(0, abs=1e-9)
+    assert fit.inverse(fit(3e-3)) == pytest.approx(3e-3)
+
+
+def test_one_point_fits_the_slope_alone_and_none_changes_nothing():
+    fit = Affine.fit([2e-3], [3e-3])
+    assert (fit.offset, fit.slope) == (0.0, pytest.approx(1.5))
+    assert Affine.fit([], [])(7.0) == 7.0
+    assert Affine.fit([math.nan, 2e-3], [1e-3, 3e-3]) == fit
+
+
+def test_measurements_near_the_limit_weigh_most():
+    """The machine is 1.0 x below 2 ms and 2.0 x above: near 1 ms the correction must follow the former."""
+    predicted = np.array([0.8e-3, 1.0e-3, 1.2e-3, 4e-3])
+    measured = predicted * [1.0, 1.0, 1.0, 2.0]
+    near = Affine.fit(predicted, measured, near=1e-3)
+    assert near(1e-3) == pytest.approx(1e-3, rel=0.03)
+    assert abs(Affine.fit(predicted, measured)(1e-3) - 1e-3) > abs(near(1e-3) - 1e-3)
+
+
+def test_ceilings_from_a_budget():
+    space, costs = made_up(blocks=1, units=16)
+    original = {"latency": 4e-3, "size": 1000.0, "memory": 5000.0, "macs": 800.0, "energy": 2.0}
+
+    def bounds(batch=4, costs=costs, **limits):
+        return ceilings(Budget(**limits).limits, original, batch, costs)
+
+    assert bounds(latency="0.5x") == {"latency": 2e-3}
+    assert bounds(latency="1ms", throughput="2x") == {"latency": 1e-3}
+    assert bounds(latency="3ms", throughput="2000/s") == {"latency": pytest.approx(2e-3)}
+    assert bounds(energy="0.5x", size="0.25x") == {"latency": pytest.approx(2e-3), "size": 250.0}
+    assert bounds(macs="0.5x") == {"macs": 400.0}
+    assert bounds(macs=100) == {"macs": 400.0}
+    assert bounds(costs=Costs(space, None), latency="0.5x") == {"macs": pytest.approx(400.0)}
+    with pytest.raises(BudgetError, match="this machine cannot tell"):
+        ceilings(Budget(energy="0.5x").limits, {**original, "energy": 0.0}, 1, costs)

@@ -1,0 +1,165 @@
+"""The solver holds limits, beats random plans, learns from candidates and trials, and finds the largest loss that the drop allows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planish.errors import BudgetError, PlanError
+from planish.plan import Plan, Recovery
+from planish.search.contract import Evidence, Limits
+from planish.search.random import Random
+from planish.search.solver import Solver
+from planish.testing.search import made_up, respond
+
+SPACE, COSTS = made_up(blocks=2)
+FULL = COSTS.predict(SPACE.identity)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.floats(0.3, 1.0), st.floats(0.3, 1.0), st.integers(0, 100), st.sampled_from([Solver, Random]))
+def test_proposed_plans_hold_the_limits_under_the_cost_model(latency, size, seed, method):
+    limits = Limits({"latency": latency * FULL["latency"], "size": size * FULL["size"]})
+    search = method(SPACE, COSTS, limits, seed)
+    plans = search.ask(3)
+    assert plans
+    for plan in plans:
+        predicted = COSTS.predict(SPACE.assignment(plan))
+        assert all(predicted[quantity] <= bound for quantity, bound in limits.costs.items())
+
+
+def losses(method, limits, seed):
+    return min(COSTS.predict(SPACE.assignment(plan))["loss"] for plan in method(SPACE, COSTS, limits, seed).ask(4))
+
+
+def test_the_solver_loses_less_than_random_at_the_same_limit():
+    limits = Limits({"latency": 0.45 * FULL["latency"]})
+    ours, theirs = ([losses(method, limits, seed) for seed in range(4)] for method in (Solver, Random))
+    assert max(ours) < min(theirs)
+
+
+def test_the_first_plan_is_optimal_at_the_limit_less_the_margin():
+    limits = Limits({"latency": 0.5 * FULL["latency"]})
+    solver = Solver(SPACE, COSTS, limits)
+    (plan,) = solver.ask(1)
+    bound = next(iter(solver.ledger.ceilings().values()))
+    every = np.asarray(list(SPACE.all()))
+    values = dict(zip(COSTS.problem.rows, COSTS.problem.values_of(every), strict=True))
+    optimum = values["loss"][values["latency"] <= bound].min()
+    assert 0.95 * limits.costs["latency"] < bound < limits.costs["latency"]
+    assert COSTS.predict(SPACE.assignment(plan))["loss"] == pytest.approx(optimum)
+    assert solver.solution.feasible and solver.solution.bound <= optimum + 1e-9
+
+
+def test_trials_correct_the_latency_and_shrink_the_margin():
+    """The machine takes 2 us + 1.2 times what the tables say; after a few trials a plan at the limit measures just below it."""
+    measured = {"latency": 2e-6 + 1.2 * FULL["latency"]}
+    limits = Limits({"latency": 0.5 * measured["latency"]}, drop=1.0)
+    solver = Solver(SPACE, COSTS, limits)
+    solver.tell(SPACE.plan(SPACE.identity), Evidence("trial", 0.0, 0.0, measured))
+    margins = []
+    for _ in range(3):
+        (plan,) = solver.ask(1)
+        margins.append(solver.ledger.margin("latency", solver.ledger.correction("latency", limits.costs["latency"])))
+        evidence = respond(SPACE, COSTS, plan, "trial")
+        solver.tell(plan, evidence)
+        assert evidence.costs["latency"] <= limits.costs["latency"]
+    fit = solver.ledger.correction("latency")
+    assert (fit.slope, fit.offset) == (pytest.approx(1.2), pytest.approx(2e-6))
+    assert margins == sorted(margins, reverse=True) and margins[-1] < 0.7 * margins[0]
+
+
+def test_coefficients_learn_which_losses_the_tables_underrate():
+    """Removing a block really costs five times what was predicted: after candidates with and without it the factor shows it."""
+    solver = Solver(SPACE, COSTS, Limits({"latency": 0.4 * FULL["latency"]}))
+    bit = max((SPACE.index["block", name] for name in SPACE.analysis.blocks), key=lambda v: SPACE.variables[v].losses[1])
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        assignment = SPACE.canonical([int(rng.integers(size)) for size in SPACE.sizes])
+        parts = solver.ledger.contributions(assignment)
+        solver.tell(SPACE.plan(assignment), Evidence("candidate", float(parts.sum() + 4 * parts[bit])))
+    found = solver.ledger.coefficients()
+    others = np.delete(found, bit)
+    assert found[bit] > 2.5 * np.median(others)
+
+
+def test_without_limits_it_finds_the_fastest_plan_whose_drop_is_allowed():
+    """The drop is a tenth of the loss, so a drop of 0.06 allows a measured loss of 0.6."""
+    limits = Limits(drop=0.06)
+    solver = Solver(SPACE, COSTS, limits)
+    for _ in range(7):
+        for plan in solver.ask(2):
+            solver.tell(plan, respond(SPACE, COSTS, plan))
+    best = solver.best(1)[0]
+    every = np.asarray(list(SPACE.all()))
+    values = dict(zip(COSTS.problem.rows, COSTS.problem.values_of(every), strict=True))
+    optimum = values["latency"][1.3 * values["loss"] * 0.1 <= 0.06].min()
+    predicted = COSTS.predict(SPACE.assignment(best))
+    assert 0.13 * predicted["loss"] <= 0.06
+    assert optimum <= predicted["latency"] <= 1.05 * optimum
+
+
+def test_recovery_lets_candidates_lose_more_than_the_drop():
+    ledger = Solver(SPACE, COSTS, Limits(drop=0.01, recovered=0.5)).ledger
+    plans = [SPACE.plan([0] * i + [1] + [0] * (len(SPACE.sizes) - i - 1)) for i in range(3)]
+    for plan, drop in zip(plans, (0.02, 0.04, -0.01), strict=True):
+        ledger.tell(plan, Evidence("candidate", 0.1, drop))
+    assert [ledger.drop(SPACE.assignment(plan)) for plan in plans] == [0.01, 0.02, -0.01]
+    ledger.tell(plans[1].replace(recovery=Recovery(samples=100)), Evidence("winner", None, 0.01))
+    assert ledger.remaining() == 0.25
+    assert [ledger.drop(SPACE.assignment(plan)) for plan in plans] == [0.005, 0.01, -0.01]
+
+
+def test_best_prefers_what_holds_then_what_is_nearest():
+    limits = Limits({"latency": 0.5 * FULL["latency"]}, drop=0.1)
+    ledger = Solver(SPACE, COSTS, limits).ledger
+    drawn = Random(SPACE, COSTS, limits, 1).ask(5)
+    reports = [
+        (0.9, 0.05),
+        (0.9, 0.02),
+        (1.2, 0.0),
+        (0.9, 0.3),
+        (3.0, 0.0),
+    ]
+    for plan, (share, drop) in zip(drawn, reports, strict=True):
+        ledger.tell(plan, Evidence("trial", drop, drop, {"latency": share * limits.costs["latency"]}))
+    assert ledger.best(5, "trial") == [drawn[i] for i in (1, 0, 2, 3, 4)]
+    ledger.tell(drawn[1], Evidence("winner", failed=True))
+    assert ledger.best(1, "trial") == [drawn[0]]
+    assert ledger.best(1, "candidate") == []
+
+
+def test_an_impossible_limit_proposes_the_nearest_and_says_so():
+    solver = Solver(SPACE, COSTS, Limits({"latency": 1e-9, "size": 0.9 * FULL["size"]}))
+    plans = solver.ask(8)
+    assert plans and not solver.solution.feasible
+    assert set(solver.solution.nearest) == {"latency", "size"}
+    assert solver.ask(1) == []
+
+
+def test_a_failed_plan_is_neither_chosen_nor_learnt_from():
+    solver = Solver(SPACE, COSTS, Limits({"latency": 0.5 * FULL["latency"]}))
+    (plan,) = solver.ask(1)
+    before = solver.ledger.coefficients()
+    solver.tell(plan, Evidence("candidate", failed=True))
+    assert solver.best(3) == [] and np.array_equal(solver.ledger.coefficients(), before)
+    assert plan not in solver.ask(3)
+
+
+def test_what_the_space_does_not_offer_is_refused():
+    solver = Solver(SPACE, COSTS, Limits())
+    with pytest.raises(PlanError, match="width 8 of 'nowhere'"):
+        solver.tell(Plan(target="made-up:cpu", widths={"nowhere": 8}), Evidence("candidate", 0.1))
+    with pytest.raises(BudgetError, match="nothing predicts energy in this target; known are latency, macs, size, memory"):
+        Solver(SPACE, COSTS, Limits({"energy": 1.0}))
+
+
+def test_a_space_without_decisions_is_exhausted_at_once():
+    space, _ = made_up(blocks=1)
+    empty = type(space)(space.analysis, [], space.template)
+    costs = type(COSTS)(empty, None)
+    for method in (Solver, Random):
+        for limits in (Limits(), Limits({"macs": 1.0}), Limits({"macs": 1e12})):
+            assert method(empty, costs, limits).ask(2) == []
