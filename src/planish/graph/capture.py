@@ -63,19 +63,24 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         sizes = {size for tensor in inputs.values() for size in tensor.shape[1:]}
         traced = next(size for size in _TRACE_BATCHES if size not in sizes or size == _TRACE_BATCHES[-1])
         few = tuple(_resize(tensor, traced) for tensor in inputs.values())
-        try:
-            call(*few)
-        except FORWARD_ERRORS as error:
-            raise blame(model, error, traced=False) from error
+        whole = tuple(inputs.values())
+        is_dynamic = _runs(call, few)
+        if not is_dynamic:
+            try:
+                call(*whole)
+            except FORWARD_ERRORS as error:
+                raise blame(model, error, traced=False) from error
         if not call.outputs:
             raise CaptureError(f"capture: {type(model).__name__} must give at least one tensor; it gives none")
         notes += call.notes
-        dropouts = _train_dropouts(mine, call, few)
-        program = _export(model, mine, call, few, dynamic=True)
-        axes = _axes(program, list(inputs))
-        if any(not isinstance(shape[0], str) for shape in axes.values()):
+        dropouts = _train_dropouts(mine, call, few if is_dynamic else whole)
+        if is_dynamic:
+            program = _export(model, mine, call, few, dynamic=True)
+            axes = _axes(program, list(inputs))
+            is_dynamic = all(isinstance(shape[0], str) for shape in axes.values())
+        if not is_dynamic:
             notes.append("the batch is static, because the model works with its size as a number")
-            program = _export(model, mine, call, tuple(inputs.values()), dynamic=False)
+            program = _export(model, mine, call, whole, dynamic=False)
             axes = _axes(program, list(inputs))
     graph = _plain(program, mine, list(inputs))
     _restore_dropouts(graph, dropouts, notes)
@@ -130,6 +135,15 @@ def _resize(tensor: Tensor, batch: int) -> Tensor:
     return tensor.index_select(0, torch.arange(batch) % tensor.shape[0])
 
 
+def _runs(call: _FlatCall, flat: tuple[Tensor, ...]) -> bool:
+    """Whether the model takes these inputs; where it takes no other batch than the example's, it does not."""
+    try:
+        call(*flat)
+    except FORWARD_ERRORS:
+        return False
+    return True
+
+
 def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
     """A copy in eval mode on the CPU, without weight norm and other parametrizations, that gives no key-value cache."""
     memo: dict[int, Any] = {}
@@ -140,7 +154,8 @@ def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
     mine = copy.deepcopy(model, memo).cpu().eval()
     for module in mine.modules():
         for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            with torch.enable_grad():  # else a weight made of several parameters would become a buffer
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for key, hook in list(module._forward_pre_hooks.items()):
             if hasattr(hook, "compute_weight") and hasattr(hook, "remove") and hasattr(hook, "name"):
                 del module._forward_pre_hooks[key]

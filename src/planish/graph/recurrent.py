@@ -93,7 +93,8 @@ class Recurrence(TorchFunctionMode):
     """While active, recurrent operators trace as one node per layer and direction, and cells as linear maps and gates."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "_pack_padded_sequence":
+            raise RuntimeError("_pack_padded_sequence gives a tensor whose shape depends on the values of the lengths")
         if kwargs:
             return func(*args, **kwargs)
         if func is torch.lstm and _is_stack(args) and args[1][0].shape[-1] == args[1][1].shape[-1]:
