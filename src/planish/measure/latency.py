@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -22,6 +23,8 @@ from planish.runtimes.contract import Array
 
 WIDEST = 0.10
 """An interval wider than this share of its median decides nothing: the estimate is not trustworthy."""
+IDLE = 0.8
+"""A process that gets less CPU time than this share of the wall time was kept waiting by others: its wall time decides nothing."""
 FEWEST = 6
 """With fewer repeats not even their whole range holds the median with 95 % confidence (2 * 0.5 ** 6 = 3 %)."""
 
@@ -41,6 +44,11 @@ class Timing:
     cpu_s: Estimate
     warm_up: int
     rounds: tuple[float, ...]
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the process was kept waiting for a processor: a call that computes all the time uses at least its wall time."""
+        return self.cpu_s.median < IDLE * self.latency_s.median
 
 
 def estimate(values: ArrayLike, widest: float = WIDEST) -> Estimate:
@@ -72,7 +80,9 @@ def ratio(a: Timing, b: Timing) -> Estimate:
     """a ÷ b, paired by round: the median of the rounds' ratios, with its interval. Both must come from one `interleaved`."""
     if len(a.rounds) != len(b.rounds):
         raise UsageError(f"ratio: both timings must come from the same rounds; got {len(a.rounds)} and {len(b.rounds)}")
-    return estimate(np.divide(a.rounds, b.rounds))
+    found = estimate(np.divide(a.rounds, b.rounds))
+    is_sure = found.trustworthy and not (a.is_disturbed or b.is_disturbed)
+    return msgspec.structs.replace(found, trustworthy=is_sure)
 
 
 def interleaved(
@@ -116,7 +126,13 @@ def interleaved(
             progress((i + 1) / n)
         if i + 1 >= min_rounds and time.monotonic() > end:
             break
-    return {name: Timing(estimate(wall[name]), estimate(cpu[name], math.inf), warm[name], tuple(wall[name])) for name in probes}
+    return {name: _timing(wall[name], cpu[name], warm[name]) for name in probes}
+
+
+def _timing(wall: list[float], cpu: list[float], warm: int) -> Timing:
+    timing = Timing(estimate(wall), estimate(cpu), warm, tuple(wall))
+    is_sure = timing.latency_s.trustworthy and not timing.is_disturbed
+    return replace(timing, latency_s=msgspec.structs.replace(timing.latency_s, trustworthy=is_sure))
 
 
 def _rotated(order: Sequence[str], i: int) -> list[str]:

@@ -28,7 +28,7 @@ from planish.target import Target
 
 __all__ = ["Kernel", "Table", "affine"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's file name: raise it whenever `kernel_models.py` builds other models for the same kernel."""
 _SECONDS, _CALLS, _TIMEOUT_S, _SAVE_EVERY_S = 0.03, 15, 60.0, 5.0
 _PERCENTILE = 15
@@ -52,7 +52,8 @@ class Table:
         runtime = get_runtime(target.runtime)
         if runtime.model_file != "model.onnx":
             raise UsageError(f"latency table: {target.name} runs no ONNX models, so its kernels cannot be measured alone; use MACs")
-        self._target, self._placement = target, runtime.quantize_inputs_of
+        self._target = target
+        self._placement = runtime.quantize_inputs_of, runtime.quantize_outputs_of
         versions = "-".join(runtime.versions().values())
         name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}-{FORMAT}.json"
         self.path = (cache_dir or cache.cache_folder()) / "tables" / name
@@ -107,7 +108,7 @@ class Table:
 
     def _measure(self, key: str, model: Kernel) -> None:
         try:
-            blob, signature = build(model, self._placement, self._target.weight_range)
+            blob, signature = build(model, *self._placement, self._target.weight_range)
         except (UsageError, ValueError, IndexError) as err:
             self._failed[key] = f"{model.kind}: no model can be built for it ({err})"
             return

@@ -27,7 +27,9 @@ class OnnxRuntime:
     """Microsoft's ONNX Runtime, CPU provider.
 
     An int8 convolution is fused (`QLinearConv`) only when its output is quantized too; then additions and pools between
-    convolutions must be quantized as well, or each pays for two conversions. Unsigned activations, or little is fused.
+    convolutions must be quantized as well, or each pays for two conversions. Unsigned activations, or little is fused. A linear map
+    whose bias has one axis becomes `Gemm`, which falls back to fp32 (3 times slower than the fp32 model) unless its output is
+    quantized as well; with a bias of full rank it runs as `MatMulIntegerToFloat`, which needs no quantizer behind it.
     """
 
     name = "onnxruntime"
@@ -37,7 +39,7 @@ class OnnxRuntime:
     model_file = "model.onnx"
     schemes = ("fp32", "int8")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
-    quantize_outputs_of = frozenset({"conv"})
+    quantize_outputs_of = frozenset({"conv", "linear"})
 
     def missing(self) -> str | None:
         if importlib.util.find_spec(self.package) is None:
