@@ -205,7 +205,6 @@ def test_optimize_hands_everything_on(job: Path, flow: types.ModuleType, tmp_pat
         "accept_nearest": True,
         "seed": 3,
         "threads": 2,
-        "dry_run": False,
     }
     assert {name: call[name] for name in wanted} == wanted
 

@@ -111,8 +111,8 @@ def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], 
     workload = _load(console, job)
     from planish import flow
 
-    data = flow.inspect(workload, target=target, keep=keep).to_json()
-    console.answer(data, terminal.any_text(data))
+    data = flow.inspect(workload, target=target, keep=keep, events=console).to_json()
+    console.answer(data, terminal.inspection_text(data))
 
 
 def _budget_options(function: F) -> F:
@@ -193,9 +193,9 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
             control=options["control"],
             overwrite=options["overwrite"],
             accept_nearest=options["accept_nearest"],
-            dry_run=options["dry_run"],
             saliency=options["saliency"],
             events=console,
+            **({"dry_run": True} if options["dry_run"] else {}),
         )
 
     return _show_result(console, _resumable(work, out, job))
@@ -245,9 +245,8 @@ def verify(console: Console, /, path: Path, job: Path | None, threads: int | Non
     workload = _load(console, job) if job is not None else None
     from planish import verification
 
-    found = verification.verify(path, workload, threads=threads)
-    data = found.to_json()
-    console.answer(data, terminal.any_text(data))
+    found = verification.verify(path, workload, threads=threads, events=console)
+    console.answer(found.to_json(), terminal.verification_text(found.to_json()))
     return found.exit_code
 
 
@@ -268,7 +267,7 @@ def bench(console: Console, /, job: Path, paths: tuple[Path, ...], seconds: floa
     from planish import verification
 
     rows = [row.to_json() for row in verification.bench(workload, paths, threads=threads, seconds=seconds, events=console)]
-    console.answer({"rows": rows}, terminal.any_text(rows))
+    console.answer({"rows": rows}, terminal.bench_text(rows))
 
 
 @cli.command(epilog=_example("planish report out/net.planish -o page.html"))

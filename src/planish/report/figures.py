@@ -16,6 +16,7 @@ def digits(value: float) -> str:
     """Three significant digits without an exponent where that is readable: 0.0412, 1.43, 87.9, 1430."""
     if not math.isfinite(value):
         return NOTHING
+    value = float(f"{value:.3g}") if abs(value) < 999.5 else value
     if value == 0:
         return "0"
     if abs(value) >= 999.5:

@@ -123,9 +123,9 @@ def _measured(limit: Limit, measurement: Measurement) -> float | None:
         return measurement.batch / measurement.latency_s.median
     return {
         "latency": measurement.latency_s.median,
-        "size": float(measurement.size_bytes),
-        "memory": float(measurement.peak_memory_bytes),
-        "macs": float(measurement.macs),
+        "size": measurement.size_bytes,
+        "memory": measurement.peak_memory_bytes,
+        "macs": measurement.macs,
     }.get(limit.quantity)
 
 

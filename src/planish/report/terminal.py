@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from planish.measurement import Estimate
 from planish.report import figures
 from planish.report.figures import NOTHING, plain
 
 if TYPE_CHECKING:
     from planish.measurement import Measurement
     from planish.result import Summary, Trial
+
+
+_LEAST_FOLDED = 24
 
 
 def width() -> int:
@@ -28,13 +32,20 @@ def width() -> int:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """A table; long cells are folded, never cut, and control codes are written to a terminal that wants them only.
+    """A table whose last column is folded if it must be; records under each other where even that does not fit.
+
+    Control codes are written only to a terminal that wants them.
 
     Args:
         columns: the headings.
         rows: a cell for each heading; control characters in them are shown as `?`.
         right: indices of columns that are aligned to the right.
     """
+    shown = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(map(len, (name, *(row[i] for row in shown)))) for i, name in enumerate(columns)]
+    last = min(widths[-1], max(_LEAST_FOLDED, len(columns[-1])))
+    if sum(widths[:-1]) + last + 3 * (len(columns) - 1) > width():
+        return _records(columns, shown)
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -42,9 +53,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
 
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, name in enumerate(columns):
-        out.add_column(Text(name), justify="right" if i in right else "left", overflow="fold")
-    for row in rows:
-        out.add_row(*(Text(plain(cell)) for cell in row))
+        out.add_column(Text(name), justify="right" if i in right else "left", overflow="fold", no_wrap=i < len(columns) - 1)
+    for row in shown:
+        out.add_row(*map(Text, row))
     bare = sys.stdout is None or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     buffer = io.StringIO()
     console = Console(
@@ -52,6 +63,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
     )
     console.print(out)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _records(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Each row as its first cell, with the others named below it."""
+    lines = []
+    for row in rows:
+        named = [f"{name} {cell}".strip() for name, cell in zip(columns[1:], row[1:], strict=True) if cell not in ("", NOTHING)]
+        lines += [folded(row[0]), folded(", ".join(named), "  ")]
+    return "".join(lines)
 
 
 def folded(text: str, indent: str = "") -> str:
@@ -76,36 +96,33 @@ def result_text(summary: Summary) -> str:
 def _sides(summary: Summary) -> str:
     one, two = summary.original, summary.optimized
     ratios = {name: figures.ratio(estimate.median) for name, estimate in summary.ratios.items()}
-    if summary.drop is not None:
-        low, high = summary.drop_interval or (summary.drop, summary.drop)
-        change = f"drop {figures.signed(summary.drop)} ({figures.signed(low)} … {figures.signed(high)})"
-    else:
-        change = NOTHING
-    rows: list[tuple[object, ...]] = [
-        (
-            f"{summary.metric} ({one.split or 'no data'})",
-            figures.quality(one.quality),
-            figures.quality(two.quality) if two else NOTHING,
-            change,
-        ),
-        ("latency", _latency(one), _latency(two), ratios.get("latency", NOTHING)),
-        ("CPU time", figures.seconds(one.cpu_s.median), figures.seconds(two.cpu_s.median) if two else NOTHING, ""),
-        ("size", figures.size(one.size_bytes), figures.size(two.size_bytes) if two else NOTHING, ratios.get("size", NOTHING)),
-        (
-            "peak memory",
-            figures.size(one.peak_memory_bytes),
-            figures.size(two.peak_memory_bytes) if two else NOTHING,
-            ratios.get("memory", NOTHING),
-        ),
-        ("MACs", figures.count(one.macs), figures.count(two.macs) if two else NOTHING, ratios.get("macs", NOTHING)),
+
+    def line(label: str, show: Callable[[Measurement], str], ratio: str = "") -> tuple[str, str, str, str]:
+        return label, show(one), show(two) if two is not None else NOTHING, ratio
+
+    rows = [
+        line(f"{summary.metric} ({one.split or 'no data'})", lambda m: figures.quality(m.quality)),
+        line("latency", _latency, ratios.get("latency", "")),
+        line("CPU time", lambda m: figures.seconds(m.cpu_s.median)),
+        line("size", lambda m: figures.size(m.size_bytes), ratios.get("size", "")),
+        line("peak memory", lambda m: figures.size(m.peak_memory_bytes), ratios.get("memory", "")),
+        line("MACs", lambda m: figures.count(m.macs), ratios.get("macs", "")),
     ]
-    heading = f"{summary.target}, {one.threads} thread{'s' if one.threads > 1 else ''}, batch {one.batch}"
-    return table((heading, "original", "optimized", "optimized ÷ original"), rows, right=(1, 2, 3))
+    parts = [
+        folded(f"{summary.target}, {one.threads} thread{'s' if one.threads > 1 else ''}, batch {one.batch}"),
+        table(("", "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
+    ]
+    if summary.drop is not None and one.quality is not None:
+        low, high = summary.drop_interval or (summary.drop, summary.drop)
+        allowed = summary.budget.allowed_drop.allowed(one.quality)
+        drop = f"{figures.signed(summary.drop)}, 95 % interval {figures.signed(low)} … {figures.signed(high)}, allowed {allowed:.4g}"
+        parts.append(folded(f"drop of {summary.metric} on {summary.split}: {drop}"))
+    if summary.control_drop is not None:
+        parts.append(folded(f"drop against the net as it was, tuned as long: {figures.signed(summary.control_drop)}"))
+    return "".join(parts)
 
 
-def _latency(measurement: Measurement | None) -> str:
-    if measurement is None:
-        return NOTHING
+def _latency(measurement: Measurement) -> str:
     return f"{figures.seconds(measurement.latency_s.median)} ({figures.interval(measurement.latency_s)})"
 
 
@@ -171,30 +188,83 @@ def doctor_text(data: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def any_text(data: Any) -> str:
-    """Plain data as text: figures on lines of their own, lists of records as tables."""
-    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
-        columns = list(dict.fromkeys(key for item in data for key in item))
-        return table(columns, [[_cell(item.get(key)) for key in columns] for item in data])
-    if isinstance(data, dict):
-        flat = [(key, _cell(value)) for key, value in data.items() if not isinstance(value, (dict, list))]
-        parts = [table(("", ""), flat)] if flat else []
-        for key, value in data.items():
-            if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
-                value = [{"name": name, **item} for name, item in value.items()]
-            if isinstance(value, (dict, list)) and value:
-                parts.append(f"{plain(key)}:\n{any_text(value)}")
-        return "\n".join(parts)
-    if isinstance(data, list):
-        return "".join(folded(_cell(item), "- ") for item in data)
-    return folded(_cell(data))
+def inspection_text(data: dict[str, Any]) -> str:
+    """What `planish inspect` found: every operator with what can be done to it, the groups and the blocks."""
+    rows = [
+        (
+            operator["name"],
+            operator["kind"],
+            "×".join(map(str, operator["output"])),
+            figures.count(operator["macs"]),
+            f"{operator['share']:.0%}",
+            operator["width"],
+            operator["int8"],
+        )
+        for operator in data["operators"]
+    ]
+    groups = [(group["name"], group["units"], group["parameters"], group["pinned"] or "can be pruned") for group in data["groups"]]
+    blocks = [(block["name"], ", ".join(block["operators"])) for block in data["blocks"]]
+    parts = [
+        folded(f"{data['name']}: {figures.count(data['parameters'])} parameters, {figures.count(data['macs'])} MACs a call"),
+        table(("operator", "kind", "output", "MACs", "share", "width", "int8"), rows, right=(2, 3, 4)),
+    ]
+    if groups:
+        parts.append(table(("group", "units", "tensors", "state"), groups, right=(1, 2)))
+    if blocks:
+        parts.append(table(("block that can be bypassed", "operators"), blocks))
+    parts += [
+        folded(f"unknown operator {name}: what it touches stays dense ({', '.join(where)})", "- ")
+        for name, where in data["unknown"].items()
+    ]
+    parts += [folded(note, "- ") for note in data["notes"]]
+    return "\n".join(parts)
 
 
-def _cell(value: object) -> str:
-    if value is None:
+def verification_text(data: dict[str, Any]) -> str:
+    """What an artifact does here, beside what it claims."""
+    now, then = data["latency_s"], data["claimed_latency_s"]
+    rows = [
+        ("latency", _span(then), _span(now)),
+        ("size", NOTHING, figures.size(data["size_bytes"])),
+        ("peak memory", NOTHING, figures.size(data["peak_memory_bytes"])),
+        ("outputs", NOTHING, "equal" if data["sqnr_db"] is None else f"{data['sqnr_db']:.0f} dB"),
+        (
+            f"quality on {data['split']}" if data["split"] else "quality",
+            figures.quality(data["claimed_quality"]),
+            figures.quality(data["quality"]),
+        ),
+    ]
+    verdict = f"{data['artifact']} on {data['target']}: {'holds' if data['holds'] else 'does not hold'}"
+    return (
+        folded(verdict)
+        + "\n"
+        + table(("", "claimed", "here and now"), rows, right=(1, 2))
+        + "".join(folded(f, "- ") for f in data["findings"])
+    )
+
+
+def bench_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Several models, measured in turn, in one table."""
+    lines = [
+        (
+            row["name"],
+            row["target"],
+            _span(row["latency_s"]),
+            figures.seconds(row["cpu_s"]["median"]) if row["cpu_s"] else NOTHING,
+            figures.ratio(row["ratio"]["median"]) if row["ratio"] else NOTHING,
+            figures.size(row["size_bytes"]),
+            figures.quality(row["quality"]),
+            "" if row["outcome"] == "measured" else row["outcome"],
+        )
+        for row in rows
+    ]
+    columns = ("model", "target", "latency", "CPU time", "÷ best original", "size", "quality", "")
+    return table(columns, lines, right=(2, 3, 4, 5, 6))
+
+
+def _span(estimate: dict[str, Any] | None) -> str:
+    """Median and interval of an estimate of seconds that was turned into plain data."""
+    if estimate is None:
         return NOTHING
-    if isinstance(value, float):
-        return figures.digits(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_cell, value))
-    return str(value)
+    read = Estimate(**estimate)
+    return f"{figures.seconds(read.median)} ({figures.interval(read)})"

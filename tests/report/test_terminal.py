@@ -1,0 +1,141 @@
+"""Figures as text and the tables of the command line."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+import making
+from planish.measurement import Estimate
+from planish.report import figures, terminal
+from planish.result import Summary
+
+
+@pytest.mark.parametrize(
+    ("show", "value", "wanted"),
+    [
+        (figures.seconds, 1.4321e-3, "1.43 ms"),
+        (figures.seconds, 812e-6, "812 µs"),
+        (figures.seconds, 0.99996e-3, "1.00 ms"),
+        (figures.seconds, 2.1, "2.10 s"),
+        (figures.seconds, 0.0, "0 ns"),
+        (figures.seconds, None, "–"),
+        (figures.seconds, math.nan, "–"),
+        (figures.size, 3_535_000, "3.54 MB"),
+        (figures.size, 12, "12.0 B"),
+        (figures.count, 40_600_000, "40.6 M"),
+        (figures.count, 7, "7.00"),
+        (figures.ratio, 0.443, "0.44×"),
+        (figures.ratio, 0.0443, "0.044×"),
+        (figures.speed_up, 0.5, "2.00× as fast"),
+        (figures.speed_up, 0.0, "–"),
+        (figures.signed, -0.0021, "−0.0021"),
+        (figures.signed, 0.0048, "+0.0048"),
+        (figures.quality, 0.89584, "0.8958"),
+        (figures.quality, 31.23456, "31.235"),
+        (figures.duration, 4.26, "4.3 s"),
+        (figures.duration, 185.4, "3 min 05 s"),
+        (figures.duration, 4320.0, "1 h 12 min"),
+        (figures.digits, 1430.4, "1430"),
+        (figures.digits, 0.0412, "0.0412"),
+        (figures.digits, 1e-9, "1.00e-09"),
+    ],
+)
+def test_figures(show: object, value: float | None, wanted: str) -> None:
+    assert callable(show)
+    assert show(value) == wanted
+
+
+def test_an_interval_warns_when_it_decides_nothing() -> None:
+    assert figures.interval(Estimate(1.4e-3, 1.3e-3, 1.5e-3, 9)) == "1.30 – 1.50 ms"
+    assert figures.interval(Estimate(1.4e-3, 0.3e-3, 9.5e-3, 9, False)) == "0.300 – 9.50 ms (not trustworthy)"
+
+
+def test_plain_keeps_a_terminal_safe_and_both_ends_of_a_name() -> None:
+    assert figures.plain("a\x1b[31m\nb\0") == "a?[31m?b?"
+    long = figures.plain("start" + "x" * 500 + "end", 60)
+    assert len(long) <= 60
+    assert long.startswith("start") and long.endswith("end") and "…" in long
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+def test_every_table_fits_and_loses_nothing(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "layer." * 20 + "conv\x1b[31m"
+    summary = making.summary(name=name, verdict="infeasible", nearest=(0, 6), artifact=None)
+    texts = [
+        terminal.result_text(summary),
+        terminal.trials_text(summary.trials),
+        terminal.inspection_text(
+            {
+                "name": name,
+                "parameters": 270_000,
+                "macs": 40_600_000,
+                "operators": [
+                    {
+                        "name": name,
+                        "kind": "conv",
+                        "output": [1, 16, 32, 32],
+                        "macs": 2,
+                        "share": 0.5,
+                        "width": "can be pruned",
+                        "int8": name,
+                    }
+                ],
+                "groups": [{"name": name, "units": 16, "parameters": 4, "exact": True, "pinned": ""}],
+                "blocks": [{"name": name, "operators": [name, name]}],
+                "unknown": {"aten.odd": [name]},
+                "reasons": {},
+                "notes": ["a note"],
+            }
+        ),
+    ]
+    for text in texts:
+        assert max(map(len, text.splitlines())) <= columns
+        assert "\x1b" not in text
+    assert "nearest trials" in texts[0]
+    assert "qualitylost" in "".join(texts[1].split())
+    assert "aten.odd" in texts[2]
+
+
+def test_verification_and_bench() -> None:
+    estimate = msgspec.to_builtins(Estimate(1.4e-3, 1.3e-3, 1.5e-3, 9))
+    text = terminal.verification_text(
+        {
+            "artifact": "out/net.planish",
+            "target": "onnxruntime:cpu",
+            "holds": False,
+            "findings": ["its outputs agree to 12 dB only"],
+            "latency_s": estimate,
+            "claimed_latency_s": estimate,
+            "size_bytes": 812_000,
+            "peak_memory_bytes": None,
+            "sqnr_db": 12.0,
+            "quality": 0.89,
+            "claimed_quality": 0.9,
+            "split": "test",
+        }
+    )
+    for part in ("does not hold", "1.40 ms (1.30 – 1.50 ms)", "12 dB", "quality on test", "0.8900", "- its outputs agree"):
+        assert part in text
+    row = {
+        "name": "original",
+        "target": "onnxruntime:cpu",
+        "latency_s": estimate,
+        "cpu_s": estimate,
+        "ratio": estimate,
+        "size_bytes": 1,
+        "quality": None,
+    }
+    text = terminal.bench_text([row | {"outcome": "measured"}, dict.fromkeys(row) | {"name": "b", "target": "c", "outcome": "crashed"}])
+    assert "1.40 ms" in text and "crashed" in text and "measured" not in text
+
+
+def test_nothing_changed_and_nothing_measured_are_said() -> None:
+    text = terminal.result_text(making.summary(optimized=None, ratios={}, drop=None, baselines={}, plan=None))
+    assert "–" in text
+    assert "None" not in text
+    read = msgspec.json.decode(msgspec.json.encode(making.summary()), type=Summary)
+    assert terminal.result_text(read) == terminal.result_text(making.summary())
