@@ -8,7 +8,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from planish.errors import UnknownName
-from planish.graph.facts import rule_name
+from planish.graph.facts import attribute, rule_name
 from planish.graph.graph import Analysis, Block, Graph, Operator
 from planish.graph.naming import module_path, unique
 from planish.graph.program import Program
@@ -70,7 +70,9 @@ class _Finder:
         for node in _ancestors(branch, stop={source}) - {source}:
             if self._has_parameter(node) and node not in dying:
                 return None
-        names = {str(node.target) for node in dying if node.op == "get_attr" and str(node.target) in self.parameters}
+        names = {
+            self.program.canonical(str(node.target)) for node in dying if node.op == "get_attr" and str(node.target) in self.parameters
+        }
         if not names and not any(self._has_parameter(node) for node in dying):
             return None
         return dying, names
@@ -120,12 +122,11 @@ def sweep(graph: FxGraph) -> None:
 
 def drop_unread(module: GraphModule) -> None:
     """Forget parameters and buffers that the program no longer reads, in place."""
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for owner_name, owner in list(module.named_modules()):
+    read = {id(attribute(module, str(node.target))) for node in module.graph.nodes if node.op == "get_attr"}
+    for owner in list(module.modules()):
         for store in (owner._parameters, owner._buffers):
-            for leaf in list(store):
-                if (f"{owner_name}.{leaf}" if owner_name else leaf) not in read:
-                    del store[leaf]
+            for leaf in [leaf for leaf, tensor in store.items() if id(tensor) not in read]:
+                del store[leaf]
 
 
 def bypass(graph: Graph, analysis: Analysis, names: Collection[str]) -> Graph:

@@ -24,6 +24,8 @@ from planish.graph.operators import Labels, find_operators
 from planish.graph.program import Program
 
 Key = tuple[str, int]
+Family = tuple[tuple[int, int], ...]
+"""What units of one group share: the numbers of the dimensions that they run through, with how many indices they have along each."""
 
 # Another way to keep a kind of place rectangular must make this much more of the parameters prunable to be preferred.
 _WORTH = 1.01
@@ -64,36 +66,40 @@ def solve(program: Program) -> Solved:
 def dimensions(program: Program) -> dict[Key, Val]:
     """Every labelled dimension of parameters, buffers and constants, in the order in which the program uses them."""
     found: dict[Key, Val] = {}
-    shared = {name: val for (name, _), val in program.copies.items()}
+    shared = program.first_copies()
     for node in program.module.graph.nodes:
-        if node.op != "get_attr" or str(node.target) not in program.parameters:
-            continue
-        val = shared.get(node.name, program.parameters[str(node.target)])
-        for d in val.ids:
-            found.setdefault((str(node.target), d), val)
+        name = program.canonical(str(node.target)) if node.op == "get_attr" else ""
+        if name in program.parameters:
+            val = shared.get(node.name, program.parameters[name])
+            for d in val.ids:
+                found.setdefault((name, d), val)
     rank = {key: position for position, key in enumerate(program.ids.roles)}
     return dict(sorted(found.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
-def _members(solved: Solved) -> tuple[dict[Key, NDArray[np.int64]], dict[int, set[int]], list[Key]]:
-    """The unit of each index per dimension; for each unit, the numbers of the dimensions that it runs through; their keys."""
+def _members(solved: Solved) -> tuple[dict[Key, NDArray[np.int64]], dict[Family, list[int]]]:
+    """The unit of each index per dimension, and the units by family."""
     labelled = {key: solved.unit[val.ids[key[1]].numpy()] for key, val in dimensions(solved.program).items()}
-    keys = list(labelled)
-    through: dict[int, set[int]] = collections.defaultdict(set)
-    for number, key in enumerate(keys):
-        for unit in np.unique(labelled[key]):
+    through: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+    for number, units in enumerate(labelled.values()):
+        for unit, count in zip(*(found.tolist() for found in np.unique(units, return_counts=True)), strict=True):
             if unit >= 0:
-                through[int(unit)].add(number)
-    return labelled, through, keys
+                through[unit].append((number, count))
+    families: dict[Family, list[int]] = collections.defaultdict(list)
+    for unit, crossed in through.items():
+        families[tuple(crossed)].append(unit)
+    return labelled, families
 
 
 def coverage(solved: Solved) -> float:
-    """How much could be pruned: for each parameter dimension the elements of its parameter times the share of units that may go."""
-    labelled, through, _ = _members(solved)
-    families = collections.Counter(frozenset(numbers) for numbers in through.values())
-    prunable = np.zeros(int(solved.unit.max(initial=0)) + 2, bool)
-    for unit, numbers in through.items():
-        prunable[unit] = families[frozenset(numbers)] > 1
+    """How much could be pruned: for each parameter dimension the elements of its parameter times the share of indices that may go.
+
+    Indices of a group that is too coarse to lose a quarter (fewer than four units) count for less.
+    """
+    labelled, families = _members(solved)
+    prunable = np.zeros(int(solved.unit.max(initial=0)) + 2)
+    for units in families.values():
+        prunable[units] = min(1.0, (1 - 1 / len(units)) / 0.75)
     sizes = {name: parameter.numel() for name, parameter in solved.program.module.named_parameters(remove_duplicate=False)}
     return float(sum(sizes.get(key[0], 0) * prunable[units].mean() for key, units in labelled.items()))
 
@@ -118,33 +124,31 @@ def decide(module: GraphModule, facts: Facts) -> Solved:
 
 def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], NDArray[np.int64], dict[int, tuple[str, int]]]:
     """The groups in program order; for each id its unit's number (-1: in no group); number -> (group, unit in it)."""
-    labelled, through, keys = _members(solved)
+    labelled, families = _members(solved)
+    keys = list(labelled)
     parameters = {name for name, _ in solved.program.module.named_parameters(remove_duplicate=False)}
-    families: dict[frozenset[int], list[int]] = collections.defaultdict(list)
-    for unit, crossed in through.items():
-        families[frozenset(crossed)].append(unit)
     roles = solved.program.ids.roles
     groups: dict[str, Group] = {}
     place: dict[int, tuple[str, int]] = {}
 
-    def producing(numbers: frozenset[int]) -> int:
+    def producing(family: Family) -> int:
         """The first dimension that issues the units (a weight before a bias), else the first parameter's."""
-        issuing = [n for n in sorted(numbers) if roles.get(keys[n]) == "out"]
+        issuing = [n for n, _ in family if roles.get(keys[n]) == "out"]
         weights = [n for n in issuing if not keys[n][0].endswith("bias")]
-        own = [n for n in sorted(numbers) if keys[n][0] in parameters]
-        return (weights or issuing or own or [min(numbers)])[0]
+        own = [n for n, _ in family if keys[n][0] in parameters]
+        return (weights or issuing or own or [family[0][0]])[0]
 
-    for numbers, units in sorted(families.items(), key=lambda item: (producing(item[0]), sorted(item[0]))):
-        if len(units) < 2 or not any(keys[n][0] in parameters for n in numbers):
+    for family, units in sorted(families.items(), key=lambda item: (producing(item[0]), item[0])):
+        if len(units) < 2 or not any(keys[n][0] in parameters for n, _ in family):
             continue
-        first = producing(numbers)
+        first = producing(family)
         _, positions = np.unique(labelled[keys[first]], return_index=True)
         order = {int(labelled[keys[first]][p]): p for p in positions}
         ranked = sorted(units, key=lambda u: order[u])
         number_of = np.full(int(solved.unit.max()) + 2, -1, np.int64)
         number_of[ranked] = np.arange(len(ranked))
         name = unique(module_path(keys[first][0]), groups)
-        member = [keys[n] for n in sorted(numbers)]
+        member = [keys[n] for n, _ in family]
         groups[name] = Group(
             name,
             len(ranked),

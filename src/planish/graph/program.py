@@ -123,10 +123,9 @@ class Program:
         self.copies: dict[tuple[str, str], Val] = {}
         self.parameters: dict[str, Val] = {}
         self.unknown: dict[str, list[str]] = {}
-        self.first_user: dict[str, int] = {}
-        self._alias: dict[int, str] = {}
-        for position, node in enumerate(module.graph.nodes):
-            self._visit(node, position)
+        self._alias: dict[int, str] = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        for node in module.graph.nodes:
+            self._visit(node)
 
     def operand(self, node: Node, consumer: Node) -> Val | None:
         """What `consumer` sees of `node`. A constant that several read is copied for each, or it would tie them all together."""
@@ -138,6 +137,13 @@ class Program:
         val = self.vals.get(node.name)
         return val if isinstance(val, Val) else None
 
+    def first_copies(self) -> dict[str, Val]:
+        """Constants that several read -> what the first of them sees; surgery gives the others their own where they differ."""
+        found: dict[str, Val] = {}
+        for (name, _), val in self.copies.items():
+            found.setdefault(name, val)
+        return found
+
     def is_constant(self, node: Node) -> bool:
         """Whether a node is a tensor that is the same whatever the inputs are, and is no parameter."""
         if node.op == "get_attr":
@@ -145,7 +151,7 @@ class Program:
         return node.op == "call_function" and rule_name(node.target) in CREATED
 
     def canonical(self, name: str) -> str:
-        """The first name of a tensor that has several (tied weights)."""
+        """The first name of a tensor that has several (tied weights), as `named_parameters` gives it."""
         return self._alias.setdefault(id(attribute(self.module, name)), name)
 
     def _constant(self, node: Node) -> Val:
@@ -153,10 +159,10 @@ class Program:
             created = RULES[rule_name(node.target)](Step(self, node))
             assert isinstance(created, Val)
             return created
-        name, shape = str(node.target), self.facts.shape(node.name)
+        name, shape = self.canonical(str(node.target)), self.facts.shape(node.name)
         return Val(shape, {d: self.ids.fresh(k) for d, k in enumerate(shape) if k > 1}, set(), {d: (name, d) for d in range(len(shape))})
 
-    def _visit(self, node: Node, position: int) -> None:
+    def _visit(self, node: Node) -> None:
         if node.op == "placeholder":
             self.vals[node.name] = Val(self.facts.shape(node.name))
         elif node.op == "get_attr":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,16 @@ def _selected(tensor: torch.Tensor, val: Val, stay: Survivors) -> torch.Tensor:
     return tensor
 
 
+def _copy_but_for(graph: Graph, program: Program, stay: Survivors) -> Graph:
+    """A deep copy that still shares the tensors that will be replaced: a large net is not held three times."""
+    shared = {}
+    for name, val in program.parameters.items():
+        if any(stay.changed(val, d) for d in val.ids):
+            tensor = attribute(graph.module, name)
+            shared[id(tensor)] = tensor
+    return Graph(copy.deepcopy(graph.module, shared), graph.signature, graph.example, list(graph.notes))
+
+
 def _shrink_parameters(module: GraphModule, program: Program, stay: Survivors) -> dict[tuple[str, int], NDArray[np.int64]]:
     """Select in every parameter and buffer, under all of its names; what was kept, per dimension that shrank."""
     kept: dict[tuple[str, int], NDArray[np.int64]] = {}
@@ -91,10 +102,11 @@ def _shrink_parameters(module: GraphModule, program: Program, stay: Survivors) -
     for store in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, tensor in store:
             names[id(tensor)].append(name)
-    shared = {name: val for (name, _), val in program.copies.items()}
+    shared = program.first_copies()
+    originals = {node.name: program.canonical(str(node.target)) for node in program.module.graph.nodes if node.op == "get_attr"}
     for node in list(module.graph.nodes):
-        name = str(node.target)
-        if node.op != "get_attr" or name not in program.parameters or any((name, d) in kept for d in range(program.parameters[name].rank)):
+        name = originals.get(node.name, "")
+        if name not in program.parameters or any((name, d) in kept for d in range(program.parameters[name].rank)):
             continue
         val = shared.get(node.name, program.parameters[name])
         if not any(stay.changed(val, d) for d in val.ids):
@@ -161,7 +173,7 @@ def prune(graph: Graph, analysis: Analysis, removed: Mapping[str, Sequence[int]]
     """
     stay = survivors(analysis, removed)
     program: Program = analysis.ids.program
-    result = graph.copy()
+    result = _copy_but_for(graph, program, stay)
     module = result.module
     originals = {node.name: node for node in program.module.graph.nodes}
     _part_constants(module, program, stay)

@@ -58,6 +58,9 @@ def movement(step: Step) -> Result | None:
         for d in [dims] if isinstance(dims, int) else dims:
             # Nothing to squeeze now, but a width of 1 would be squeezed after surgery.
             step.ids.fix_all(val, f"it must not become 1 before {step.why}", [d % val.rank] if val.shape[d % val.rank] > 1 else [])
+    if step.name in ("view", "_unsafe_view"):
+        # Ids are expanded, which `view` may refuse where the tensor itself is contiguous.
+        return step.move(val, lambda ids: ids.reshape(step.value("size")))
     return step.move(val)
 
 
