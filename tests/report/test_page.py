@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import os
 import re
 import shutil
@@ -167,6 +168,23 @@ def test_the_page_names_no_address_to_load() -> None:
 )
 def test_the_front_is_what_nothing_dominates(points: list[tuple[float, float]], wanted: list[int]) -> None:
     assert front(points) == wanted
+
+
+def test_no_nan_reaches_the_page() -> None:
+    trials = tuple(
+        msgspec.structs.replace(trial, drop=math.nan if i % 2 else trial.drop, loss=math.inf)
+        for i, trial in enumerate(making.summary().trials)
+    )
+    nothing = Estimate(math.nan, math.nan, math.nan, 0, False)
+    text = page(
+        making.summary(
+            trials=trials, ratios={"latency": nothing}, baselines={"x:cpu": making.measurement(latency_s=nothing)}, drop=math.nan
+        )
+    )
+    shown = "".join(read(text).text)
+    assert not re.search(r"\bnan\b|\binf\b", shown)
+    for inline in re.findall(r'<script type="application/json" id="data-\w+">(.*?)</script>', text, re.DOTALL):
+        assert "NaN" not in inline and "Infinity" not in inline
 
 
 def test_trials_without_figures_make_no_plot() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from planish.measurement import Estimate
 
@@ -62,9 +63,15 @@ def ratio(value: float | None) -> str:
     return NOTHING if value is None or not math.isfinite(value) else f"{value:.3f}×" if value < 0.1 else f"{value:.2f}×"
 
 
+def factor(value: float | None) -> str:
+    """`2.26×`: how many times as fast, from a ratio of latencies."""
+    return NOTHING if not value or not math.isfinite(value) else f"{1 / value:.2f}×"
+
+
 def speed_up(value: float | None) -> str:
-    """`2.3× as fast`, from a ratio of latencies."""
-    return NOTHING if not value or not math.isfinite(value) else f"{1 / value:.2f}× as fast"
+    """`2.26× as fast`, from a ratio of latencies."""
+    text = factor(value)
+    return text if text == NOTHING else f"{text} as fast"
 
 
 def quality(value: float | None) -> str:
@@ -84,6 +91,17 @@ def interval(estimate: Estimate | None) -> str:
     factor, unit = next(((f, u) for f, u in _TIMES if abs(estimate.median) >= 0.9995 * f), _TIMES[-1])
     text = f"{digits(estimate.low / factor)} – {digits(estimate.high / factor)} {unit}"
     return text if estimate.trustworthy else f"{text} (not trustworthy)"
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 def plain(text: object, longest: int = 160) -> str:

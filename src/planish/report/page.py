@@ -43,7 +43,7 @@ def page(summary: Summary) -> str:
     """
     template = _environment().get_template("page.html.j2")
     plots = {"trials": trials_figure(summary), "runtimes": runtimes_figure(summary)}
-    shown = {name: figure for name, figure in plots.items() if figure is not None}
+    shown = {name: figures.finite(figure) for name, figure in plots.items() if figure is not None}
     return template.render(
         s=summary,
         version=planish.__version__,
@@ -97,11 +97,11 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """(large figure, what it is, how surely) of what a reader looks for first."""
     one, two, tiles = summary.original, summary.optimized, []
     if (ratio := summary.ratios.get("latency")) is not None and two is not None:
-        surely = f"{figures.speed_up(ratio.high).split('×')[0]} – {figures.speed_up(ratio.low).split('×')[0]}×"
+        surely = f"{figures.factor(ratio.high)} – {figures.factor(ratio.low)}"
         if not ratio.trustworthy:
             surely += ", not trustworthy"
         change = f"{figures.seconds(one.latency_s.median)} → {figures.seconds(two.latency_s.median)} a call"
-        tiles.append((f"{1 / ratio.median:.2f}×", "as fast", f"{change} ({surely})"))
+        tiles.append((figures.factor(ratio.median), "as fast", f"{change} ({surely})"))
     if summary.drop is not None:
         low, high = summary.drop_interval or (summary.drop, summary.drop)
         allowed = summary.budget.allowed_drop.allowed(one.quality) if one.quality is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ def relative_latency(trial: Trial, summary: Summary) -> float | None:
 def trials_figure(summary: Summary) -> Figure | None:
     """Every trial by latency and drop, the Pareto front of the measured ones, and the budget as a shaded corner."""
     shown = [
-        (trial, x, trial.drop) for trial in summary.trials if (x := relative_latency(trial, summary)) is not None and trial.drop is not None
+        (trial, x, trial.drop)
+        for trial in summary.trials
+        if (x := relative_latency(trial, summary)) is not None and trial.drop is not None and math.isfinite(x + trial.drop)
     ]
     if not shown:
         return None
