@@ -11,7 +11,7 @@ from planish.budget import Budget
 from planish.errors import BudgetError
 from planish.graph.graph import Analysis, Operator, Size
 from planish.graph.macs import macs, operator_macs
-from planish.measure.tables import Kernel
+from planish.measure.kernels import Kernel
 from planish.plan import Option, Plan
 from planish.search.costs import Affine, Costs, ceilings, reachable_kernels
 from planish.search.kernels import kernel_of
@@ -35,11 +35,8 @@ def by_hand(space, plan):
     for name, operator in operators.items():
         scheme = plan.precisions.get(name, "fp32")
         seconds += kernel_seconds([kernel_of(operator, plan.widths, scheme)])[0]
-        changed = []
-        if not operator.reads and scheme != "fp32":
-            changed.append((operator.inputs[0], 1))
         others = [read for read in operator.reads if read in operators and "pool" not in (name, read)]
-        changed += [(operators[read].output, readers[read]) for read in others if plan.precisions.get(read, "fp32") != scheme]
+        changed = [(operators[read].output, readers[read]) for read in others if plan.precisions.get(read, "fp32") != scheme]
         for shape, share in changed:
             sizes = tuple(size.at(plan.widths) for size in shape)
             seconds += 0.5 / share * kernel_seconds([Kernel("conversion", (sizes,), sizes)])[0]
@@ -112,8 +109,8 @@ def test_only_reachable_kernels_are_asked_for_and_once():
     Costs(space, lookup)
     assert asked == [costs.kernels] == [reachable_kernels(space)]
     # stem: 4 widths x 2 precisions; first and second convolution of a block: 16 x 2 each, the same in all blocks; pool 4; head 4 x 2;
-    # conversions of 4 widths at 8 x 8 and of the picture
-    assert len(costs.kernels) == 8 + 32 + 32 + 4 + 8 + 4 + 1
+    # conversions of 4 widths at 8 x 8
+    assert len(costs.kernels) == 8 + 32 + 32 + 4 + 8 + 4
 
 
 def test_fewer_kernels_are_interpolated_between_widths():

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 
 from planish.budget import Limit
 from planish.errors import BudgetError
-from planish.measure.tables import Kernel
+from planish.measure.kernels import Kernel
 from planish.search.factor import Table
 from planish.search.kernels import fill_unmeasured, grids, terms_of
 from planish.search.lagrangian import Problem

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from planish.graph.macs import operator_macs
-from planish.measure.tables import Kernel
+from planish.measure.kernels import Kernel
 from planish.search.factor import Table
 from planish.search.space import FULL_PRECISION, Space, groups_of
 
@@ -66,7 +66,7 @@ class Term:
         operator: the operator; None for a conversion.
         shape: of the converted tensor.
         widths: variables of the groups that the shapes depend on, ascending.
-        schemes: variables of the precisions it depends on: the operator's own, or those of writer and reader.
+        schemes: variables of the precisions it depends on: the operator's own, or those of writer and reader that have one.
         bits: block bits that remove it.
         share: what part of the kernel's seconds counts.
     """
@@ -166,6 +166,7 @@ def terms_of(space: Space) -> list[Term]:
 
     A tensor that several operators read is converted once; each reader is charged its part. Additions, rectifiers and pools take
     their inputs in whatever precision comes. The kernel "conversion" quantizes and dequantizes, so a change costs half of it.
+    Quantizing the program's own input is part of the int8 kernel that reads it.
     """
     operators = space.analysis.operators
     readers: dict[str, int] = {}
@@ -185,10 +186,6 @@ def terms_of(space: Space) -> list[Term]:
 def _conversions(space: Space, operator: Operator, readers: Mapping[str, int]) -> list[Term]:
     own = space.index.get(("precision", operator.name))
     out = []
-    if not operator.reads and own is not None and operator.inputs and operator.kind != "embedding":
-        shape = operator.inputs[0]
-        bits = space.bits_of(operator.name)
-        out.append(Term(operator.name, space, None, shape, width_variables(space, shape), (own,), bits, 0.5))
     for name in dict.fromkeys(operator.reads):
         writer = space.analysis.operators.get(name)
         if writer is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -18,7 +17,8 @@ from planish.search.random import draw
 from planish.search.space import Space
 
 _ENUMERATED = 4096
-_SAMPLES = 6
+_SAMPLES = 3
+_PARTITIONS = 6
 
 
 class Solver:
@@ -81,10 +81,25 @@ class Solver:
         for attempt in range(1, _SAMPLES + 1):
             rng = np.random.default_rng([self.seed, number, attempt])
             yield canonical(self._solve(self.ledger.coefficients(rng), attempt).assignment)
-        yield from self._rest(mean, number)
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.ledger.space.sizes))
+        for variable in order[:_PARTITIONS].tolist():
+            found = self._solve(mean, 0, (variable, self.solution.assignment[variable]))
+            if found.feasible:
+                yield canonical(found.assignment)
+        yield from self._rest(number)
 
-    def _solve(self, coefficients: NDArray[np.float64], attempt: int) -> Solution:
-        problem = self._problem.replaced("loss", self.ledger.losses(coefficients))
+    def _solve(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None = None) -> Solution:
+        """The best plan for loss coefficients; with `avoided` (variable, value), the best of those that decide otherwise there.
+
+        References:
+            Lawler, 1972: the next best solutions lie in the parts of the space that differ from the best in one decision.
+        """
+        losses = self.ledger.losses(coefficients)
+        if avoided is not None:
+            variable, value = avoided
+            scope, table = losses[variable]
+            table[tuple(value if v == variable else slice(None) for v in scope)] += sum(float(np.ptp(t)) for _, t in losses)
+        problem = self._problem.replaced("loss", losses)
         limits = self.ledger.limits
         if limits.costs:
             return solve(problem, "loss", self.ledger.ceilings(tighter=0.01 * (attempt // 2)), self.seed)
@@ -110,7 +125,7 @@ class Solver:
     def _ceilings(self) -> Mapping[str, float]:
         return self.ledger.ceilings() if self.ledger.limits.costs else {}
 
-    def _rest(self, coefficients: NDArray[np.float64], number: int) -> Iterator[Assignment]:
+    def _rest(self, number: int) -> Iterator[Assignment]:
         """When solving brings nothing new: everything in a small space, best first; random plans under the limits in a large one."""
         space = self.ledger.space
         ceilings = self._ceilings()
@@ -137,4 +152,4 @@ def _halving(number: int) -> float:
         out += step * (left % 2)
         left //= 2
         step /= 2
-    return out if math.isfinite(out) else 0.5
+    return out

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planish.graph.graph import Analysis, Block, Group, Operator, Size
-from planish.measure.tables import Kernel
+from planish.measure.kernels import Kernel
 from planish.plan import Option, Plan
 from planish.search.contract import Evidence, Limits, Search
 from planish.search.costs import Costs
