@@ -53,7 +53,7 @@ FORMS = {
     "map-style": lambda: Items([(x, int(y)) for x, y in zip(X, Y, strict=True)]),
     "map-style, nested inputs": lambda: Items([((x,), y) for x, y in zip(X, Y, strict=True)]),
     "map-style, lists of numbers": lambda: Items([(np.asarray(x), y.item()) for x, y in zip(X, Y, strict=True)]),
-    "iterable dataset": lambda: Stream(),
+    "iterable dataset": Stream,
     "loader": lambda: DataLoader(TensorDataset(X, Y), batch_size=5),
     "loader without batches": lambda: DataLoader(TensorDataset(X, Y), batch_size=None),
 }
@@ -282,7 +282,7 @@ def test_model_is_copied_and_a_function_is_called_once() -> None:
     with torch.no_grad():
         copy.weight.zero_()  # type: ignore[union-attr, operator]
     assert bool(net.weight.abs().sum() > 0)
-    with pytest.raises(UsageError, match="must return an nn.Module"):
+    with pytest.raises(UsageError, match=r"must return an nn\.Module"):
         job(model=lambda: 3).model_module()
     net.weight.data[0, 0] = float("nan")
     with pytest.raises(DataError, match="'weight' holds NaN"):

@@ -109,7 +109,7 @@ def check_targets(metric: Metric, outputs: Outputs, targets: NDArray[Any] | None
     Raises:
         DataError: says which sample, and what would fit.
     """
-    if not metric.needs_labels or not (metric.name in NAMES):
+    if not metric.needs_labels or metric.name not in NAMES:
         return
     if targets is None:
         raise DataError(f"{where}: the metric {metric.name!r} needs labels and this split has no targets; give them, or metric='agreement'")

@@ -271,13 +271,12 @@ class Workload:
 
     def fingerprint(self, data: Data) -> dict[str, str]:
         """The job's identity in parts, "parameters", "data", "functions" and "version" -> hex, so that a difference can be named."""
-        parts = {
+        return {
             "parameters": _parameters_digest(self.model_module()),
             "data": data.digest,
             "functions": self._functions_digest(),
             "version": hashlib.sha256(self.version.encode()).hexdigest(),
         }
-        return parts
 
     def _functions_digest(self) -> str:
         whole = hashlib.sha256()
@@ -373,16 +372,17 @@ def _calibration(train: Split | None, validation: Split | None, test: Split | No
 def settled_randomness(seed: int) -> Iterator[None]:
     """Seed Python's, numpy's and (if loaded) torch's global generators inside the block, and put their states back after it."""
     torch = sys.modules.get("torch")
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state() if torch else None
+    legacy = np.random.get_state()  # noqa: NPY002  (the user's functions may draw from it)
+    before = random.getstate(), legacy, torch.get_rng_state() if torch else None
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the user's functions may draw from it)
     if torch:
         torch.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        np.random.set_state(before[1])  # noqa: NPY002  (the user's functions may draw from it)
         if torch and before[2] is not None:
             torch.set_rng_state(before[2])
 

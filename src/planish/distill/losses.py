@@ -1,0 +1,123 @@
+"""Distillation losses: softened KL for class logits, normalised squared error for values, plus cosine for embeddings; labels mixed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from planish.data import IGNORED_LABEL
+from planish.metrics import class_axis
+
+Kind = Literal["classes", "embedding", "values", "none"]
+_CLASS_METRICS = ("accuracy", "f1", "agreement", "perplexity")
+
+
+def guess_kinds(metric: str, outputs: Sequence[Tensor], targets: NDArray[np.generic] | None) -> tuple[Kind, ...]:
+    """What each output is.
+
+    The first output is class logits where the metric is one of classes, or where targets are integer labels of the right shape and it has
+    two axes; it is an embedding where it has two axes and the metric is "cosine" or "spearman"; everything else is values. Integer
+    outputs teach nothing. Single columns are values.
+
+    Args:
+        metric: its name.
+        outputs: the teacher's flat outputs on any samples.
+        targets: of the split that is trained on.
+    """
+    kinds: list[Kind] = []
+    for i, out in enumerate(outputs):
+        if not out.is_floating_point():
+            kinds.append("none")
+            continue
+        classes = out.shape[class_axis(out.shape)] if out.dim() > 1 else 1
+        has_labels = targets is not None and targets.dtype.kind in "iu" and targets.ndim == 1 and out.dim() == 2
+        if i == 0 and classes > 1 and (metric in _CLASS_METRICS or (has_labels and metric not in ("cosine", "spearman", "rmse", "mae"))):
+            kinds.append("classes")
+        elif out.dim() == 2 and classes > 1 and metric in ("cosine", "spearman"):
+            kinds.append("embedding")
+        else:
+            kinds.append("values")
+    return tuple(kinds)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A loss between a student's outputs and its teacher's.
+
+    Args:
+        kinds: of each output.
+        scales: what the squared error of each output is divided by: the teacher's mean variance over samples.
+        temperature: of the softmax in "classes"; the loss is multiplied by its square, so that gradients keep their size.
+        label_weight: share of the loss on labels, in [0, 1], where there are labels that fit the first output.
+
+    References:
+        Hinton, Vinyals and Dean 2015 for "classes"; Sanh et al. 2019 (DistilBERT) for the cosine term of "embedding".
+    """
+
+    kinds: tuple[Kind, ...]
+    scales: tuple[float, ...]
+    temperature: float = 4.0
+    label_weight: float = 0.3
+
+    def __call__(self, outputs: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor | None = None) -> Tensor:
+        """The mean loss over samples, summed over outputs (scalar); targets: [batch, ...] or None."""
+        total = torch.zeros(())
+        for i, (kind, scale, out, wanted) in enumerate(zip(self.kinds, self.scales, outputs, teacher, strict=True)):
+            if kind == "none":
+                continue
+            loss = self._follow(kind, scale, out, wanted)
+            labels = self._labels(kind, out, targets) if i == 0 and targets is not None and self.label_weight > 0 else None
+            if labels is not None:
+                loss = (1 - self.label_weight) * loss + self.label_weight * labels
+            total = total + loss
+        return total
+
+    def _follow(self, kind: Kind, scale: float, out: Tensor, wanted: Tensor) -> Tensor:
+        if kind == "classes":
+            axis, t = class_axis(out.shape), self.temperature
+            student, teacher = F.log_softmax(out / t, axis), F.log_softmax(wanted / t, axis)
+            return (teacher.exp() * (teacher - student)).sum(axis).mean() * t * t
+        error = (out - wanted).square().mean() / scale
+        if kind == "embedding":
+            return error + (1 - F.cosine_similarity(out, wanted, dim=1)).mean()
+        return error
+
+    def _labels(self, kind: Kind, out: Tensor, targets: Tensor) -> Tensor | None:
+        """The usual loss on labels, or None where they do not fit the output."""
+        if kind == "classes":
+            axis = class_axis(out.shape)
+            positions = tuple(size for i, size in enumerate(out.shape) if i != axis)
+            if targets.is_floating_point() or targets.dtype == torch.bool or targets.numel() != np.prod(positions):
+                return None
+            labels = targets.reshape(positions).long()
+            if bool((labels == IGNORED_LABEL).all()):
+                return None
+            return F.cross_entropy(out.movedim(axis, 1), labels, ignore_index=IGNORED_LABEL)
+        return None
+
+
+def distillation(metric: str, teacher_outputs: Sequence[Tensor], targets: NDArray[np.generic] | None, **changes: float) -> Distillation:
+    """The default loss for a job.
+
+    Args:
+        metric: its name, or anything else for a user's function.
+        teacher_outputs: the teacher's flat outputs on calibration samples; they set the scales.
+        targets: of the split that is trained on, or None.
+        changes: `temperature` and `label_weight`.
+    """
+    scales = []
+    for out in teacher_outputs:
+        if not out.is_floating_point():
+            scales.append(1.0)
+            continue
+        varying = out.double().var(0, correction=0).mean().item() if len(out) > 1 else 0.0
+        level = varying if varying > 0 else out.double().square().mean().item()
+        scales.append(level if np.isfinite(level) and level > 0 else 1.0)
+    return Distillation(guess_kinds(metric, teacher_outputs, targets), tuple(scales), **changes)

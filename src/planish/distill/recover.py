@@ -1,0 +1,128 @@
+"""Recovery of a compressed graph: batch norm recalibrated first, then distillation from the original, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.data import Data
+from planish.distill.losses import distillation
+from planish.distill.teacher import Teacher
+from planish.graph.graph import Graph
+from planish.plan import Recovery
+from planish.train.loop import Batch, FitReport, Settings, fit
+from planish.train.norms import recalibrate_batch_norm
+from planish.train.precision import has_fake_quantize
+from planish.workload import Workload
+
+_JUDGED, _JUDGED_BATCH = 1024, 128
+_QUANTIZED_RATE = 0.2  # of the peak rate: rounding is already right to half a step, and its gradients pass straight through
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What recovery did.
+
+    Args:
+        norms: how many batch norms were recalibrated.
+        loss_before: the loss on held-out samples (validation, else calibration) after recalibration and before training.
+        loss_after: the same at the end; with `keep_best` never above `loss_before`.
+        fit: what training did; None where no samples were asked for.
+    """
+
+    norms: int
+    loss_before: float
+    loss_after: float
+    fit: FitReport | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training stopped being finite (the last good weights were put back)."""
+        return self.fit is not None and self.fit.diverged
+
+    @property
+    def samples(self) -> int:
+        """Training samples seen."""
+        return 0 if self.fit is None else self.fit.samples
+
+
+def recover(
+    graph: Graph,
+    teacher: Teacher,
+    job: Workload,
+    data: Data,
+    settings: Recovery,
+    seed: int = 0,
+    deadline: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    keep_best: bool = True,
+) -> RecoverReport:
+    """Bring `graph` back towards its teacher, in place.
+
+    Args:
+        graph: pruned, and fake-quantized or not; `aten.fake_quantize_*` pass gradients straight through.
+        teacher: of the original; best made of the split that is trained on, whose outputs it then keeps for the next recovery.
+        job: gives the metric's name (which says what the outputs are), `loss` and `augment`.
+        data: trained on `train`, or on calibration inputs where there is none; judged on 1024 samples of validation, else on calibration.
+        settings: samples in all, peak rate, batch size.
+        seed: of the order of the samples and of augmentation.
+        deadline: `time.monotonic()` seconds by which it must have ended.
+        progress: called as `progress(samples done, samples in all)`.
+        should_stop: asked before every step.
+        keep_best: put the weights from before training back where it did not lower the held-out loss. Off for a dense control, which
+            starts with no distance to its teacher at all.
+    """
+    split = data.train if data.train is not None else data.calibration
+    norms = recalibrate_batch_norm(graph, split, seed=seed)
+    metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
+    held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
+    loss = distillation(metric, reference, split.targets)
+
+    def total(outputs: Sequence[Tensor], wanted: Sequence[Tensor], targets: Tensor | None) -> Tensor:
+        value = loss(outputs, wanted, targets)
+        if job.loss is not None:
+            value = value + job.loss(graph.signature.unflatten(list(outputs)), targets)
+        return value
+
+    def judge() -> float:
+        value = 0.0
+        with torch.no_grad():
+            for start, (inputs, targets) in enumerate(held.batches(_JUDGED_BATCH)):
+                outputs = graph.module(*[torch.from_numpy(array) for array in inputs])
+                rows = slice(start * _JUDGED_BATCH, (start + 1) * _JUDGED_BATCH)
+                wanted = [out[rows] for out in reference]
+                value += total(outputs, wanted, None if targets is None else torch.from_numpy(targets)).item() * len(inputs[0])
+        return value / held.n
+
+    if settings.samples < 1:
+        found = judge()
+        return RecoverReport(norms, found, found)
+
+    def objective(outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        is_known = not batch.is_augmented and teacher.split is split
+        return total(outputs, teacher.outputs(batch.rows, batch.inputs) if is_known else teacher.run(batch.inputs), batch.targets)
+
+    def augment(flat: list[Tensor]) -> list[Tensor]:
+        assert job.augment is not None
+        changed: Any = job.augment(job.structure(flat))
+        return list(job.flatten(changed))
+
+    rate = settings.learning_rate * (_QUANTIZED_RATE if has_fake_quantize(graph) else 1.0)
+    report = fit(
+        graph,
+        split,
+        objective,
+        Settings(samples=settings.samples, learning_rate=rate, batch_size=settings.batch_size, seed=seed),
+        augment=augment if job.augment is not None else None,
+        judge=judge,
+        keep_best=keep_best,
+        deadline=deadline,
+        progress=progress,
+        should_stop=should_stop,
+    )
+    return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
