@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import planish
 from planish.report import figures
@@ -78,7 +78,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = plain
+    environment.filters["breakable"] = _breakable
     return environment
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name, escaped, that may be broken after its dots."""
+    return escape(name).replace(".", Markup(".<wbr>"))
 
 
 def _asset(name: str) -> Markup:
