@@ -116,10 +116,10 @@ def build(
         first, last = (int8, int8) if kernel.kind == "base" else (kernel.kind == "dequantize", kernel.kind == "quantize")
         y = model.producer(kernel.inputs[0], layout, first, barred=bool(dict(kernel.attributes).get("barrier")))
         y = model.quantized(y) if first or last else y
-        return model.finish(model.consumer(y, kernel.output, layout, last))
+        return model.finish(*model.consumer(y, kernel.output, layout, last))
     if kernel.kind == "empty":
         x = model.input(kernel.output)
-        return model.finish(model.consumer(model.quantized(x) if int8 else x, kernel.output, layout, int8))
+        return model.finish(*model.consumer(model.quantized(x) if int8 else x, kernel.output, layout, int8))
     if _is_fed(kernel):
         xs = [model.input(shape, "int64" if kernel.kind == "embedding" else "float32") for shape in _activations(kernel)[:1]]
         xs = [model.quantized(x) if int8 else x for x in xs]
@@ -136,7 +136,7 @@ def build(
         y = model.fused(op, y, kernel.output, layout, int8)
         is_positive = op in ("relu", "relu6")
     y = model.quantized(y, zero=0 if is_positive else 128) if int8 else y
-    return model.finish(model.consumer(y, kernel.output, _consumer_layout(kernel), int8))
+    return model.finish(*model.consumer(y, kernel.output, _consumer_layout(kernel), int8))
 
 
 def _op(kernel: Kernel) -> str:
@@ -249,19 +249,19 @@ class _Model:
             return parts[0]
         return self.op("Concat", [self.quantized(part) for part in parts] if int8 else parts, axis=axis)
 
-    def consumer(self, y: str, shape: Shape, layout: str, int8: bool) -> str:
-        """What reads one position of `y`; in the channels layout a convolution whose stride is as wide as its input."""
+    def consumer(self, y: str, shape: Shape, layout: str, int8: bool) -> tuple[str, Shape]:
+        """What reads one position of `y`, and the shape that comes out; in the channels layout a convolution whose stride is as wide as its input."""
         if layout == "channels":
             # 2 wide: OpenVINO moves the stride of a 1x1 convolution up through the kernel, which then computes one position only.
             weight = self.weight((PROBE_CHANNELS, shape[1], *(min(2, size) for size in shape[2:])), int8)
             y = self.op("Conv", [y, weight, self.weight((PROBE_CHANNELS,))], strides=list(shape[2:]))
-            return self.quantized(y) if int8 else y
+            return self.quantized(y) if int8 else y, (shape[0], PROBE_CHANNELS, *(1 for _ in shape[2:]))
         if math.prod(shape[:-1]) == 1:
-            return y
+            return y, shape
         axes = list(range(len(shape) - 1))
         bounds = [np.zeros(len(axes), np.int64), np.ones(len(axes), np.int64), np.array(axes, np.int64)]
         y = self.op("Slice", [y, *(self.constant(b) for b in bounds)])
-        return self.quantized(y) if int8 else y
+        return self.quantized(y) if int8 else y, (*(1 for _ in axes), shape[-1])
 
     def unary(self, name: str, x: str) -> str:
         if name in ("silu", "swish"):
@@ -279,12 +279,14 @@ class _Model:
             y = self.quantized(y) if "add" in self.quantized_inputs else y
         return self.op(_BINARY[name], [y, z])
 
-    def finish(self, y: str) -> tuple[bytes, Signature]:
+    def finish(self, y: str, shape: Shape) -> tuple[bytes, Signature]:
         types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
         inputs = [helper.make_tensor_value_info(spec.name, types[spec.dtype], spec.shape) for spec in self._inputs]
-        graph = helper.make_graph(self._nodes, "kernel", inputs, [helper.make_tensor_value_info(y, TensorProto.FLOAT, None)], self._tensors)
+        graph = helper.make_graph(
+            self._nodes, "kernel", inputs, [helper.make_tensor_value_info(y, TensorProto.FLOAT, shape)], self._tensors
+        )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9, producer_name="planish")
-        signature = Signature(tuple(self._inputs), (TensorSpec(y, "float32", ()),), "tuple", "tensor")
+        signature = Signature(tuple(self._inputs), (TensorSpec(y, "float32", tuple(shape)),), "tuple", "tensor")
         return model.SerializeToString(), signature
 
 

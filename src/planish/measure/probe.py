@@ -56,6 +56,7 @@ class Process:
         self.folder = Path(tempfile.mkdtemp(prefix="planish-"))
         self._said = (self.folder / "stderr").open("w+b")
         self._buffer = b""
+        self._failure: RuntimeFailed | None = None
         root = str(Path(planish.__file__).parents[1])
         code = f"import sys; sys.path.append({root!r}); from {CHILD} import main; main()"
         threads = str(target.threads)
@@ -76,6 +77,7 @@ class Process:
                 start_new_session=True,
             )
         except OSError as err:
+            self._said.close()
             shutil.rmtree(self.folder, ignore_errors=True)
             raise RuntimeFailed("unsupported", f"{what}: the interpreter {target.interpreter!r} cannot be started: {err}") from err
         self.pid = self._process.pid
@@ -87,8 +89,8 @@ class Process:
         Raises:
             RuntimeFailed: "crashed", "timed out", "out of memory" or "unsupported". After the first two the child is gone.
         """
-        if self._process.poll() is not None or self._process.stdin is None or self._process.stdin.closed:
-            raise self._died(do)
+        self.require_alive(do)
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self._process.stdin.flush()
@@ -97,7 +99,9 @@ class Process:
             raise self._died(do) from None
         except TimeoutError:
             self.close()
-            raise RuntimeFailed("timed out", f"{self.what}: no answer to {do!r} within {timeout_s:.3g} s; the process was ended") from None
+            said = f"{self.what}: no answer to {do!r} within {timeout_s:.3g} s; the measuring process was ended"
+            self._failure = RuntimeFailed("timed out", said)
+            raise self._failure from None
         if line is None:
             raise self._died(do)
         answer = json.loads(line)
@@ -106,6 +110,13 @@ class Process:
             failure.add_note(answer["traceback"])
             raise failure
         return answer["ok"]
+
+    def require_alive(self, do: str) -> None:
+        """Raise what ended the process, if it has ended."""
+        if self._failure is not None:
+            raise RuntimeFailed(self._failure.kind, str(self._failure))
+        if self._process.poll() is not None:
+            raise self._died(do)
 
     def _read_line(self, deadline: float) -> bytes | None:
         """The next line from the child, or None at the end of its output."""
@@ -139,11 +150,13 @@ class Process:
             kind = "out of memory"
         failure = RuntimeFailed(kind, f"{self.what}: the measuring process {how} at {do!r}")
         failure.add_note(said)
+        self._failure = failure
         return failure
 
     def close(self) -> None:
         """End the process and everything that it started; may be called twice."""
         _open_processes.discard(self)
+        self._failure = self._failure or RuntimeFailed("crashed", f"{self.what}: the measuring process was closed")
         process = self._process
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -215,6 +228,7 @@ class Probe:
             batch: samples in one call; None: all at once.
             timeout_s: seconds that the whole may take; by default the probe's.
         """
+        self._process.require_alive("run")
         self.signature.check(flat)
         self._bound = None
         outputs = [self._new_file() for _ in self.signature.outputs]
@@ -231,6 +245,7 @@ class Probe:
         The inputs are handed over at the first call and again whenever another list comes.
         """
         if self._bound is not flat:
+            self._process.require_alive("bind")
             self.signature.check(flat)
             names = [self._file_of(array) for array in flat]
             self._process.ask("bind", self._timeout_s, inputs=names)

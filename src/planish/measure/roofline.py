@@ -103,10 +103,10 @@ def measure_peaks(seconds: float, threads: int) -> dict[str, Any]:
 
 
 def _best(call: Any, seconds: float) -> float:
-    """Seconds of the quickest call of those that fit into `seconds`, at least 5."""
+    """Seconds of the quickest call of those that fit into `seconds`, at least 3."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
+    while time.perf_counter() < end or len(times) < 3:
         begin = time.perf_counter()
         call()
         times.append(time.perf_counter() - begin)

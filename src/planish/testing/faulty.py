@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,8 @@ def _spin(seconds: float) -> None:
 
 def _noise() -> None:
     os.write(1, b'{"ok": "printed by native code"}\n')
-    print('{"ok": "printed by Python"}', flush=True)
+    sys.stdout.write('{"ok": "printed by Python"}\n')
+    sys.stdout.flush()
 
 
 FAULTS: dict[str, Callable[..., Any]] = {
@@ -53,7 +55,7 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "sleep": time.sleep,
     "spin": _spin,
     "memory": _exhaust,
-    "allocate": lambda bytes_: bytearray(bytes_),
+    "allocate": bytearray,
     "refuse": _refuse,
     "noise": _noise,
 }

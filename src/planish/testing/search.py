@@ -113,8 +113,8 @@ def check_search(method: Method) -> None:
 def _played(method: Method, space: Space, costs: Costs, limits: Limits) -> list[Plan]:
     search = method(space, costs, limits, 3)
     out = []
-    for _ in range(3):
-        for plan in search.ask(3):
+    for _ in range(2):
+        for plan in search.ask(2):
             search.tell(plan, respond(space, costs, plan))
             out.append(plan)
     best = search.best(2)
@@ -125,11 +125,11 @@ def _played(method: Method, space: Space, costs: Costs, limits: Limits) -> list[
 def _resumed(method: Method, space: Space, costs: Costs, limits: Limits) -> list[Plan]:
     """The plans of `_played`, each batch asked from a fresh search that was told what came before."""
     out: list[Plan] = []
-    for _ in range(3):
+    for _ in range(2):
         search = method(space, costs, limits, 3)
         for plan in out:
             search.tell(plan, respond(space, costs, plan))
-        out += [*search.ask(1), *search.ask(2)]
+        out += [*search.ask(1), *search.ask(1)]
     return out
 
 

@@ -1,0 +1,273 @@
+"""Latency tables: every kernel has models that run, their recipe adds up, the cache survives anything; closed forms for the fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+from planish.errors import RuntimeFailed, UsageError
+from planish.measure import kernel_models, tables
+from planish.measure.kernel_models import build, recipe
+from planish.measure.kernels import Kernel
+from planish.measure.probe import Process
+from planish.measure.tables import Table, affine
+from planish.runtimes.contract import get_runtime
+from planish.target import Target
+
+CONV = Kernel("conv", ((1, 8, 12, 12),), (1, 16, 12, 12), ((16, 8, 3, 3), (16,)), (("padding", (1, 1)), ("stride", (1, 1))), ("relu",))
+
+
+def _conv(inputs, output, weight, fused=(), precision="fp32", **attributes):
+    return Kernel("conv", (inputs,), output, (weight, (output[1],)), tuple(sorted(attributes.items())), fused, precision)
+
+
+def _of(kind, inputs, output, weights=(), fused=(), precision="fp32", **attributes):
+    return Kernel(kind, inputs, output, weights, tuple(sorted(attributes.items())), fused, precision)
+
+
+KERNELS = [
+    CONV,
+    _conv((1, 3, 12, 12), (1, 8, 6, 6), (8, 3, 3, 3), stride=(2, 2), padding=(1, 1), from_input=1),
+    _conv((2, 8, 12, 12), (2, 8, 12, 12), (8, 1, 3, 3), padding=1, groups=8, fused=("relu6",)),
+    _conv((1, 8, 12, 12), (1, 16, 8, 8), (16, 8, 3, 3), dilation=(2, 2)),
+    _conv((1, 8, 20), (1, 12, 20), (12, 8, 5), padding=(2,), fused=("gelu",)),
+    _conv((1, 4, 6, 6, 6), (1, 8, 6, 6, 6), (8, 4, 3, 3, 3), padding=(1, 1, 1)),
+    _conv((1, 8, 6, 6), (1, 4, 12, 12), (8, 4, 4, 4), stride=(2, 2), padding=(1, 1), transposed=1),
+    _conv((1, 8, 6, 6), (1, 4, 12, 12), (8, 4, 3, 3), stride=(2, 2), padding=(1, 1), transposed=1),
+    _conv((1, 8, 12, 12), (1, 8, 12, 12), (8, 8, 3, 3), padding="same", fused=("add", "relu")),
+    _conv((1, 8, 12, 12), (1, 8, 12, 12), (8, 8, 3, 3), padding=(1, 1), fused=("add", "relu"), precision="int8"),
+    _conv((1, 3, 12, 12), (1, 8, 12, 12), (8, 3, 3, 3), padding=(1, 1), from_input=1, precision="int8"),
+    _of("linear", ((4, 16),), (4, 10), ((10, 16), (10,))),
+    _of("linear", ((4, 16),), (4, 10), ((10, 16), (10,)), precision="int8"),
+    _of("linear", ((2, 6, 16),), (2, 6, 24), ((24, 16),), fused=("gelu",)),
+    _of("linear", ((1, 6, 16),), (1, 6, 24), ((24, 16), (24,)), fused=("gelu",), precision="int8"),
+    _of("linear", ((1, 6, 16),), (1, 6, 16), ((16, 16), (16,)), fused=("add",), precision="int8"),
+    _of("matmul", ((1, 2, 6, 8), (1, 2, 8, 6)), (1, 2, 6, 6)),
+    _of("matmul", ((1, 2, 6, 8), (1, 2, 8, 6)), (1, 2, 6, 6), precision="int8"),
+    _of("attention", ((1, 2, 6, 8),) * 3, (1, 2, 6, 8)),
+    _of("attention", (*((1, 2, 6, 8),) * 3, (1, 1, 1, 6)), (1, 2, 6, 8)),
+    _of("lstm", ((5, 2, 8), (1, 2, 12), (1, 2, 12)), (5, 2, 12), ((48, 8), (48, 12), (48,), (48,))),
+    _of("gru", ((2, 5, 8),), (2, 5, 12), ((36, 8), (36, 12)), batch_first=1, reverse=1),
+    _of("embedding", ((2, 6),), (2, 6, 16), ((100, 16),)),
+    *(_of("norm", ((1, 6, 16),), (1, 6, 16), ((16,), (16,)), op=op) for op in ("layer_norm", "rms_norm")),
+    *(_of("norm", ((1, 8, 6, 6),), (1, 8, 6, 6), ((8,), (8,)), op=op) for op in ("batch_norm", "instance_norm")),
+    _of("norm", ((1, 8, 6, 6),), (1, 8, 6, 6), ((8,), (8,)), op="group_norm", groups=2),
+    _of("pool", ((1, 8, 12, 12),), (1, 8, 6, 6), op="max_pool2d", kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)),
+    _of("pool", ((1, 8, 12, 12),), (1, 8, 6, 6), op="avg_pool2d", kernel_size=(2, 2)),
+    _of("pool", ((1, 8, 12, 12),), (1, 8, 6, 6), op="max_pool2d", kernel_size=(2, 2), precision="int8"),
+    _of("pool", ((1, 8, 12, 12),), (1, 8, 1, 1), op="adaptive_avg_pool2d"),
+    _of("pool", ((1, 8, 12, 12),), (1, 8, 3, 3), op="adaptive_avg_pool2d"),
+    _of("pool", ((1, 8, 12, 12),), (1, 8), op="mean"),
+    _of("pool", ((2, 6, 16),), (2, 16), op="mean"),
+    _of("softmax", ((1, 2, 6, 6),), (1, 2, 6, 6), dim=-1),
+    *(_of("elementwise", ((1, 8, 6, 6),), (1, 8, 6, 6), op=op) for op in ("relu", "silu", "hardswish", "never_heard_of")),
+    _of("elementwise", ((1, 8, 6, 6),) * 2, (1, 8, 6, 6), op="add"),
+    _of("elementwise", ((1, 8, 6, 6),) * 2, (1, 8, 6, 6), op="add", precision="int8"),
+    _of("elementwise", ((1, 8, 6, 6), (1, 8, 1, 1)), (1, 8, 6, 6), op="mul"),
+    _of("elementwise", ((1, 6, 16),), (1, 6, 16), op="mul"),
+    _of("other", ((1, 8, 6, 6), (1, 4, 6, 6)), (1, 12, 6, 6), op="cat"),
+    _of("conversion", ((1, 8, 6, 6),), (1, 8, 6, 6)),
+    _of("conversion", ((1, 6, 16),), (1, 6, 16)),
+]
+
+
+def _name(kernel: Kernel) -> str:
+    op = dict(kernel.attributes).get("op", "")
+    return "-".join(str(part) for part in (kernel.kind, op, len(kernel.output), *kernel.fused, kernel.precision) if part)
+
+
+@pytest.fixture(scope="module")
+def onnxruntime_table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return Table(Target("onnxruntime"), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=map(_name, KERNELS))
+def test_models_of_every_kind_are_valid(kernel):
+    runtime = get_runtime("onnxruntime")
+    for _, model in recipe(kernel):
+        blob, signature = build(model, runtime.quantize_inputs_of, runtime.quantize_outputs_of)
+        proto = onnx.load_from_string(blob)
+        onnx.checker.check_model(proto)
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+        shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in inferred.graph.value_info}
+        if model == kernel:
+            assert kernel.output in shapes.values() or all(size == 1 for size in kernel.output[:-1])
+        assert build(model, runtime.quantize_inputs_of, runtime.quantize_outputs_of)[0] == blob, "the same kernel gives the same bytes"
+        assert all(isinstance(size, int) for spec in signature.inputs for size in spec.shape)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.runtime("openvino"))])
+def test_every_kind_is_measured(name, tmp_path, monkeypatch):
+    if get_runtime(name, require=False).missing():
+        pytest.skip(f"{name} is not installed")
+    monkeypatch.setattr(tables, "_SECONDS", 0.0)
+    monkeypatch.setattr(tables, "_CALLS", 3)
+    table = Table(Target(name), tmp_path)
+    shares: list[float] = []
+    found = table.seconds(KERNELS, shares.append)
+    assert table.failures() == {}
+    assert np.isfinite(found).all()
+    assert (found >= 0).all()
+    assert shares[-1] == 1.0
+
+
+def test_a_recipe_counts_producers_and_consumers_once():
+    def net(kernel: Kernel) -> dict[str, int]:
+        """Operators of the combined models, by ONNX type, with their factors: what a recipe's figure stands for."""
+        counts: dict[str, int] = {}
+        for factor, model in recipe(kernel):
+            for node in onnx.load_from_string(build(model)[0]).graph.node:
+                counts[node.op_type] = counts.get(node.op_type, 0) + factor
+        return {op: n for op, n in counts.items() if n}
+
+    assert net(CONV) == {"Conv": 1, "Relu": 1}
+    assert net(KERNELS[1]) == {"Conv": 1}
+    assert net(msgspec.structs.replace(CONV, fused=("add", "relu"))) == {"Conv": 1, "Add": 1, "Relu": 1}
+    assert net(_of("matmul", ((2, 6, 8), (2, 8, 6)), (2, 6, 6))) == {"MatMul": 1}
+    assert net(_of("linear", ((2, 6, 8),), (2, 6, 9), ((9, 8),))) == {"MatMul": 1}
+    assert net(_of("elementwise", ((1, 8, 6, 6),) * 2, (1, 8, 6, 6), op="add")) == {"Add": 1}
+    assert net(_of("embedding", ((2, 6),), (2, 6, 16), ((100, 16),))) == {"Gather": 1}
+    assert net(_of("conversion", ((1, 8, 6, 6),), (1, 8, 6, 6)))["QuantizeLinear"] < 2
+
+
+def test_kernels_without_a_model_are_nan_with_a_reason(onnxruntime_table):
+    odd = [
+        _of("other", ((1, 8),), (1, 8), op="cumsum"),
+        _of("gargle", ((1, 8),), (1, 8)),
+        _of("softmax", ((1, 8),), (1, 8), precision="int8"),
+        _of("linear", ((1, 8),), (1, 8), ((8, 4),)),  # in and weight do not fit: the runtime refuses it
+    ]
+    found = onnxruntime_table.seconds([*odd, CONV])
+    assert np.isnan(found[:4]).all()
+    assert np.isfinite(found[4])
+    assert len(onnxruntime_table.failures()) == 4
+
+
+def test_a_larger_kernel_takes_longer(onnxruntime_table):
+    # 16 times the arithmetic: no noise makes the smaller one slower.
+    small, large = (_conv((1, c, 24, 24), (1, c, 24, 24), (c, c, 3, 3), padding=(1, 1)) for c in (16, 64))
+    found = onnxruntime_table.seconds([small, large])
+    assert found[1] > 2 * found[0] > 0
+
+
+class FakeProcess:
+    """Times every model as its number of nodes in milliseconds, except that it dies at a model with a Tanh."""
+
+    started = 0
+
+    def __init__(self, target, what):
+        FakeProcess.started += 1
+        self.folder = self.root
+
+    def ask(self, do, timeout_s, path, **rest):
+        model = onnx.load(path)
+        if any(node.op_type == "Tanh" for node in model.graph.node):
+            raise RuntimeFailed("crashed", "the measuring process crashed with SIGSEGV")
+        return {"cpu": [len(model.graph.node) * 1e-3] * 3, "wall": [1.0] * 3}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeProcess, "root", tmp_path, raising=False)
+    monkeypatch.setattr(FakeProcess, "started", 0)
+    monkeypatch.setattr(tables, "Process", FakeProcess)
+    return tmp_path
+
+
+def test_a_crash_skips_one_kernel(fake):
+    table = Table(Target("onnxruntime"), fake / "cache")
+    bad = msgspec.structs.replace(CONV, fused=("tanh",))
+    found = table.seconds([CONV, bad, msgspec.structs.replace(CONV, fused=())])
+    assert found[0] == pytest.approx(2e-3)
+    assert np.isnan(found[1])
+    assert found[2] == pytest.approx(1e-3)
+    assert FakeProcess.started == 2
+    assert ["SIGSEGV" in why for why in table.failures().values()] == [True]
+
+
+def test_the_cache_spares_measuring_and_keeps_apart_what_differs(fake):
+    first = Table(Target("onnxruntime"), fake / "cache")
+    figure = first.seconds([CONV])
+    second = Table(Target("onnxruntime"), fake / "cache")
+    assert (second.seconds([CONV]) == figure).all()
+    assert FakeProcess.started == 1
+    assert Table(Target("onnxruntime", threads=2), fake / "cache").path != first.path
+    assert [p.name for p in first.path.parent.iterdir()] == [first.path.name], "no temporary file is left"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b'{"a": "b", "c": NaN, "d": null}', b""])
+def test_a_corrupted_cache_is_measured_again(fake, caplog, content):
+    table = Table(Target("onnxruntime"), fake / "cache")
+    table.path.parent.mkdir(parents=True)
+    table.path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert Table(Target("onnxruntime"), fake / "cache").seconds([CONV])[0] == pytest.approx(2e-3)
+    if not content.startswith(b'{"a"'):
+        assert "measuring again" in caplog.text
+    assert all(isinstance(value, float) for value in json.loads(table.path.read_text()).values())
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(fake, caplog):
+    (fake / "file").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        assert Table(Target("onnxruntime"), fake / "file").seconds([CONV])[0] == pytest.approx(2e-3)
+    assert "cannot be written" in caplog.text
+
+
+def test_two_processes_add_to_one_cache(fake):
+    one, two = (Table(Target("onnxruntime"), fake / "cache") for _ in range(2))
+    one.seconds([CONV])
+    two.seconds([_of("softmax", ((1, 6),), (1, 6))])
+    assert len(json.loads(two.path.read_text())) == 4
+
+
+def test_the_environment_moves_the_cache(fake, monkeypatch):
+    monkeypatch.setenv("PLANISH_CACHE", str(fake / "elsewhere"))
+    assert Table(Target("onnxruntime")).path.is_relative_to(fake / "elsewhere")
+
+
+def test_a_torch_target_has_no_table(tmp_path):
+    with pytest.raises(UsageError, match=r"torch:cpu runs no ONNX models, .*use MACs"):
+        Table(Target("torch"), tmp_path)
+
+
+def test_affine_closed_forms():
+    p = np.array([1.0, 2.0, 4.0, 7.0])
+    assert affine(p, 0.5 + 1.25 * p) == pytest.approx((0.5, 1.25))
+    assert affine(p, 1.1 * p) == pytest.approx((0.0, 1.1))
+    assert affine([2.0], [3.0]) == pytest.approx((0.0, 1.5))
+    assert affine([2.0, 2.0], [3.0, 3.0]) == pytest.approx((0.0, 1.5))
+    a, b = affine(p, np.array([0.1, 1.1, 3.1, 6.1]))  # m = p - 0.9: a negative fixed cost is no cost
+    assert (a, b > 0) == (0.0, True)
+    assert affine([1.0, np.nan, 3.0], [2.0, 5.0, 6.0]) == pytest.approx((0.0, 2.0))
+    with pytest.raises(UsageError, match="positive finite"):
+        affine([np.nan], [1.0])
+
+
+def test_a_kernel_is_hashable_and_json_both_ways():
+    for kernel in KERNELS:
+        assert msgspec.json.decode(msgspec.json.encode(kernel), type=Kernel) == kernel
+    assert len(set(KERNELS)) == len(KERNELS)
+
+
+def test_process_and_models_agree_on_what_is_measured(tmp_path):
+    """The sandwich of an int8 convolution really runs in int8 throughout, so that no conversion is part of its figure."""
+    runtime, kernel = get_runtime("onnxruntime"), msgspec.structs.replace(CONV, precision="int8")
+    blob, signature = kernel_models.build(kernel, runtime.quantize_inputs_of, runtime.quantize_outputs_of)
+    (tmp_path / "m.onnx").write_bytes(blob)
+    process = Process(Target("onnxruntime"), "test")
+    try:
+        given = {"target": msgspec.to_builtins(Target("onnxruntime")), "signature": msgspec.to_builtins(signature)}
+        process.ask("open", 60, path=str(tmp_path / "m.onnx"), memory_limit_bytes=None, **given)
+        proof = process.ask("proof", 60)
+    finally:
+        process.close()
+    assert (proof["int8_kernels"], proof["float_kernels"]) == (3, 0)
