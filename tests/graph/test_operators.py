@@ -118,3 +118,20 @@ def test_macs_of_attention_and_recurrence_by_hand() -> None:
     assert operator_macs(attention) == 2 * 4 * (12 * 12) * (12 + 12)
     explicit = oddities.analysed("explicit_attention").operators
     assert [operator_macs(o) for o in explicit.values() if o.kind == "matmul"] == [2 * 4 * 6 * 6 * 6] * 2
+
+
+class WeightFirst(nn.Module):
+    """A parameter times an activation: `[7, 5] @ [5, 3]` for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(7, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.mix, x)
+
+
+def test_macs_of_products_with_a_parameter_by_hand() -> None:
+    assert macs(analyse(capture(WeightFirst(), (torch.zeros(2, 5, 3),)))) == 2 * 7 * 5 * 3
+    mixed = [o for o in oddities.analysed("summed").operators.values() if o.kind == "matmul"]
+    assert [operator_macs(o) for o in mixed] == [2 * 7 * 16 * 10]

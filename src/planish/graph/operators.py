@@ -224,6 +224,10 @@ class _Finder:
             attributes["op"] = name
             if name == "mean":
                 attributes["dim"] = given.get("dim")
+        elif kind == "matmul":
+            attributes["weight_first"] = bool(parameters) and node.all_input_nodes[-2:][0] in parameters
+            if name == "einsum":
+                attributes["equation"] = str(given["equation"]).replace(" ", "")
         elif kind == "attention":
             attributes["causal"] = bool(given.get("is_causal"))
         followers = self.followers.get(node, [])
