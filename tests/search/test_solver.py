@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planish.errors import BudgetError, PlanError
 from planish.plan import Plan, Recovery
 from planish.search.contract import Evidence, Limits
-from planish.search.random import Random
+from planish.search.random import Random, draw
 from planish.search.solver import Solver
 from planish.testing.search import made_up, respond
 
@@ -18,7 +18,7 @@ SPACE, COSTS = made_up(blocks=2)
 FULL = COSTS.predict(SPACE.identity)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(0.3, 1.0), st.floats(0.3, 1.0), st.integers(0, 100), st.sampled_from([Solver, Random]))
 def test_proposed_plans_hold_the_limits_under_the_cost_model(latency, size, seed, method):
     limits = Limits({"latency": latency * FULL["latency"], "size": size * FULL["size"]})
@@ -163,3 +163,27 @@ def test_a_space_without_decisions_is_exhausted_at_once():
     for method in (Solver, Random):
         for limits in (Limits(), Limits({"macs": 1.0}), Limits({"macs": 1e12})):
             assert method(empty, costs, limits).ask(2) == []
+
+
+def test_when_every_candidate_loses_too_much_it_retreats_towards_the_original():
+    solver = Solver(SPACE, COSTS, Limits(drop=0.0002))
+    asked = []
+    for _ in range(5):
+        for plan in solver.ask(2):
+            asked.append(COSTS.predict(SPACE.assignment(plan)))
+            solver.tell(plan, respond(SPACE, COSTS, plan))
+    assert 0.13 * asked[0]["loss"] > 0.0002
+    assert 0.13 * min(p["loss"] for p in asked) <= 0.0002
+    best = COSTS.predict(SPACE.assignment(solver.best(1)[0]))
+    assert 0.13 * best["loss"] <= 0.0002 and best["latency"] < FULL["latency"]
+
+
+def test_a_draw_is_under_its_ceiling_and_close_to_it():
+    problem = COSTS.problem
+    bound = 0.5 * FULL["latency"]
+    shares = []
+    for seed in range(20):
+        drawn = draw(problem, {"latency": bound}, np.random.default_rng(seed))
+        shares.append(COSTS.predict(drawn)["latency"] / bound)
+    assert max(shares) <= 1 and np.median(shares) > 0.9
+    assert draw(problem, {"latency": 1e-9}, np.random.default_rng(0)) is None

@@ -205,9 +205,12 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_loses_nothing(study):
     def full(connection, _record):
         connection.execute(f"PRAGMA max_page_count={pages}").close()
 
-    with pytest.raises(StudyError, match=r"study\.db cannot be read or written: database or disk is full"):
+    def fill():
         for number in range(1, 200):
             study.record(plan(number), "trial", DONE, {"note": "x" * 4000})
+
+    with pytest.raises(StudyError, match=r"study\.db cannot be read or written: database or disk is full"):
+        fill()
     event.remove(study._engine, "connect", full)
     assert study.lookup(plan().digest, "trial").outcome == DONE
 

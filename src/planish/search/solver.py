@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class Solver:
         self.ledger = Ledger(space, costs, limits)
         self.seed = seed
         self.solution: Solution | None = None
+        self._solved: dict[tuple[object, ...], Solution] = {}
         rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
         self._problem = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
         identity = self._row(space.identity, costs.effort)
@@ -60,6 +61,7 @@ class Solver:
     def tell(self, plan: Plan, evidence: Evidence) -> None:
         """See `Search.tell`."""
         self.ledger.tell(plan, evidence)
+        self._solved.clear()
 
     def best(self, n: int = 1, kind: Kind = "candidate") -> list[Plan]:
         """See `Search.best`."""
@@ -80,7 +82,9 @@ class Solver:
             return
         for attempt in range(1, _SAMPLES + 1):
             rng = np.random.default_rng([self.seed, number, attempt])
-            yield canonical(self._solve(self.ledger.coefficients(rng), attempt).assignment)
+            found = self._solve(self.ledger.coefficients(rng), attempt)
+            if found.feasible:
+                yield canonical(found.assignment)
         order = np.random.default_rng([self.seed, number]).permutation(len(self.ledger.space.sizes))
         for variable in order[:_PARTITIONS].tolist():
             found = self._solve(mean, 0, (variable, self.solution.assignment[variable]))
@@ -94,6 +98,13 @@ class Solver:
         References:
             Lawler, 1972: the next best solutions lie in the parts of the space that differ from the best in one decision.
         """
+        pending = 0 if self.ledger.limits.costs else self.ledger.pending
+        key = (coefficients.tobytes(), attempt, avoided, pending)
+        if key not in self._solved:
+            self._solved[key] = self._solve_anew(coefficients, attempt, avoided)
+        return self._solved[key]
+
+    def _solve_anew(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None) -> Solution:
         losses = self.ledger.losses(coefficients)
         if avoided is not None:
             variable, value = avoided
@@ -122,13 +133,10 @@ class Solver:
             wanted = over * (0.5 ** (2.0 * (where + 0.5)))
         return solve(problem, effort, {"loss": wanted}, self.seed)
 
-    def _ceilings(self) -> Mapping[str, float]:
-        return self.ledger.ceilings() if self.ledger.limits.costs else {}
-
     def _rest(self, number: int) -> Iterator[Assignment]:
         """When solving brings nothing new: everything in a small space, best first; random plans under the limits in a large one."""
-        space = self.ledger.space
-        ceilings = self._ceilings()
+        space, limited = self.ledger.space, bool(self.ledger.limits.costs)
+        ceilings = self.ledger.ceilings() if limited else {}
         if space.count <= _ENUMERATED:
             every = list(space.all())
             values = self._problem.values_of(np.asarray(every, dtype=np.intp).reshape(len(every), len(space.sizes)))
@@ -136,11 +144,15 @@ class Solver:
             inside = np.ones(len(every), dtype=bool)
             for row, bound in ceilings.items():
                 inside &= values[rows.index(row)] <= bound * (1 + 1e-12)
-            sought = values[rows.index("loss" if ceilings else self.ledger.costs.effort)]
+            sought = values[rows.index("loss" if limited else self.ledger.costs.effort)]
             yield from (every[i] for i in np.argsort(sought, kind="stable") if inside[i])
             return
+        lowest, highest = self._efforts
         for attempt in range(64):
-            drawn = draw(self._problem, ceilings, np.random.default_rng([self.seed, number, 1000 + attempt]))
+            rng = np.random.default_rng([self.seed, number, 1000 + attempt])
+            if not limited:
+                ceilings = {self.ledger.costs.effort: lowest + (highest - lowest) * float(rng.uniform(0.5, 1.0))}
+            drawn = draw(self._problem, ceilings, rng)
             if drawn is not None:
                 yield space.canonical(drawn)
 
