@@ -68,7 +68,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         latency_s: wall seconds of one call.
         cpu_s: process CPU seconds of one call.
         size_bytes: bytes of the runtime model on disk.
-        peak_memory_bytes: peak resident bytes of the process that ran it, less what the bare runtime takes.
+        peak_memory_bytes: peak resident bytes of a fresh process that ran it, less what the bare runtime takes; None: not measured.
         macs: multiply-accumulates of one call at `batch` samples, of the graph that was exported.
         quality: the metric on the split named in `split`, from the artifact's own outputs; None where there is no data.
         quality_interval: 95 % bootstrap interval of `quality`.
@@ -87,7 +87,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     latency_s: Estimate
     cpu_s: Estimate
     size_bytes: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     macs: int
     quality: float | None = None
     quality_interval: tuple[float, float] | None = None

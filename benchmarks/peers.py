@@ -1,0 +1,50 @@
+"""Today's tools on the same net and data, for the benchmarks: NNCF's and ONNX Runtime's int8. They live in the extra `bench` only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+
+def nncf_int8(model: Path, samples: NDArray[np.float32], out: Path, input_name: str) -> Path:
+    """NNCF's post-training int8 of an ONNX file, as OpenVINO's own format (its defaults, one sample a call)."""
+    import nncf
+    import openvino
+
+    quantized = nncf.quantize(openvino.Core().read_model(model), nncf.Dataset([{input_name: sample[None]} for sample in samples]))
+    openvino.save_model(quantized, out)
+    return out
+
+
+class _Reader:
+    def __init__(self, name: str, samples: Sequence[NDArray[np.float32]]) -> None:
+        self._batches = iter([{name: sample[None]} for sample in samples])
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return next(self._batches, None)
+
+
+def onnxruntime_int8(model: Path, samples: NDArray[np.float32], out: Path, input_name: str, reduce_range: bool) -> Path:
+    """ONNX Runtime's static QDQ int8 of an ONNX file: per-channel weights, u8 activations, min-max."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quant_pre_process, quantize_static
+
+    class Reader(_Reader, CalibrationDataReader): ...
+
+    prepared = out.with_suffix(".prepared.onnx")
+    quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(out),
+        Reader(input_name, list(samples)),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=reduce_range,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    onnx.checker.check_model(str(out))
+    return out

@@ -1,0 +1,317 @@
+"""The flow, in order: capture → options → search → winner → artifact. The one file that knows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from planish import registry
+from planish.artifact import check_output, default_folder
+from planish.budget import Budget
+from planish.clock import Clock
+from planish.errors import MissingFile, OutputExists, StudyError, UnknownName, UsageError
+from planish.events import Events, Silent
+from planish.measure.machine import machine, usable_cores
+from planish.metrics import get_metric
+from planish.study.store import Meta, Study
+from planish.target import parse_target
+
+if TYPE_CHECKING:
+    from planish.result import Result
+    from planish.workload import Workload
+
+TECHNIQUES = ("prune", "quantize", "distill")
+_COMPILED_FROM_S = 1200.0
+"""With less time than this, compiled torch (a minute to compile) is left out of the table."""
+CONCLUDED = "concluded"
+"""The event that marks a study whose run came to its verdict."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, checked.
+
+    Args:
+        target: as the user wrote it.
+        budget: limits and drop.
+        out: where the artifact goes.
+        search, saliency: registered names.
+        trials: candidates at most.
+        time_limit: seconds of the whole call; None: as long as the default recovery takes.
+        seed: of everything random.
+        techniques: which may be used.
+        keep: globs of parameters that must be left alone.
+        threads: of one call.
+        control, overwrite, accept_nearest: as `optimize` says.
+    """
+
+    target: str
+    budget: Budget
+    out: Path
+    search: str
+    saliency: str
+    trials: int
+    time_limit: float | None
+    seed: int
+    techniques: tuple[str, ...]
+    keep: tuple[str, ...]
+    threads: int
+    control: bool
+    overwrite: bool
+    accept_nearest: bool
+
+    @property
+    def study_folder(self) -> Path:
+        """Where the trials are kept: beside the artifact."""
+        return self.out.with_suffix(".study")
+
+    def identity(self) -> dict[str, Any]:
+        """What a study must have been started with to be carried on."""
+        return {
+            "target": self.target,
+            "search": self.search,
+            "saliency": self.saliency,
+            "trials": self.trials,
+            "techniques": list(self.techniques),
+            "keep": list(self.keep),
+            "threads": self.threads,
+            "control": self.control,
+        }
+
+
+def optimize(
+    job: Workload,
+    target: str = "cpu",
+    budget: Budget | None = None,
+    out: str | Path | None = None,
+    *,
+    search: str = "solver",
+    trials: int = 20,
+    time_limit: float | None = None,
+    seed: int = 0,
+    techniques: Sequence[str] = TECHNIQUES,
+    keep: Sequence[str] = (),
+    threads: int | None = None,
+    control: bool = False,
+    overwrite: bool = False,
+    accept_nearest: bool = False,
+    saliency: str | None = None,
+    events: Events | None = None,
+) -> Result:
+    """Make a trained net meet a budget in its target runtime, on this machine, and write it with the proof.
+
+    Args:
+        job: the model, its data and metric.
+        target: "cpu" measures every runtime that is installed and keeps the best; "openvino:cpu" asks for one.
+        budget: limits and drop; without limits: as fast as possible within the drop.
+        out: the artifact's directory; `NAME.planish` by default. The trials are kept in `NAME.study` beside it.
+        search: the registered search method.
+        trials: candidates that are judged at most.
+        time_limit: seconds for the whole call; without one recovery sees five epochs, half an hour at most.
+        seed: of everything random.
+        techniques: any of "prune", "quantize", "distill".
+        keep: globs of parameters that must be left alone.
+        threads: of one call in the target; all usable cores by default.
+        control: also tune the uncompressed net on as many samples, and report the drop against it (on top of `time_limit`).
+        overwrite: replace an artifact (and its study) that is there.
+        accept_nearest: write the nearest net when nothing holds the budget.
+        saliency: which units of a group go first; "taylor" by default.
+        events: is told of the run's progress.
+
+    Returns:
+        The result; its verdict is "met", "infeasible" or "undecided".
+
+    Raises:
+        UsageError: bad arguments, data or model; the message says what to do.
+        RuntimeFailed: no runtime runs the original.
+    """
+    request = check(
+        job, target, budget, out, search, trials, time_limit, seed, techniques, keep, threads, control, overwrite, accept_nearest, saliency
+    )
+    check_output(request.out, overwrite)
+    return _run(job, request, events or Silent(), resuming=False)
+
+
+def check(
+    job: Workload,
+    target: str,
+    budget: Budget | None,
+    out: str | Path | None,
+    search: str,
+    trials: int,
+    time_limit: float | None,
+    seed: int,
+    techniques: Sequence[str],
+    keep: Sequence[str],
+    threads: int | None,
+    control: bool,
+    overwrite: bool,
+    accept_nearest: bool,
+    saliency: str | None,
+) -> Request:
+    """The arguments of `optimize`, checked without touching data, model or disk.
+
+    Raises:
+        UsageError: the first that makes no sense.
+    """
+    parse_target(target, registry.names("runtime"))
+    for kind, name in (("search", search), ("saliency", saliency or "taylor")):
+        if name not in registry.names(kind):
+            raise UnknownName(kind, name, registry.names(kind))
+    chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
+    for technique in chosen:
+        if technique not in TECHNIQUES:
+            raise UnknownName("technique", str(technique), TECHNIQUES)
+    if not chosen:
+        raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}")
+    for what, number, least in (("trials", trials, 1), ("seed", seed, 0), ("threads", 1 if threads is None else threads, 1)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise UsageError(f"{what}: give a whole number of at least {least}; got {number!r}")
+    if time_limit is not None and not 0 < time_limit < float("inf"):
+        raise UsageError(f"time_limit: give seconds above zero; got {time_limit!r}")
+    wanted = budget or Budget()
+    if isinstance(job.metric, str) and job.evaluate is None:
+        metric = get_metric(job.metric)
+        wanted.allowed_drop.check(metric.name, metric.low, metric.high)
+    return Request(
+        target,
+        wanted,
+        Path(out) if out is not None else default_folder(job.name),
+        search,
+        saliency or "taylor",
+        trials,
+        time_limit,
+        seed,
+        chosen,
+        (keep,) if isinstance(keep, str) else tuple(keep),
+        threads or usable_cores(),
+        control,
+        overwrite,
+        accept_nearest,
+    )
+
+
+def resume(
+    out: str | Path,
+    job: Workload | None = None,
+    *,
+    time_limit: float | None = None,
+    overwrite: bool = False,
+    accept_nearest: bool = False,
+    fork: bool = False,
+    threads: int | None = None,
+    events: Events | None = None,
+) -> Result:
+    """Carry on a run that was interrupted, from the trials in its study; none that was finished is done again.
+
+    Args:
+        out: the artifact's directory that the run was given.
+        job: the same job; needed, since a study holds no code.
+        time_limit: seconds for the rest of the work.
+        overwrite, accept_nearest, events: as for `optimize`.
+        fork: the job has changed: start anew, from the old study's plans.
+        threads: must be what the run was started with; taken from the study by default.
+
+    Raises:
+        MissingFile: there is no study beside `out`. StudyError: it belongs to another job; the message names what differs.
+    """
+    path = Path(out)
+    folder = path.with_suffix(".study")
+    if not folder.exists():
+        raise MissingFile(f"resume: there is no study at {folder}; `planish optimize --out {path}` starts one")
+    with Study.open(folder, shared=True) as study:
+        kept = study.meta
+    if job is None:
+        raise UsageError(f"resume: a study holds no code, so the job is needed again: planish resume {path} JOB.PY")
+    known = dict(kept.arguments)
+    if threads is not None and threads != known["threads"]:
+        raise StudyError(f"resume: the run was started with {known['threads']} threads; got {threads}; leave --threads out")
+    request = check(
+        job,
+        known["target"],
+        kept.budget,
+        path,
+        known["search"],
+        known["trials"],
+        time_limit,
+        kept.seed,
+        known["techniques"],
+        known["keep"],
+        known["threads"],
+        known["control"],
+        overwrite,
+        accept_nearest,
+        known["saliency"],
+    )
+    check_output(request.out, overwrite)
+    return _run(job, request, events or Silent(), resuming=True, fork=fork)
+
+
+def _run(job: Workload, request: Request, events: Events, *, resuming: bool, fork: bool = False) -> Result:
+    from planish.conclude import conclude
+    from planish.pursuit import pursue
+    from planish.workbench import prepare, targets_for
+
+    clock = Clock(request.time_limit, events)
+    targets = targets_for(request.target, request.threads)
+    work = request.study_folder.with_name(f".{request.study_folder.stem}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        compiled = request.time_limit is None or request.time_limit >= _COMPILED_FROM_S
+        with prepare(job, targets, request.keep, work, request.seed, events, clock, compiled=compiled) as bench:
+            meta = Meta(job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint)
+            with _study(request, meta, resuming, fork) as study:
+                found = pursue(bench, request, study)
+                return conclude(bench, request, study, found)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _study(request: Request, meta: Meta, resuming: bool, fork: bool) -> Study:
+    """The study of this run: a new one, or the one that is carried on."""
+    folder = request.study_folder
+    if not resuming:
+        if folder.exists():
+            with Study.open(folder) as before:
+                is_over = any(kind == CONCLUDED for _, _, kind, _ in before.events())
+            if not is_over and not request.overwrite:
+                raise OutputExists(
+                    f"study: {folder} holds an interrupted run; carry it on with `planish resume {request.out}`, or give --overwrite"
+                )
+            shutil.rmtree(folder)
+        return Study.create(folder, meta)
+    if not fork:
+        return Study.open(folder, meta)
+    with Study.open(folder) as old:
+        plans = [stored.plan for stored in old.finished("candidate")]
+    shutil.rmtree(folder)
+    study = Study.create(folder, meta)
+    for plan in plans:
+        study.add(plan, "candidate")
+    return study
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: plain data."""
+
+    data: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `inspect --json` prints."""
+        return self.data
+
+
+def inspect(job: Workload, target: str = "cpu", keep: Sequence[str] = (), events: Events | None = None) -> Inspection:
+    """What could be done to a model, without doing any of it: operators, groups, blocks, and why the rest stays as it is."""
+    from planish.inspection import describe
+
+    parse_target(target, registry.names("runtime"))
+    return Inspection(json.loads(msgspec.json.encode(describe(job, keep, events or Silent()))))

@@ -1,0 +1,187 @@
+"""One plan, carried out: apply → compensate → quantize → evaluate (a candidate) → export → measure (a trial)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planish.errors import RuntimeFailed
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
+from planish.graph.macs import macs
+from planish.measure.latency import Timing, interleaved, ratio
+from planish.measure.memory import size_bytes
+from planish.measure.probe import Probe
+from planish.measurement import Estimate, Outcome, Proof
+from planish.metrics import Metric
+from planish.plan import Plan
+from planish.prune.apply import apply
+from planish.prune.compensate import compensate
+from planish.prune.contract import Scores
+from planish.prune.divergence import divergence
+from planish.quantize.apply import quantize
+from planish.workbench import Array, Baseline, Workbench, as_tensor, module_outputs, sqnr_db
+
+_EVALUATED = 2000
+"""Samples of validation that judge a candidate: one point of accuracy has a standard error of 0.2 there, paired."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A net that a plan made, before recovery.
+
+    Args:
+        plan: what was done.
+        graph: in floating point, batch norm still separate: what recovery trains.
+        analysis: of that graph.
+        final: what is exported: `graph` itself, or its quantized form.
+        skipped: operators that were to be int8 and stay in float -> why.
+        macs: of one call.
+    """
+
+    plan: Plan
+    graph: Graph
+    analysis: Analysis
+    final: Graph
+    skipped: Mapping[str, str]
+    macs: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a candidate is worth before anything is exported: calibration loss, and quality lost on validation (None without)."""
+
+    loss: float
+    drop: float | None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A net in its runtime, measured beside the original.
+
+    Args:
+        outcome: "measured", or how it failed; then the rest is None.
+        path: the runtime model.
+        ratio: latency, optimized ÷ original, paired.
+        timing, original: of the same interleaved rounds.
+        size_bytes: on disk.
+        sqnr_db: the runtime's outputs on the example against the module's own.
+        proof: what ran.
+    """
+
+    outcome: Outcome
+    path: Path | None = None
+    ratio: Estimate | None = None
+    timing: Timing | None = None
+    original: Timing | None = None
+    size_bytes: int | None = None
+    sqnr_db: float | None = None
+    proof: Proof | None = None
+    folder: Path | None = field(default=None, repr=False)
+
+
+def compress(bench: Workbench, plan: Plan, scores: Scores) -> tuple[Graph, Analysis]:
+    """The original with the plan's blocks and widths gone and the rest refitted, in floating point, and its analysis."""
+    if not plan.widths and not plan.blocks:
+        return bench.graph.copy(), bench.analysis
+    applied = apply(bench.graph, bench.analysis, plan, scores)
+    compensate(applied.graph, bench.graph, applied.kept, bench.data.calibration, seed=plan.seed)
+    return applied.graph, analyse(applied.graph)
+
+
+def quantized(bench: Workbench, graph: Graph, analysis: Analysis, plan: Plan) -> tuple[Graph, Mapping[str, str]]:
+    """`graph` with the plan's precisions as fake quantization, and what had to stay in float; `graph` itself without any."""
+    wanted = {name: scheme for name, scheme in plan.precisions.items() if name in analysis.operators and scheme != "fp32"}
+    if not wanted:
+        return graph, {}
+    baseline = bench.baselines[plan.target.partition(":")[0]]
+    done = quantize(graph, analysis, wanted, baseline.runtime, baseline.target, bench.data.calibration, observer=plan.observer)
+    return done.graph, done.skipped
+
+
+def carry_out(bench: Workbench, plan: Plan, scores: Scores) -> Compressed:
+    """A plan carried out up to what would be exported, without recovery."""
+    graph, analysis = compress(bench, plan, scores)
+    final, skipped = quantized(bench, graph, analysis, plan)
+    return Compressed(plan, graph, analysis, final, skipped, macs(analysis))
+
+
+def judge(bench: Workbench, graph: Graph) -> Judged:
+    """The calibration loss of a graph and what it loses on (the first part of) validation, both in PyTorch."""
+    calibration = bench.data.calibration
+    key = ("module", "calibration")
+    if key not in bench._outputs:
+        bench._outputs[key] = module_outputs(bench.graph, calibration)
+    reference, outputs = bench._outputs[key], module_outputs(graph, calibration)
+    tensors = [as_tensor(array) for array in reference]
+    measure = divergence(tensors)
+    loss = float(measure.per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
+    split = bench.data.validation
+    if split is None or bench.job.evaluate is not None:
+        return Judged(loss, None)
+    key = ("module", "validation")
+    if key not in bench._outputs:
+        bench._outputs[key] = module_outputs(bench.graph, split, _EVALUATED)
+    targets = None if split.targets is None else split.targets[:_EVALUATED]
+    return Judged(loss, drop(bench.metric, bench._outputs[key], module_outputs(graph, split, _EVALUATED), targets))
+
+
+def drop(metric: Metric, original: list[Array], optimized: list[Array], targets: NDArray[np.generic] | None) -> float:
+    """The quality that was lost, in the metric's unit: positive is worse."""
+    reference = targets if metric.needs_labels else original
+    lost = metric.score(original, reference) - metric.score(optimized, reference)
+    return lost if metric.higher_is_better else -lost
+
+
+def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path, seconds: float = 0.8) -> Exported:
+    """Export a graph to the plan's target and time it against the original there; an expected failure is an `Outcome`.
+
+    Args:
+        seconds: of counted time for each of the two models.
+    """
+    runtime_name = plan.target.partition(":")[0]
+    baseline = bench.baselines[runtime_name]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        path = baseline.runtime.export(graph, folder)
+        with Probe.open(baseline.target, path, graph.signature, timeout_s=300.0) as probe:
+            return _measure(bench, graph, baseline, path, probe, seconds, folder)
+    except RuntimeFailed as err:
+        return Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
+
+
+def _measure(bench: Workbench, graph: Graph, baseline: Baseline, path: Path, probe: Probe, seconds: float, folder: Path) -> Exported:
+    best = bench.best
+    timings = interleaved({"new": probe, "original": best.probe}, bench.example, seconds=seconds)
+    wanted = module_outputs_of_example(graph)
+    return Exported(
+        Outcome("measured"),
+        path,
+        ratio(timings["new"], timings["original"]),
+        timings["new"],
+        timings["original"],
+        size_bytes(path),
+        sqnr_db(wanted, probe.outputs(bench.example)),
+        probe.proof(),
+        folder,
+    )
+
+
+def module_outputs_of_example(graph: Graph) -> list[Array]:
+    """The module's own flat outputs on the example inputs."""
+    import torch
+
+    with torch.inference_mode():
+        return [value.numpy() for value in graph.module(*graph.example)]
+
+
+def stopwatch() -> float:
+    """Monotonic seconds, for a trial's own account."""
+    return time.monotonic()

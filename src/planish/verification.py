@@ -1,0 +1,276 @@
+"""Verification: an artifact measured again, here, from its files alone, beside what it claims; and several of them in one table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from planish.artifact import Artifact, open_artifact
+from planish.errors import DataError, RuntimeFailed
+from planish.events import Events, Silent
+from planish.measure.latency import Timing, interleaved, ratio
+from planish.measure.machine import machine, usable_cores
+from planish.measure.memory import peak_memory_bytes, size_bytes
+from planish.measure.probe import Probe
+from planish.measurement import Estimate
+from planish.signature import Signature
+from planish.target import Target
+
+if TYPE_CHECKING:
+    from planish.workload import Workload
+
+LEAST_SQNR_DB = 30.0
+_SECONDS = 2.0
+_BATCH = 100
+
+
+class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an artifact does here, beside what its manifest claims.
+
+    Args:
+        artifact: its path.
+        target: where it runs.
+        holds: whether everything that must agree does.
+        findings: sentences: what differs, and what does not hold.
+        latency_s: measured now, in a fresh process; claimed_latency_s: when it was made.
+        size_bytes, peak_memory_bytes: measured now.
+        sqnr_db: its outputs now against those of when it was made (None: infinite, they are equal).
+        quality: on `split`, measured now; claimed_quality: when it was made; None without the job.
+        split: "test" or "validation"; "" without the job.
+        same_machine: whether it was made on a machine like this.
+    """
+
+    artifact: str
+    target: str
+    holds: bool
+    findings: tuple[str, ...]
+    latency_s: Estimate
+    claimed_latency_s: Estimate
+    size_bytes: int
+    peak_memory_bytes: int
+    sqnr_db: float | None
+    quality: float | None = None
+    claimed_quality: float | None = None
+    split: str = ""
+    same_machine: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """0 where everything holds, 3 where it does not."""
+        return 0 if self.holds else 3
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `verify --json` prints."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+
+def verify(path: str | Path, job: Workload | None = None, *, threads: int | None = None, events: Events | None = None) -> Verification:
+    """Measure an artifact again, in a fresh process, from its files alone.
+
+    Every checksum is compared, the outputs of the kept batch are computed again, latency, size and memory are measured; with the job
+    its quality is too. Latency is only judged on the same machine and as many threads, and reported otherwise.
+
+    Args:
+        path: the artifact.
+        job: for its quality on the judged split.
+        threads: of one call; as it was made with by default.
+        events: is told of the progress.
+
+    Raises:
+        ArtifactError, MissingFile: it is no artifact, or was changed. RuntimeFailed: the runtime refuses it.
+    """
+    events = events or Silent()
+    events.stage("checking every file")
+    artifact = open_artifact(path)
+    claimed = artifact.measurements["optimized"]
+    target = _target(artifact, threads)
+    kept = artifact.check_arrays()
+    findings: list[str] = []
+    holds = True
+    same = machine().fingerprint == claimed.machine.fingerprint and target.threads == claimed.threads
+    if not same:
+        findings.append("made on another machine or with other threads, so its latency is reported and not judged")
+    with Probe.open(target, artifact.model_path, artifact.signature) as probe:
+        events.stage("measuring")
+        flat = [np.ascontiguousarray(array) for array in kept[0]] if kept else _example(artifact, job)
+        noise = None
+        if kept is not None:
+            noise = _sqnr(kept[1], probe.outputs(flat))
+            if noise is not None and noise < LEAST_SQNR_DB:
+                holds = False
+                findings.append(f"its outputs agree to {noise:.0f} dB only with those of when it was made")
+        timing = interleaved({"artifact": probe}, flat, seconds=_SECONDS)["artifact"]
+        if same and timing.latency_s.trustworthy and timing.latency_s.low > 1.2 * claimed.latency_s.high:
+            holds = False
+            findings.append(
+                f"it takes {timing.latency_s.median * 1e3:.4g} ms here and now, {claimed.latency_s.median * 1e3:.4g} ms are claimed"
+            )
+        if not timing.latency_s.trustworthy:
+            findings.append("the latency is not trustworthy: the machine is too noisy")
+        quality, split = (None, "") if job is None else _quality(artifact, probe, job, events)
+    if quality is not None and claimed.quality is not None and split == claimed.split and abs(quality - claimed.quality) > 1e-3:
+        holds = False
+        findings.append(f"its quality on {split} is {quality:.4f}, {claimed.quality:.4f} is claimed")
+    return Verification(
+        artifact=str(artifact.path),
+        target=target.name,
+        holds=holds,
+        findings=tuple(findings),
+        latency_s=timing.latency_s,
+        claimed_latency_s=claimed.latency_s,
+        size_bytes=size_bytes(artifact.model_path),
+        peak_memory_bytes=peak_memory_bytes(target, artifact.model_path, artifact.signature, flat),
+        sqnr_db=noise,
+        quality=quality,
+        claimed_quality=claimed.quality,
+        split=split,
+        same_machine=same,
+    )
+
+
+def _target(artifact: Artifact, threads: int | None) -> Target:
+    target = artifact.manifest.target
+    return target if threads is None else msgspec.structs.replace(target, threads=threads)
+
+
+def _example(artifact: Artifact, job: Workload | None) -> list[Any]:
+    if job is None:
+        raise DataError(f"{artifact.path} keeps no batch to run; give the job as well: planish verify {artifact.path} JOB.PY")
+    return [np.ascontiguousarray(value.numpy()) for value in job.flatten(job.example_inputs)]
+
+
+def _sqnr(wanted: Sequence[Any], got: Sequence[Any]) -> float | None:
+    """The lowest signal-to-noise ratio over outputs in decibels; None where they are equal."""
+    from planish.artifact.deployed import sqnr_db
+
+    worst = min(sqnr_db(a, b) for a, b in zip(wanted, got, strict=True))
+    return float(worst) if np.isfinite(worst) else (None if worst > 0 else -999.0)
+
+
+def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) -> tuple[float | None, str]:
+    """The quality on the job's judged split, and the split's name; None where it needs the original or has no data."""
+    events.stage("computing quality")
+    metric = job.metric_object(artifact.signature)
+    if job.evaluate is not None or not metric.needs_labels:
+        return None, ""
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        name, split = job.materialize(Path(folder)).judged
+        if split is None:
+            return None, ""
+        first = artifact.signature.inputs[0].shape[0]
+        outputs = probe.outputs(list(split.inputs), first if isinstance(first, int) else _BATCH, timeout_s=3600.0)
+        return float(metric.score(outputs, split.targets)), name
+
+
+class BenchRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One model of a comparison.
+
+    Args:
+        name: "original" or the artifact's path; target: where it ran.
+        latency_s, cpu_s: of one call; ratio: its latency ÷ that of the original's quickest runtime, paired.
+        size_bytes: on disk.
+        quality: on the judged split, where there is one and a metric with labels.
+        outcome: "measured", or why it was not.
+    """
+
+    name: str
+    target: str
+    latency_s: Estimate | None = None
+    cpu_s: Estimate | None = None
+    ratio: Estimate | None = None
+    size_bytes: int | None = None
+    quality: float | None = None
+    outcome: str = "measured"
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of `bench --json`."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+
+def bench(
+    job: Workload,
+    paths: Sequence[str | Path] = (),
+    *,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    events: Events | None = None,
+) -> list[BenchRow]:
+    """The original in every installed runtime and any number of artifacts, interleaved in one run.
+
+    Args:
+        job: the original and its data.
+        paths: artifacts made from it.
+        threads: of one call, for all of them; all usable cores by default.
+        seconds: of counted time for each row.
+        events: is told of the progress.
+
+    Returns:
+        A row each, the original's runtimes first; ratios are to the quickest of those.
+    """
+    from planish.clock import Clock
+    from planish.workbench import prepare, targets_for
+
+    events = events or Silent()
+    count = threads or usable_cores()
+    artifacts = [open_artifact(path) for path in paths]
+    rows: list[BenchRow] = []
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        clock = Clock(None, events)
+        with prepare(job, targets_for("cpu", count), (), Path(folder), 0, events, clock, compiled=False) as stand:
+            name, split = stand.data.judged
+            probes: dict[str, Probe] = {f"original {b.target.name}": b.probe for b in stand.baselines.values()}
+            sizes = {f"original {b.target.name}": size_bytes(b.path) for b in stand.baselines.values()}
+            best = f"original {stand.best.target.name}"
+            opened: list[Probe] = []
+            try:
+                for artifact in artifacts:
+                    try:
+                        probe = Probe.open(_target(artifact, count), artifact.model_path, artifact.signature)
+                    except RuntimeFailed as err:
+                        rows.append(BenchRow(name=str(artifact.path), target=artifact.manifest.target.name, outcome=str(err)))
+                        continue
+                    opened.append(probe)
+                    probes[str(artifact.path)] = probe
+                    sizes[str(artifact.path)] = size_bytes(artifact.model_path)
+                events.stage("measuring in turn")
+                timings = interleaved(
+                    probes, stand.example, seconds=seconds, progress=lambda share: events.progress(round(share * 100), 100)
+                )
+                metric = stand.metric
+                measured = []
+                for key, probe in probes.items():
+                    quality = None
+                    if split is not None and metric.needs_labels and job.evaluate is None:
+                        events.stage(f"quality on {name}")
+                        quality = float(metric.score(_outputs(probe, probe.signature, split.inputs), split.targets))
+                    measured.append(_row(key, probe, timings, best, sizes[key], quality))
+                return measured + rows
+            finally:
+                for probe in opened:
+                    probe.close()
+
+
+def _outputs(probe: Probe, signature: Signature, inputs: Sequence[Any]) -> list[Any]:
+    first = signature.inputs[0].shape[0]
+    return list(probe.outputs(list(inputs), first if isinstance(first, int) else _BATCH, timeout_s=3600.0))
+
+
+def _row(key: str, probe: Probe, timings: dict[str, Timing], best: str, size: int, quality: float | None) -> BenchRow:
+    timing = timings[key]
+    name = "original" if key.startswith("original ") else key
+    return BenchRow(
+        name=name,
+        target=probe.target.name,
+        latency_s=timing.latency_s,
+        cpu_s=timing.cpu_s,
+        ratio=ratio(timing, timings[best]),
+        size_bytes=size,
+        quality=quality,
+    )

@@ -1,0 +1,270 @@
+"""The workbench: one job on one machine, captured, exported and measured as it came; what every trial is made from and compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from planish.clock import Clock
+from planish.data import Data, Split
+from planish.errors import RuntimeFailed, UsageError
+from planish.events import Events
+from planish.graph.capture import capture
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
+from planish.graph.modes import set_mode
+from planish.measure.latency import Timing, interleaved
+from planish.measure.machine import available_targets
+from planish.measure.probe import Probe
+from planish.metrics import Metric
+from planish.runtimes.contract import Runtime, get_runtime
+from planish.target import Target, parse_target
+
+if TYPE_CHECKING:
+    from planish.workload import Workload
+
+Array = NDArray[Any]
+LEAST_SQNR_DB = 50.0
+"""An fp32 export below this many decibels against the module computes something else (the worst faithful one seen has 83)."""
+_EAGER = ("torch", "torch-compile")
+_BATCH = 100
+
+
+@dataclass
+class Baseline:
+    """The original, exported to one runtime.
+
+    Args:
+        runtime: the runtime.
+        target: where it runs.
+        path: the exported model.
+        probe: a measuring process that has it open.
+        sqnr_db: its outputs on the example against the module's.
+        timing: of the interleaved comparison of all runtimes.
+    """
+
+    runtime: Runtime
+    target: Target
+    path: Path
+    probe: Probe
+    sqnr_db: float
+    timing: Timing | None = None
+
+
+@dataclass
+class Workbench:
+    """Everything that does not depend on a plan. A context manager: leaving it ends the measuring processes.
+
+    Args:
+        job: the workload.
+        data: its materialised splits.
+        graph: the captured original, in evaluation mode.
+        analysis: its groups, blocks and operators.
+        metric: what quality means.
+        folder: where exported models go; emptied with the study.
+        baselines: runtime name -> the original there; deployable runtimes only.
+        eager: what the user has today: torch, and compiled torch where it was asked for.
+        seed, events, clock: of the run.
+        notes: sentences for the report.
+    """
+
+    job: Workload
+    data: Data
+    graph: Graph
+    analysis: Analysis
+    metric: Metric
+    folder: Path
+    seed: int
+    events: Events
+    clock: Clock
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    eager: dict[str, Baseline] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
+
+    @property
+    def example(self) -> list[Array]:
+        """The flat example inputs as arrays: the call that latency is measured on."""
+        return self._example
+
+    def __post_init__(self) -> None:
+        self._example = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in self.graph.example]
+
+    @property
+    def batch(self) -> int:
+        """Samples in the call that latency is measured on."""
+        return int(self._example[0].shape[0])
+
+    @property
+    def best(self) -> Baseline:
+        """The original in the runtime where it is quickest: what every ratio is relative to."""
+        measured = [b for b in self.baselines.values() if b.timing is not None]
+        return min(measured, key=lambda b: b.timing.latency_s.median if b.timing else math.inf)
+
+    def predict(self, baseline: Baseline, name: str, split: Split) -> list[Array]:
+        """The original's own outputs on a split, computed by its artifact once."""
+        key = (baseline.target.name, name)
+        if key not in self._outputs:
+            self._outputs[key] = outputs_of(baseline.probe, split)
+        return self._outputs[key]
+
+    def close(self) -> None:
+        """End every measuring process."""
+        for baseline in (*self.baselines.values(), *self.eager.values()):
+            baseline.probe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def outputs_of(probe: Probe, split: Split, limit: int | None = None) -> list[Array]:
+    """The flat outputs of an exported model on the first `limit` samples of a split, `[n, ...]` each."""
+    first = probe.signature.inputs[0].shape[0]
+    batch = first if isinstance(first, int) else _BATCH
+    inputs = split.inputs if limit is None or limit >= split.n else [array[:limit] for array in split.inputs]
+    return probe.outputs(list(inputs), batch, timeout_s=3600.0)
+
+
+def module_outputs(graph: Graph, split: Split, limit: int | None = None) -> list[Array]:
+    """The flat outputs of a graph's own module in evaluation mode, `[n, ...]` each."""
+    first = graph.signature.inputs[0].shape[0]
+    batch = first if isinstance(first, int) else _BATCH
+    parts: list[Sequence[torch.Tensor]] = []
+    with torch.inference_mode():
+        for inputs, _ in split.rows(0, min(split.n, limit or split.n)).batches(batch):
+            parts.append(graph.module(*(as_tensor(array) for array in inputs)))
+    return [torch.cat(list(values)).numpy() for values in zip(*parts, strict=True)]
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A tensor over the array's memory; images in channels-last order, which torch's convolutions prefer on processors."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def sqnr_db(wanted: Sequence[Array], got: Sequence[Array]) -> float:
+    """The lowest signal-to-noise ratio over outputs, in decibels; infinite where they are equal."""
+    worst = math.inf
+    for a, b in zip(wanted, got, strict=True):
+        if a.shape != b.shape:
+            return -math.inf
+        noise = float(np.square(a.astype(np.float64) - b).sum())
+        signal = float(np.square(a.astype(np.float64)).sum())
+        if noise:
+            worst = min(worst, 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf)
+    return worst
+
+
+def targets_for(text: str, threads: int | None) -> list[Target]:
+    """The deployable targets that a user's `--target` stands for.
+
+    Raises:
+        UnknownName, UsageError, MissingPackage: as `parse_target` and `get_runtime` say.
+    """
+    from planish import registry
+
+    runtime, device = parse_target(text, registry.names("runtime"))
+    found = available_targets(device, threads)
+    if runtime is not None:
+        get_runtime(runtime)
+        found = [target for target in found if target.runtime == runtime]
+    else:
+        found = [target for target in found if target.runtime not in _EAGER]
+    if not found:
+        raise UsageError(f"target: no runtime for {text!r} is installed; pip install 'planish[openvino]', or see `planish doctor`")
+    return found
+
+
+def prepare(
+    job: Workload, targets: Sequence[Target], keep: Sequence[str], folder: Path, seed: int, events: Events, clock: Clock, *, compiled: bool
+) -> Workbench:
+    """Capture, export and measure the original: the workbench on which plans are tried.
+
+    Args:
+        job: the workload.
+        targets: where it may run; those that refuse the original are noted and left out.
+        keep: globs of parameters that must be left alone.
+        folder: for data and exported models.
+        seed, events, clock: of the run.
+        compiled: whether compiled torch is measured too (it takes about a minute to compile).
+
+    Raises:
+        DataError, CaptureError, UnknownName: as the steps say. RuntimeFailed: no target runs the original.
+    """
+    with clock.stage("reading the data"):
+        data = job.materialize(folder / "data")
+    with clock.stage("capturing the model"):
+        graph = capture(job.model_module(), job.example_inputs, job.state or None)
+        set_mode(graph, False)
+        analysis = analyse(graph, keep)
+        data.check(graph.signature)
+    bench = Workbench(
+        job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
+    )
+    try:
+        with clock.stage("measuring the original"):
+            _measure_original(bench, targets, compiled)
+        return bench
+    except BaseException:
+        bench.close()
+        raise
+
+
+def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: bool) -> None:
+    with torch.inference_mode():
+        wanted = [value.numpy() for value in bench.graph.module(*bench.graph.example)]
+    bench.job.check_targets(bench.data, wanted)
+    failures: list[RuntimeFailed] = []
+    for target in targets:
+        try:
+            found = _baseline(bench, target, wanted)
+        except RuntimeFailed as err:
+            failures.append(err)
+            bench.notes.append(f"{target.name} cannot run the original: {err}")
+            continue
+        bench.baselines[target.runtime] = found
+    if not bench.baselines:
+        raise failures[0]
+    for name in _EAGER[: 2 if compiled else 1]:
+        if name not in bench.baselines and get_runtime(name, require=False).missing() is None:
+            try:
+                bench.eager[name] = _baseline(bench, msgspec.structs.replace(targets[0], runtime=name), wanted)
+            except RuntimeFailed as err:
+                bench.notes.append(f"{name} cannot run the original: {err}")
+    everyone = {**bench.baselines, **bench.eager}
+    timings = interleaved({name: baseline.probe for name, baseline in everyone.items()}, bench.example, seconds=1.0)
+    for name, baseline in everyone.items():
+        baseline.timing = timings[name]
+    for baseline in bench.eager.values():
+        baseline.probe.close()
+
+
+def _baseline(bench: Workbench, target: Target, wanted: list[Array]) -> Baseline:
+    runtime = get_runtime(target.runtime)
+    folder = bench.folder / "original" / target.runtime
+    folder.mkdir(parents=True, exist_ok=True)
+    path = runtime.export(bench.graph, folder)
+    probe = Probe.open(target, path, bench.graph.signature, timeout_s=300.0)
+    try:
+        found = sqnr_db(wanted, probe.outputs(bench.example))
+    except BaseException:
+        probe.close()
+        raise
+    if found < LEAST_SQNR_DB:
+        probe.close()
+        raise RuntimeFailed(
+            "mismatch", f"its outputs agree with the model's to {found:.0f} dB only (at least {LEAST_SQNR_DB:.0f} are needed)"
+        )
+    return Baseline(runtime, target, path, probe, found)
