@@ -46,11 +46,11 @@ class Contraction:
         """The axis of the output channels."""
         return 1 if self.stride else output.dim() - 1
 
-    def targets(self, output: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
-        """[rows, out]: the output at the drawn positions."""
+    def rows(self, output: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
+        """[rows, out]: an output, or something in its shape, at the drawn positions."""
         return output.movedim(self.channel_axis(output), -1)[positions]
 
-    def inputs(self, value: Tensor, weight: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
+    def columns(self, value: Tensor, weight: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
         """[groups, rows, columns]: the patch that each drawn position reads, columns in the order of the flattened weight."""
         if not self.stride:
             return value[positions][None]
@@ -153,6 +153,16 @@ class Moments:
             cross = cross - x[:, :, None] * y[:, None, :]
             power = power - y.square()
         return gram, cross, power
+
+    def offset(self, weight: Tensor) -> Tensor:
+        """The intercept that goes with a weight [g, o, c]: E[y] - W E[x], [g * o]."""
+        return ((self.sum_y - (weight @ self.sum_x[:, :, None])[:, :, 0]) / self.rows).reshape(-1)
+
+    @staticmethod
+    def error(gram: Tensor, cross: Tensor, power: Tensor, weight: Tensor) -> float:
+        """E|y - W x|^2 summed over outputs, from what `second` gives."""
+        explained = 2 * (weight * cross.transpose(1, 2)).sum(2) - ((weight @ gram) * weight).sum(2)
+        return float((power - explained).sum().clamp_min(0))
 
 
 def ridge(gram: Tensor, cross: Tensor, current: Tensor, strength: float) -> Tensor:

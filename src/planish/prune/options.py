@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,29 +16,28 @@ from torch.fx import Node
 from planish.data import Split
 from planish.graph.graph import Analysis, Graph, Group
 from planish.plan import Option
+from planish.prune.blocks import block_losses
 from planish.prune.contract import Scores
-from planish.prune.divergence import Divergence, divergence
+from planish.prune.divergence import divergence
 from planish.prune.least_squares import Contraction, Moments, contraction, ridge
 from planish.prune.levels import width_levels
-from planish.prune.replay import Environment, Replay, evaluating, take
+from planish.prune.replay import Replay, affordable, evaluating, take
 from planish.prune.units import indices_of, lowest
 
 _MOMENT_BYTES = 2**29  # of Gram matrices; consumers beyond that are not compensated
 _STRENGTH = 1e-3
+_CHUNK = 64
 
 
 @dataclass
 class _Trial:
-    """One option on its way to a loss."""
+    """A width on its way to a loss."""
 
-    technique: str
-    subject: str
-    value: int
+    group: str
+    width: int
     first: int
     parameters: dict[str, Tensor]
     shifts: dict[Node, Tensor]
-    redirected: dict[Node, Node]
-    note: str = ""
     total: float = 0.0
 
 
@@ -48,7 +49,7 @@ def sensitivities(
     split: Split,
     multiple: int,
     progress: Callable[[int, int], None] | None = None,
-    samples: int = 256,
+    samples: int = 384,
     kind: str | None = None,
 ) -> list[Option]:
     """The loss of each width below full of each group, and of each bypassed block, alone.
@@ -56,8 +57,8 @@ def sensitivities(
     The loss is the divergence of the changed graph's outputs from the original's on calibration samples (`Divergence`). A width is
     tried by zeroing the units with the lowest scores; the convolutions and linear maps that read the group are refitted by ridge
     regression to what they gave before, as compensation will do, which is cheap because every level needs only sub-blocks of one
-    Gram matrix. A block is tried by passing its skip on, shifted by the mean of what it added. Each trial re-runs only the nodes behind
-    the first that it changes, on values that are computed once per batch.
+    Gram matrix. Each trial re-runs only the nodes behind the first that it changes, on values that are computed once per batch.
+    Blocks: see `block_losses`.
 
     Args:
         graph: the original; left as it is.
@@ -72,54 +73,54 @@ def sensitivities(
     Returns:
         Options with finite losses of at least 0; in each group a narrower width never loses less than a wider one.
     """
-    replay, flat = Replay(graph.module), take(split, samples)
+    replay = Replay(graph.module)
+    flat = take(split, affordable(replay, graph, samples))
     count = len(flat[0])
-    size = min(64, count)
+    size = min(_CHUNK, -(-count // 3))  # three batches at least, since blocks are repaired on two thirds and judged on the rest
     chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]
     with evaluating(graph):
-        moments, added = _observe(replay, analysis, chunks)
+        moments = _moments(replay, analysis, chunks)
         trials = _width_trials(replay, graph, analysis, scores, multiple, moments)
-        trials += _block_trials(replay, analysis, added)
         trials.sort(key=lambda trial: trial.first)
         reference = [replay.run(replay.start(chunk)) for chunk in chunks]
         measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
-        done = 0
+        ticks = itertools.count(1)
+        total = len(trials) * len(chunks) + len(analysis.blocks)
+
+        def tick() -> None:
+            if progress is not None:
+                progress(next(ticks), total)
+
         for chunk, outputs in zip(chunks, reference, strict=True):
             environment, reached = replay.start(chunk), 0
             for trial in trials:
                 while reached < trial.first:
                     replay.step(replay.nodes[reached], environment)
                     reached += 1
-                changed = replay.run(dict(environment), reached, trial.parameters, trial.redirected, trial.shifts)
+                changed = replay.run(dict(environment), reached, trial.parameters, trial.shifts)
                 trial.total += float(measure.per_sample(changed, outputs).double().sum())
-                done += 1
-                if progress is not None:
-                    progress(done, len(trials) * len(chunks))
-    return _options(trials, count)
+                tick()
+        blocks = block_losses(replay, analysis, chunks, reference, measure, _STRENGTH, tick)
+    losses = {(trial.group, trial.width): trial.total / count for trial in trials}
+    found = []
+    for name, group in analysis.groups.items():
+        worst = 0.0
+        for width in (width for width in width_levels(group, multiple) if (name, width) in losses):
+            worst = max(worst, losses[name, width])
+            found.append(Option("width", name, width, worst))
+    found += [Option("block", name, 1, max(blocks[name], 0.0)) for name in analysis.blocks]
+    return [option for option in found if math.isfinite(option.loss)]
 
 
-def _options(trials: list[_Trial], count: int) -> list[Option]:
-    found: list[Option] = []
-    worst: dict[str, float] = {}
-    for trial in sorted(trials, key=lambda t: (t.technique, -t.value)):
-        loss = max(trial.total / count, 0.0)
-        if trial.technique == "width":
-            loss = worst[trial.subject] = max(loss, worst.get(trial.subject, 0.0))
-        if np.isfinite(loss):
-            found.append(Option(trial.technique, trial.subject, trial.value, loss, trial.note))
-    order = {trial.subject: index for index, trial in enumerate(trials)}
-    return sorted(found, key=lambda o: (o.technique, order[o.subject], -int(o.value)))
-
-
-def _readers(replay: Replay, group: Group, parameters: dict[str, Tensor]) -> list[Contraction]:
+def _readers(replay: Replay, group: Group, parameters: Mapping[str, Tensor]) -> list[Contraction]:
     """Ungrouped convolutions and linear maps whose weight contracts the group, each weight read once."""
     names = {name for (name, dim), role in group.roles.items() if role == "in" and dim == 1}
     found = [operator for node in replay.nodes if (operator := contraction(node, parameters)) is not None]
     return [o for o in found if o.weight in names and o.groups == 1 and sum(o.weight == other.weight for other in found) == 1]
 
 
-def _observe(replay: Replay, analysis: Analysis, chunks: list[list[Tensor]]) -> tuple[dict[str, Moments], dict[str, Tensor]]:
-    """The second moments of the inputs of every operator that reads a group, by its weight's name; what each block adds on average."""
+def _moments(replay: Replay, analysis: Analysis, chunks: list[list[Tensor]]) -> dict[str, Moments]:
+    """The second moments of the inputs of every operator that reads a group, by its weight's name."""
     parameters = dict(replay.module.named_parameters(remove_duplicate=False))
     readers = {o.node: o for group in analysis.groups.values() for o in _readers(replay, group, parameters)}
     moments: dict[str, Moments] = {}
@@ -131,8 +132,6 @@ def _observe(replay: Replay, analysis: Analysis, chunks: list[list[Tensor]]) -> 
             continue
         budget -= 4 * columns**2
         moments[operator.weight] = Moments(1, columns)
-    blocks = {replay.by_name[block.node]: block for block in analysis.blocks.values()}
-    added: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for chunk in chunks:
         environment = replay.start(chunk)
@@ -145,19 +144,9 @@ def _observe(replay: Replay, analysis: Analysis, chunks: list[list[Tensor]]) -> 
                 assert isinstance(source, Node)
                 rows = max(256, min(16 * weight[0].numel(), 32768) // len(chunks))
                 positions = operator.draw(environment[node], rows, generator)
-                moments[operator.weight].add(operator.inputs(environment[source], weight, positions))
-            if node in blocks:
-                block = blocks[node]
-                gain = _channel_mean(environment[node] - environment[replay.by_name[block.skip]]) / len(chunks)
-                added[block.name] = added[block.name] + gain if block.name in added else gain
+                moments[operator.weight].add(operator.columns(environment[source], weight, positions))
             replay.release(node, environment)
-    return moments, added
-
-
-def _channel_mean(value: Tensor) -> Tensor:
-    """The mean over all axes but the channel's (1 for images, else the last), in a shape that broadcasts."""
-    channel = 1 if value.dim() >= 4 else value.dim() - 1
-    return value.mean([axis for axis in range(value.dim()) if axis != channel], keepdim=True)
+    return moments
 
 
 def _width_trials(
@@ -177,11 +166,11 @@ def _width_trials(
                 gone = indices_of(group.unit_of[weight, 1], going)
                 changed[weight], shift = _refit(changed[weight], parameters[weight], gone, moments[weight])
                 shifts[operator.node] = shift.reshape(-1, *[1] * len(operator.stride))
-            trials.append(_Trial("width", name, width, _first(replay, changed), changed, shifts, {}))
+            trials.append(_Trial(name, width, _first(replay, changed), changed, shifts))
     return trials
 
 
-def _zeroed(group: Group, going: NDArray[np.int64], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _zeroed(group: Group, going: NDArray[np.int64], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stand-ins with everything that belongs to the units set to zero."""
     changed: dict[str, Tensor] = {}
     for (name, dim), unit_of in group.unit_of.items():
@@ -215,11 +204,3 @@ def _first(replay: Replay, changed: dict[str, Tensor]) -> int:
         (replay.position[user] for node in replay.nodes if node.op == "get_attr" and str(node.target) in changed for user in node.users),
         default=0,
     )
-
-
-def _block_trials(replay: Replay, analysis: Analysis, added: dict[str, Tensor]) -> list[_Trial]:
-    trials = []
-    for name, block in analysis.blocks.items():
-        node, skip = replay.by_name[block.node], replay.by_name[block.skip]
-        trials.append(_Trial("block", name, 1, replay.position[node], {}, {node: added[name]}, {node: skip}))
-    return trials

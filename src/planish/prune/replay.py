@@ -19,6 +19,8 @@ from planish.graph.modes import set_mode
 
 Environment = dict[Node, Any]
 
+_LIVE_BYTES = 2**30
+
 
 @contextmanager
 def evaluating(graph: Graph) -> Iterator[None]:
@@ -106,7 +108,6 @@ class Replay:
         environment: Environment,
         first: int = 0,
         parameters: Mapping[str, Tensor] | None = None,
-        redirected: Mapping[Node, Node] | None = None,
         shifts: Mapping[Node, Tensor] | None = None,
     ) -> list[Any]:
         """The flat outputs, from an environment that holds everything computed before node number `first`.
@@ -115,7 +116,6 @@ class Replay:
             environment: is consumed.
             first: position of the first node to run.
             parameters: stand-ins by parameter or buffer name. Nodes before `first` that hold their original are read anew.
-            redirected: node -> the node whose value it takes instead of its own (a block that is bypassed).
             shifts: node -> what is added to its value, broadcast.
         """
         if parameters:
@@ -125,11 +125,18 @@ class Replay:
         for node in self.nodes[first:]:
             if node.op == "output":
                 return list(torch.fx.node.map_arg(node.args[0], environment.__getitem__))
-            if redirected is not None and node in redirected:
-                environment[node] = environment[redirected[node]]
-                self.release(node, environment)
-            else:
-                self.step(node, environment, parameters)
+            self.step(node, environment, parameters)
             if shifts is not None and node in shifts and node in environment:
                 environment[node] = environment[node] + shifts[node]
         raise AssertionError("a module ends in an output node")
+
+
+def affordable(replay: Replay, graph: Graph, samples: int) -> int:
+    """At most `samples`, and so many that the activations that a run keeps alive at once stay within 1 GiB (but at least 8)."""
+    peak, environment = 1, replay.start(list(graph.example))
+    with evaluating(graph), torch.no_grad():
+        for node in replay.nodes:
+            replay.step(node, environment)
+            alive = {id(v): v.nbytes for n, v in environment.items() if n.op != "get_attr" and isinstance(v, Tensor)}
+            peak = max(peak, sum(alive.values()))
+    return min(samples, max(8, _LIVE_BYTES * len(graph.example[0]) // peak))
