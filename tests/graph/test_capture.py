@@ -8,12 +8,12 @@ import inspect
 from collections import namedtuple
 from typing import Any
 
-import nets
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import nets
 from planish.errors import CaptureError, DataError, UsageError
 from planish.graph.capture import capture
 from planish.graph.interpret import observe
@@ -332,7 +332,9 @@ def test_as_module_takes_and_gives_what_the_model_did() -> None:
     assert module.state_dict().keys() <= model.state_dict().keys() | {"bert.embeddings.token_type_ids", "bert.embeddings.position_ids"}
     expected = run(model, example)["logits"]
     torch.testing.assert_close(module(**example)["logits"], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(module(example["input_ids"], attention_mask=example["attention_mask"])["logits"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        module(example["input_ids"], attention_mask=example["attention_mask"])["logits"], expected, rtol=1e-5, atol=1e-5
+    )
     module.train()
     assert graph.module.training and not torch.allclose(module(**example)["logits"], expected)
     module.eval()

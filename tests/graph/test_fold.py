@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import nets
 import pytest
 import torch
 from torch import Tensor, nn
 
+import nets
 from planish.graph.capture import capture
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Graph

@@ -43,7 +43,7 @@ def test_equals_torch_with_one_node_per_layer_and_direction(kind: type[nn.Module
     nodes = [node for node in graph.module.graph.nodes if short_name(node) in ("lstm", "gru")]
     layers, directions = int(str(settings["num_layers"])), 2 if settings.get("bidirectional") else 1
     assert len(nodes) == layers * directions
-    assert all(node.args[-5 if kind is nn.GRU else -5] == 1 and node.args[-2] is False for node in nodes)
+    assert all(node.args[-5] == 1 and node.args[-2] is False for node in nodes)
     for batch, length in ((1, 6), (3, 1), (4, 9)):
         x = torch.randn(batch, length, 5)
         for ours, theirs in zip(graph.module(x), model(x), strict=True):

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import keyword
 import re
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from planish.errors import CaptureError, DataError, UsageError
+from planish.errors import CaptureError, UsageError
 from planish.graph.blame import FORWARD_ERRORS, blame
 from planish.graph.functional import functionalise
 from planish.graph.graph import Graph
 from planish.graph.modes import TRAIN_DROPOUT, set_mode, short_name
 from planish.graph.recurrent import Recurrence, to_aten
+from planish.graph.structure import FlatCall, check_batch, flat_inputs
 from planish.signature import Signature, Structure, TensorSpec
 
 aten = torch.ops.aten
@@ -54,12 +52,12 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         raise UsageError(
             f"capture: the model must be a torch.nn.Module; got {type(model).__name__}; give the module, or a function that builds it"
         )
-    takes, inputs = _flat_inputs(model, example_inputs)
-    _check_batch(inputs)
+    takes, inputs = flat_inputs(model, example_inputs)
+    check_batch(inputs)
     notes: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _no_fused_attention():
         mine = _own_copy(model, notes)
-        call = _FlatCall(mine, list(inputs), takes)
+        call = FlatCall(mine, list(inputs), takes)
         sizes = {size for tensor in inputs.values() for size in tensor.shape[1:]}
         traced = next(size for size in _TRACE_BATCHES if size not in sizes or size == _TRACE_BATCHES[-1])
         few = tuple(_resize(tensor, traced) for tensor in inputs.values())
@@ -91,51 +89,11 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
     return captured
 
 
-def _flat_inputs(model: nn.Module, example: Any) -> tuple[Structure, dict[str, Tensor]]:
-    """How the caller gives the inputs, and the inputs by name (positional ones are named after the parameters of forward)."""
-    takes: Structure
-    if isinstance(example, Mapping):
-        takes, named = "dict", {str(name): value for name, value in example.items()}
-    elif isinstance(example, (Tensor, tuple, list)):
-        values = [example] if isinstance(example, Tensor) else list(example)
-        takes = "tensor" if len(values) == 1 else "tuple"
-        named = dict(zip(_positional_names(model, len(values)), values, strict=True))
-    else:
-        raise UsageError(f"capture: example_inputs must be a tensor, a tuple or a dict of tensors; got {type(example).__name__}")
-    if not named:
-        raise UsageError("capture: example_inputs must hold at least one tensor; got none")
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise UsageError(
-                f"capture: example_inputs must be tensors; {name!r} is {type(value).__name__}; "
-                "bind what is not a tensor in the model (functools.partial or a wrapping module)"
-            )
-    return takes, {name: value.detach().cpu() for name, value in named.items()}
-
-
-def _positional_names(model: nn.Module, count: int) -> list[str]:
-    """One name per positional input: the parameter of forward, else "input_0", ..."""
-    names: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
-    return names[:count] + [f"input_{index}" for index in range(len(names), count)]
-
-
-def _check_batch(inputs: Mapping[str, Tensor]) -> None:
-    sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in inputs.items()}
-    if None in sizes.values() or len(set(sizes.values())) > 1 or 0 in sizes.values():
-        raise DataError(
-            f"capture: axis 0 of every example input must be the batch, the same and at least 1; got {sizes}; "
-            "bind inputs without a batch in the model"
-        )
-
-
 def _resize(tensor: Tensor, batch: int) -> Tensor:
     return tensor.index_select(0, torch.arange(batch) % tensor.shape[0])
 
 
-def _runs(call: _FlatCall, flat: tuple[Tensor, ...]) -> bool:
+def _runs(call: FlatCall, flat: tuple[Tensor, ...]) -> bool:
     """Whether the model takes these inputs; where it takes no other batch than the example's, it does not."""
     try:
         call(*flat)
@@ -163,7 +121,7 @@ def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.momentum is None:
             module.momentum = 0.1
             notes.append("a batch norm with a cumulative average (momentum=None) averages with momentum 0.1 in training")
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
     return mine
@@ -180,59 +138,6 @@ def _no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _FlatCall:
-    """The model as a function of flat tensors; remembers names and structure of what it gave at the first call."""
-
-    def __init__(self, model: nn.Module, names: list[str], takes: Structure) -> None:
-        self.forward = model.forward
-        self.names = names
-        self.takes = takes
-        self.outputs: list[str] = []
-        self.gives: Structure = "tensor"
-        self.notes: list[str] = []
-
-    def __call__(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        result = self.forward(**dict(zip(self.names, flat, strict=True))) if self.takes == "dict" else self.forward(*flat)
-        leaves = list(_leaves(result, ""))
-        tensors = [(name, value) for name, value in leaves if isinstance(value, Tensor)]
-        if not self.outputs:
-            self.gives = (
-                "tensor"
-                if isinstance(result, Tensor)
-                else "tuple"
-                if isinstance(result, (tuple, list)) and not hasattr(result, "_fields")
-                else "dict"
-            )
-            names = [name for name, _ in tensors]
-            if self.gives != "dict":
-                names = ["output"] if self.gives == "tensor" else [f"output_{name.replace('.', '_')}" for name in names]
-            self.outputs = names
-            dropped = sorted(name for name, value in leaves if not isinstance(value, Tensor) and value is not None)
-            if dropped:
-                self.notes.append(f"outputs that are no tensors are left out: {', '.join(dropped)}")
-        return tuple(value for _, value in tensors)
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested outputs with their dotted names, in the order of the structure."""
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = zip(value._fields, value, strict=True)
-    elif isinstance(value, (tuple, list)):
-        items = enumerate(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        items = ((field.name, getattr(value, field.name)) for field in fields(value))
-    elif not isinstance(value, Tensor) and type(value) in pytree.SUPPORTED_NODES:
-        items = enumerate(pytree.tree_leaves(value))
-    else:
-        yield path, value
-        return
-    for key, inner in items:
-        yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-
-
 class _AttentionDropouts(TorchFunctionMode):
     """Records the dropout of every scaled_dot_product_attention, in the order of the calls."""
 
@@ -247,7 +152,7 @@ class _AttentionDropouts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _train_dropouts(mine: nn.Module, call: _FlatCall, flat: tuple[Tensor, ...]) -> list[float]:
+def _train_dropouts(mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...]) -> list[float]:
     """What attention's dropout is in train mode, per call, from one run; the buffers are put back as they were."""
     if not any(isinstance(module, nn.Dropout) or hasattr(module, "attention_dropout") for module in mine.modules()):
         return []
@@ -278,11 +183,11 @@ def _restore_dropouts(module: fx.GraphModule, dropouts: list[float], notes: list
             node.meta[TRAIN_DROPOUT] = dropout
 
 
-def _export(model: nn.Module, mine: nn.Module, call: _FlatCall, flat: tuple[Tensor, ...], dynamic: bool) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], dynamic: bool) -> torch.export.ExportedProgram:
     automatic = torch.export.Dim.AUTO
     free = [range(tensor.dim() if tensor.dim() <= 3 else 1) for tensor in flat]
-    shapes = (tuple({axis: automatic for axis in axes} for axes in free),) if dynamic else None
-    mine.forward = types.MethodType(lambda _, *inputs: call(*inputs), mine)  # type: ignore[method-assign]
+    shapes = (tuple(dict.fromkeys(axes, automatic) for axes in free),) if dynamic else None
+    mine.forward = types.MethodType(lambda _, *inputs: call(*inputs), mine)
     try:
         with warnings.catch_warnings(), Recurrence():
             warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")  # nn.RNNBase's flat weights
@@ -395,7 +300,7 @@ def _signature(
     program: torch.export.ExportedProgram,
     inputs: Mapping[str, Tensor],
     axes: Mapping[str, tuple[int | str, ...]],
-    call: _FlatCall,
+    call: FlatCall,
     takes: Structure,
     state: dict[str, str],
 ) -> Signature:

@@ -77,7 +77,7 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> None:
     bias = _constant(module, bias_node, 0.0, channels)
     new_bias = (bias - _constant(module, mean, 0.0, channels)) * scale + _constant(module, beta, 0.0, channels)
     if name in _TRANSPOSED and groups > 1:
-        blocks = weight.detach().double().unflatten(0, (groups, -1))
+        blocks = weight.detach().double().reshape(groups, -1, *weight.shape[1:])
         new_weight = (blocks * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
     else:
         new_weight = weight.detach().double() * scale.view(view)

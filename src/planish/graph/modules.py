@@ -16,6 +16,8 @@ class CapturedModule(nn.Module):
     Parameters and buffers are the graph's own and have their names; `train()` and `eval()` flip the program's literals.
     """
 
+    graph: Graph
+
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         object.__setattr__(self, "graph", graph)  # no submodule: its parameters would be named "graph.module..."
@@ -27,12 +29,11 @@ class CapturedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in the original's structure; torch tensors in the original's order, or by name."""
-        graph: Graph = self.graph
         if kwargs and args:
-            names = [spec.name for spec in graph.signature.inputs]
+            names = [spec.name for spec in self.graph.signature.inputs]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs: Any = kwargs or (args[0] if len(args) == 1 and isinstance(args[0], dict) else args)
-        return graph(inputs)
+        return self.graph(inputs)
 
     def train(self, mode: bool = True) -> CapturedModule:
         """Put the program in train (or eval) mode; also what `eval()` calls."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
 from planish.graph.graph import Graph
