@@ -114,6 +114,16 @@ def grouped_query(by: str) -> nn.Module:
     return Net(run, q=nn.Linear(12, 24), k=nn.Linear(12, 12), v=nn.Linear(12, 12), o=nn.Linear(24, 5))
 
 
+def single_head() -> nn.Module:
+    """One attention head: the size that query and key share, and the value's own, are what can be cut."""
+
+    def run(n: Any, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unsqueeze(1) for f in (n.q, n.k, n.v))
+        return n.o(F.scaled_dot_product_attention(q, k, v).squeeze(1)).mean(1)
+
+    return Net(run, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 10), o=nn.Linear(10, 5))
+
+
 def shared_constant() -> nn.Module:
     """Two independent layers are scaled by one buffer."""
 
@@ -277,6 +287,7 @@ _SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "query_expand": lambda: grouped_query("expand"),
     "query_flag": lambda: grouped_query("flag"),
     "shared_constant": shared_constant,
+    "single_head": single_head,
     "self_attention": SelfAttention,
     "explicit_attention": ExplicitAttention,
     "rotary": Rotary,

@@ -264,6 +264,7 @@ ODD_GROUPS: dict[str, dict[str, int]] = {
     "gated_linear": {"a": 10, "b": 4},
     "query_expand": {"q": 2},
     "query_flag": {"q": 2},
+    "single_head": {"q": 8, "v": 10},
     "shared_constant": {"a": 16, "b": 16},
     "self_attention": {"embed": 24, "attention": 4, "attention.out_proj": 24},
     "explicit_attention": {"qkv": 4},
