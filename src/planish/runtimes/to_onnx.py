@@ -287,10 +287,12 @@ def _save(model: ir.Model, path: Path) -> None:
         ir.save(model, path, external_data=f"{path.name}.data")
         onnx.checker.check_model(str(path))
         return
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(proto.SerializeToString(deterministic=True))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+        onnx.checker.check_model(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
