@@ -22,9 +22,9 @@ import making
 from planish.artifact import check_output, default_folder, load, open_artifact, writing
 from planish.artifact.external import check_external_data
 from planish.artifact.manifest import LARGEST_JSON, MANIFEST
-from planish.cli import read_summary
 from planish.errors import ArtifactError, DataError, MissingFile, OutputExists, UsageError
 from planish.measure.machine import machine
+from planish.report.file import read_summary
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import shlex
 import signal
 import sys
@@ -20,7 +19,7 @@ from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
 
 if TYPE_CHECKING:
-    from planish.result import Result, Summary
+    from planish.result import Result
 
 INTERRUPTED = 130
 TECHNIQUES = ("prune", "quantize", "distill")
@@ -277,6 +276,8 @@ def bench(console: Console, /, job: Path, paths: tuple[Path, ...], seconds: floa
 @click.pass_obj
 def report(console: Console, /, path: Path, output: Path | None, **_: Any) -> None:
     """One offline page: the verdict, both nets, every trial, every operator."""
+    from planish.report.file import read_summary, write_page
+
     page = write_page(read_summary(path), output or path.with_suffix(".html"))
     console.answer({"page": str(page)}, f"written: {page}\n")
 
@@ -290,6 +291,7 @@ def report(console: Console, /, path: Path, output: Path | None, **_: Any) -> No
 def demo(console: Console, /, out: Path, seed: int, threads: int | None, **_: Any) -> int:
     """The main job on data that a dependency ships: train, optimize to half the latency, and show it."""
     from planish.artifact import check_output
+    from planish.report.file import write_page
 
     check_output(out, overwrite=True)
     from planish import demo as example
@@ -297,55 +299,6 @@ def demo(console: Console, /, out: Path, seed: int, threads: int | None, **_: An
     result = example.run(out, events=console, seed=seed, threads=threads, overwrite=True)
     page = write_page(result.summary, out.with_suffix(".html"))
     return _show_result(console, result, page)
-
-
-def read_summary(path: Path) -> Summary:
-    """What a run ended with, from its artifact or, where nothing was written, from the study beside it.
-
-    Raises:
-        MissingFile, ArtifactError: neither is there, or one was changed.
-    """
-    import msgspec
-
-    from planish.artifact import open_artifact
-    from planish.artifact.manifest import RESULT, read_small
-    from planish.errors import ArtifactError
-    from planish.result import Summary
-
-    kept = path.with_suffix(".study") / RESULT
-    raw = read_small(kept) if not path.exists() and kept.exists() else open_artifact(path).result_json()
-    if raw is None:
-        raise ArtifactError(f"{path} does not hold {RESULT}, which a page is made from; optimize it again")
-    try:
-        return msgspec.json.decode(raw, type=Summary)
-    except msgspec.MsgspecError as err:
-        raise ArtifactError(f"{path}: {RESULT} cannot be read: {err}") from err
-
-
-def write_page(summary: Summary, output: Path) -> Path:
-    """The report page at `output`; a page of ours that is there is replaced, nothing else.
-
-    Raises:
-        UsageError: it cannot be written, or something else is there.
-    """
-    from planish.report.page import MARK, page
-
-    if output.is_dir() or output.is_symlink():
-        raise UsageError(f"report: {output} is no file; give another -o")
-    if output.exists():
-        with output.open("rb") as file:
-            if MARK.encode() not in file.read(2000):
-                raise UsageError(f"report: {output} is there and is no page of planish; it is not overwritten: give another -o")
-    text = page(summary)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output)
-    except OSError as err:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"report: {output} could not be written: {err.strerror}") from err
-    return output
 
 
 def _show_result(console: Console, result: Result, page: Path | None = None) -> int:

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup, escape
 
 import planish
-from planish.report import figures
-from planish.report.figures import NOTHING, plain
-from planish.report.plots import front, relative_latency, runtimes_figure, trials_figure
+from planish.report import figures, rows
+from planish.report.figures import plain
+from planish.report.plots import runtimes_figure, trials_figure
 
 if TYPE_CHECKING:
-    from planish.budget import Limit
-    from planish.measurement import Measurement
-    from planish.result import OperatorRow, Summary, Trial
+    from planish.result import Summary
 
 MARK = '<meta name="generator" content="planish'
 _TITLES = {"met": "Budget met", "infeasible": "Infeasible", "undecided": "Undecided"}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of a table on the page, every cell as it is shown; `state` is "good", "bad", "muted" or ""."""
-
-    cells: tuple[str, ...]
-    state: str = ""
-    full: str = ""
-    share_before: float = 0.0
-    share_after: float = 0.0
 
 
 def page(summary: Summary) -> str:
@@ -48,19 +34,17 @@ def page(summary: Summary) -> str:
         s=summary,
         version=planish.__version__,
         title=_TITLES[summary.verdict],
-        tiles=_tiles(summary),
-        limits=_limits(summary),
-        sides=_sides(summary),
-        baselines=_baselines(summary),
-        trials=_trials(summary),
-        on_front=_on_front(summary),
-        operators=_operators(summary),
-        groups=[
-            Line((name, str(before), str(after)), "" if before != after else "muted") for name, (before, after) in summary.groups.items()
-        ],
-        stages=_stages(summary),
-        search=_search(summary),
-        facts=_facts(summary),
+        tiles=rows.tiles(summary),
+        limits=rows.limits(summary),
+        sides=rows.sides(summary),
+        baselines=rows.baselines(summary),
+        trials=rows.trials(summary),
+        on_front=rows.on_front(summary),
+        operators=rows.operators(summary),
+        groups=rows.groups(summary),
+        stages=rows.stages(summary),
+        search=rows.search(summary),
+        facts=rows.facts(summary),
         figures=shown,
         css=_asset("page.css"),
         script=_asset("page.js"),
@@ -97,291 +81,3 @@ def _plotly() -> Markup:
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs().replace("</script", "<\\/script"))
-
-
-def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
-    """(large figure, what it is, how surely) of what a reader looks for first."""
-    one, two, tiles = summary.original, summary.optimized, []
-    if (ratio := summary.ratios.get("latency")) is not None and two is not None:
-        surely = f"{figures.factor(ratio.high)} – {figures.factor(ratio.low)}"
-        if not ratio.trustworthy:
-            surely += ", not trustworthy"
-        change = f"{figures.seconds(one.latency_s.median)} → {figures.seconds(two.latency_s.median)} a call"
-        tiles.append((figures.factor(ratio.median), "as fast", f"{change} ({surely})"))
-    if summary.drop is not None:
-        low, high = summary.drop_interval or (summary.drop, summary.drop)
-        allowed = summary.budget.allowed_drop.allowed(one.quality) if one.quality is not None else None
-        within = f"95 %: {figures.signed(low)} … {figures.signed(high)}"
-        asked = f", allowed {allowed:.4g}" if allowed is not None else ""
-        tiles.append((figures.signed(summary.drop), f"drop of {plain(summary.metric, 40)} on {summary.split}", within + asked))
-    for name, what, unit, before, after in (
-        ("size", "of the size", figures.size, one.size_bytes, two.size_bytes if two else None),
-        ("memory", "of the peak memory", figures.size, one.peak_memory_bytes, two.peak_memory_bytes if two else None),
-        ("macs", "of the MACs", figures.count, one.macs, two.macs if two else None),
-    ):
-        if name in summary.ratios and after is not None:
-            tiles.append((figures.ratio(summary.ratios[name].median), what, f"{unit(before)} → {unit(after)}"))
-    return tiles
-
-
-def _measured(limit: Limit, measurement: Measurement) -> float | None:
-    if limit.quantity == "throughput":
-        return measurement.batch / measurement.latency_s.median
-    return {
-        "latency": measurement.latency_s.median,
-        "size": measurement.size_bytes,
-        "memory": measurement.peak_memory_bytes,
-        "macs": measurement.macs,
-    }.get(limit.quantity)
-
-
-def _figure(quantity: str, value: float | None) -> str:
-    if quantity == "throughput":
-        return NOTHING if value is None else f"{figures.digits(value)}/s"
-    return {"latency": figures.seconds, "size": figures.size, "memory": figures.size, "macs": figures.count}.get(quantity, figures.count)(
-        value
-    )
-
-
-def _limits(summary: Summary) -> list[Line]:
-    """What was asked, what that is in figures, what was measured, and whether it holds."""
-    lines = []
-    for limit in summary.budget.limits:
-        before = _measured(limit, summary.original)
-        after = _measured(limit, summary.optimized) if summary.optimized else None
-        if limit.relative and limit.quantity in summary.ratios and limit.quantity != "throughput":
-            holds: bool | None = summary.ratios[limit.quantity].median <= limit.value
-        else:
-            holds = limit.holds(after, before) if before is not None and after is not None else None
-        asked = figures.ratio(limit.value) if limit.relative else _figure(limit.quantity, limit.value)
-        bound = _figure(limit.quantity, limit.bound(before)) if before is not None else NOTHING
-        lines.append(_judged(limit.quantity, asked, bound, _figure(limit.quantity, after), holds))
-    if summary.drop is not None and summary.original.quality is not None:
-        allowed = summary.budget.allowed_drop.allowed(summary.original.quality)
-        judged = summary.drop
-        if summary.budget.confidence is not None and summary.drop_interval is not None:
-            judged = summary.drop_interval[1]
-        measured = figures.signed(judged) + (" (upper end)" if summary.budget.confidence is not None else "")
-        lines.append(_judged("drop", str(summary.budget.allowed_drop), f"{allowed:.4g}", measured, judged <= allowed))
-    return lines
-
-
-def _judged(quantity: str, asked: str, bound: str, measured: str, holds: bool | None) -> Line:
-    word, state = {True: ("holds", "good"), False: ("missed", "bad"), None: ("not measured", "muted")}[holds]
-    return Line((quantity, asked, bound, measured, word), state)
-
-
-def _sides(summary: Summary) -> list[Line]:
-    """Original and optimized side by side: label, original, optimized, optimized ÷ original, what the figure means."""
-    one, two, ratios = summary.original, summary.optimized, summary.ratios
-
-    def ratio(name: str) -> str:
-        if name not in ratios:
-            return NOTHING
-        estimate = ratios[name]
-        text = figures.ratio(estimate.median)
-        return text if estimate.low == estimate.high else f"{text} ({figures.ratio(estimate.low)} – {figures.ratio(estimate.high)})"
-
-    def cells(label: str, show: Any, change: str, hint: str) -> Line:
-        return Line((label, show(one), show(two) if two is not None else NOTHING, change, hint))
-
-    def surely(measurement: Measurement) -> str:
-        interval = measurement.quality_interval
-        text = figures.quality(measurement.quality)
-        return text if interval is None else f"{text} ({figures.quality(interval[0])} – {figures.quality(interval[1])})"
-
-    def kernels(measurement: Measurement) -> str:
-        proof = measurement.proof
-        return NOTHING if proof is None else f"{proof.int8_kernels} int8, {proof.float_kernels} float on {proof.device}"
-
-    def bound(measurement: Measurement) -> str:
-        if measurement.roofline_s is None:
-            return NOTHING
-        return f"{figures.seconds(measurement.roofline_s)} ({measurement.roofline_s / measurement.latency_s.median:.0%} reached)"
-
-    drop = f"{figures.signed(summary.drop)} lost" if summary.drop is not None else NOTHING
-    where = f" on {one.split}" if one.split else ""
-    lines = [
-        cells(f"{plain(summary.metric, 40)}{where}", surely, drop, "from the artifact's own outputs, 95 % interval"),
-        cells(
-            "latency",
-            lambda m: f"{figures.seconds(m.latency_s.median)} ({figures.interval(m.latency_s)})",
-            ratio("latency"),
-            "wall time of a call",
-        ),
-        cells(
-            "CPU time",
-            lambda m: f"{figures.seconds(m.cpu_s.median)} ({figures.interval(m.cpu_s)})",
-            NOTHING,
-            "process time of a call, all threads",
-        ),
-        cells("size", lambda m: figures.size(m.size_bytes), ratio("size"), "the runtime model on disk"),
-        cells("peak memory", lambda m: figures.size(m.peak_memory_bytes), ratio("memory"), "of the process, less the bare runtime"),
-        cells("MACs", lambda m: figures.count(m.macs), ratio("macs"), "multiply-accumulates of a call"),
-        cells("roofline", bound, NOTHING, "the least time that this machine allows for the graph"),
-        cells("executed kernels", kernels, NOTHING, "read back from the runtime"),
-        cells(
-            "export fidelity",
-            lambda m: NOTHING if m.sqnr_db is None else f"{m.sqnr_db:.0f} dB",
-            NOTHING,
-            "exported outputs against the module's",
-        ),
-    ]
-    if summary.control_quality is not None:
-        control = f"{figures.quality(summary.control_quality)} (the net as it was, tuned as long)"
-        change = f"{figures.signed(summary.control_drop)} lost against it"
-        lines.insert(1, Line(("dense control", control, NOTHING, change, "tuned on as many samples as the recovery")))
-    return lines
-
-
-def _baselines(summary: Summary) -> list[Line]:
-    two = summary.optimized
-    rows = dict(summary.baselines)
-    rows.setdefault(summary.target, summary.original)
-    return [
-        Line(
-            (
-                name,
-                f"{figures.seconds(other.latency_s.median)} ({figures.interval(other.latency_s)})",
-                figures.size(other.peak_memory_bytes),
-                figures.speed_up(two.latency_s.median / other.latency_s.median) if two is not None else NOTHING,
-            ),
-            "target" if name == summary.target else "",
-        )
-        for name, other in sorted(rows.items(), key=lambda item: item[1].latency_s.median)
-    ]
-
-
-def _on_front(summary: Summary) -> set[int]:
-    points = [
-        (i, trial.latency_ratio.median, trial.drop)
-        for i, trial in enumerate(summary.trials)
-        if trial.latency_ratio is not None and trial.drop is not None
-    ]
-    return {points[k][0] for k in front([(x, y) for _, x, y in points])}
-
-
-def _trials(summary: Summary) -> list[Line]:
-    return [
-        Line(
-            (
-                str(number + 1),
-                trial.stage,
-                trial.outcome.kind,
-                _trial_latency(trial, summary),
-                figures.signed(trial.drop),
-                figures.digits(trial.loss) if trial.loss is not None else NOTHING,
-                figures.size(trial.size_bytes),
-                figures.count(trial.macs),
-                figures.duration(trial.seconds),
-                _changes(trial),
-                plain(trial.outcome.detail, 300),
-            ),
-            "good" if trial.stage == "winner" else "" if trial.outcome.kind == "measured" else "muted",
-        )
-        for number, trial in enumerate(summary.trials)
-    ]
-
-
-def _trial_latency(trial: Trial, summary: Summary) -> str:
-    if trial.latency_ratio is not None:
-        return f"{figures.ratio(trial.latency_ratio.median)} ({figures.ratio(trial.latency_ratio.low)} – {figures.ratio(trial.latency_ratio.high)})"
-    predicted = relative_latency(trial, summary)
-    return NOTHING if predicted is None else f"about {figures.ratio(predicted)}"
-
-
-def _changes(trial: Trial) -> str:
-    plan = trial.plan
-    parts = [
-        (len(plan.widths), "width", "widths"),
-        (len(plan.blocks), "block", "blocks"),
-        (sum(scheme != "fp32" for scheme in plan.precisions.values()), "int8", "int8"),
-    ]
-    return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in parts if n) or "nothing changed"
-
-
-def _operators(summary: Summary) -> list[Line]:
-    longest = max((row.time_before_s or 0.0 for row in summary.operators), default=0.0) or 1.0
-    return [
-        Line(
-            (
-                plain(row.name),
-                row.kind,
-                _width(row),
-                row.precision,
-                figures.seconds(row.time_before_s),
-                _after(row),
-                plain(row.why, 400) or _gain(row),
-            ),
-            "removed" if row.precision == "removed" else "" if _is_faster(row) else "muted",
-            full=plain(row.name, 4000),
-            share_before=100 * min(1.0, (row.time_before_s or 0.0) / longest),
-            share_after=100 * min(1.0, (row.time_after_s or 0.0) / longest),
-        )
-        for row in summary.operators
-    ]
-
-
-def _is_faster(row: OperatorRow) -> bool:
-    return row.time_before_s is not None and row.time_after_s is not None and row.time_after_s < 0.98 * row.time_before_s
-
-
-def _width(row: OperatorRow) -> str:
-    if row.width_before is None:
-        return NOTHING
-    if row.precision == "removed":
-        return f"{row.width_before} → 0"
-    return str(row.width_before) if row.width_after in (None, row.width_before) else f"{row.width_before} → {row.width_after}"
-
-
-def _after(row: OperatorRow) -> str:
-    return "0" if row.precision == "removed" else figures.seconds(row.time_after_s)
-
-
-def _gain(row: OperatorRow) -> str:
-    if row.precision == "removed":
-        return "bypassed with its block"
-    if _is_faster(row) and row.time_before_s and row.time_after_s:
-        return f"{row.time_before_s / row.time_after_s:.1f}× as fast"
-    return ""
-
-
-def _stages(summary: Summary) -> list[Line]:
-    total = summary.seconds.get("total", 0.0) or sum(summary.seconds.values()) or 1.0
-    stages = {name: seconds for name, seconds in summary.seconds.items() if name != "total"}
-    rest = total - sum(stages.values())
-    if rest > 0.01 * total:
-        stages["everything else"] = rest
-    return [
-        Line((plain(name), figures.duration(seconds), f"{seconds / total:.0%}"), share_after=100 * min(1.0, seconds / total))
-        for name, seconds in stages.items()
-    ]
-
-
-def _search(summary: Summary) -> list[tuple[str, str]]:
-    search = summary.search
-    lines = [("method", search.method), ("candidates", str(search.candidates)), ("exported and measured", str(search.trials))]
-    if search.gap is not None:
-        lines.append(("duality gap", f"{search.gap:.2%} of the loss"))
-    if search.kkt_residual is not None:
-        lines.append(("KKT residual", f"{search.kkt_residual:.2g}"))
-    if search.affine is not None:
-        lines.append(("table correction", f"{figures.seconds(search.affine[0])} + {figures.digits(search.affine[1])} × predicted"))
-    return lines
-
-
-def _facts(summary: Summary) -> list[tuple[str, str]]:
-    made = summary.optimized or summary.original
-    lines = [("target", summary.target), ("threads", str(made.threads)), ("batch", str(made.batch))]
-    lines += [("repeats", f"{made.latency_s.n} counted after {made.warm_up} to warm up"), ("seed", str(summary.seed))]
-    if (machine := summary.machine or made.machine) is not None:
-        lines += [
-            ("processor", f"{machine.processor}, {machine.cores} cores, {machine.isa}"),
-            ("memory", figures.size(machine.memory_bytes)),
-            ("system", f"{machine.system}, Python {machine.python}"),
-            ("machine fingerprint", machine.fingerprint),
-        ]
-    lines += [(name, version) for name, version in sorted(made.versions.items())]
-    if summary.plan is not None:
-        lines.append(("plan", f"{summary.plan.digest} ({summary.plan.saliency}, {summary.plan.observer})"))
-    return lines

@@ -1,0 +1,54 @@
+"""Reads what a run ended with, and writes the page that shows it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from planish.artifact import open_artifact
+from planish.artifact.manifest import RESULT, read_small
+from planish.errors import ArtifactError, UsageError
+from planish.report.page import MARK, page
+from planish.result import Summary
+
+
+def read_summary(path: Path) -> Summary:
+    """What a run ended with, from its artifact or, where nothing was written, from the study beside it.
+
+    Raises:
+        MissingFile, ArtifactError: neither is there, or one was changed.
+    """
+    kept = path.with_suffix(".study") / RESULT
+    raw = read_small(kept) if not path.exists() and kept.exists() else open_artifact(path).result_json()
+    if raw is None:
+        raise ArtifactError(f"{path} does not hold {RESULT}, which a page is made from; optimize it again")
+    try:
+        return msgspec.json.decode(raw, type=Summary)
+    except msgspec.MsgspecError as err:
+        raise ArtifactError(f"{path}: {RESULT} cannot be read: {err}") from err
+
+
+def write_page(summary: Summary, output: Path) -> Path:
+    """The report page at `output`; a page of ours that is there is replaced, nothing else.
+
+    Raises:
+        UsageError: it cannot be written, or something else is there.
+    """
+    if output.is_dir() or output.is_symlink():
+        raise UsageError(f"report: {output} is no file; give another -o")
+    if output.exists():
+        with output.open("rb") as file:
+            if MARK.encode() not in file.read(2000):
+                raise UsageError(f"report: {output} is there and is no page of planish; it is not overwritten: give another -o")
+    text = page(summary)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as err:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"report: {output} could not be written: {err.strerror}") from err
+    return output
