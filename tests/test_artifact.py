@@ -354,7 +354,7 @@ def test_loading_needs_numpy_msgspec_and_the_runtime_only(folder: Path) -> None:
         class Missing:
             def find_spec(self, name, path=None, target=None):
                 if name.partition(".")[0] in {{"torch", "onnx", "onnxscript", "safetensors", "scipy", "sklearn", "sqlalchemy", "optuna",
-                                              "click", "rich", "jinja2", "plotly", "openvino", "cloudpickle", "platformdirs"}}:
+                                              "click", "rich", "jinja2", "plotly", "openvino", "cloudpickle", "platformdirs", "psutil"}}:
                     raise ImportError(name + " is not installed")
         sys.meta_path.insert(0, Missing())
         import numpy as np, planish
