@@ -33,7 +33,7 @@ def test_peaks_are_measured_once_and_again_if_the_cache_is_corrupted(tmp_path, m
     found = peaks(1, tmp_path, seconds=0.01)
     assert 1e8 < found.macs_per_s < 1e13
     assert all(1e8 < speed < 1e13 for _, speed in found.bytes_per_s)
-    monkeypatch.setattr("planish.measure.probe.Process", None)
+    monkeypatch.setattr("planish.measure.roofline.Process", None)
     assert peaks(1, tmp_path) == found
 
 

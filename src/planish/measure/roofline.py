@@ -16,6 +16,7 @@ import numpy as np
 from planish.errors import RuntimeFailed
 from planish.measure import cache
 from planish.measure.machine import facts, machine
+from planish.measure.probe import Process
 from planish.target import Target
 
 _SIZES = (128 << 10, 2 << 20, 16 << 20, 256 << 20)
@@ -39,8 +40,6 @@ def peaks(threads: int = 1, folder: Path | None = None, seconds: float = 1.5) ->
     Raises:
         RuntimeFailed: the measuring process failed.
     """
-    from planish.measure.probe import Process
-
     path = (folder or cache.cache_folder()) / f"peaks-{machine().fingerprint}-{threads}-1.json"
     try:
         return msgspec.convert(cache.read(path), Peaks)

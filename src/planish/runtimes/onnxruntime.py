@@ -28,8 +28,9 @@ class OnnxRuntime:
 
     An int8 convolution is fused (`QLinearConv`) only when its output is quantized too; then additions and pools between
     convolutions must be quantized as well, or each pays for two conversions. Unsigned activations, or little is fused. A linear map
-    whose bias has one axis becomes `Gemm`, which falls back to fp32 (3 times slower than the fp32 model) unless its output is
-    quantized as well; with a bias of full rank it runs as `MatMulIntegerToFloat`, which needs no quantizer behind it.
+    of a matrix (rank 2) becomes `Gemm`, which falls back to fp32 (3 times slower than the fp32 model) unless its output is
+    quantized as well. On three axes with a dynamic batch it runs as `MatMulIntegerToFloat`, which would do without: 5 % quicker and
+    9 dB cleaner on a feed-forward block, but this contract does not tell ranks apart.
     """
 
     name = "onnxruntime"
