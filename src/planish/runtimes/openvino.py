@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _COMPUTE = {"Convolution", "Deconvolution", "MatMul", "FullyConnected", "RNNSeq", "RNNCell", "ScaledDotProductAttention", "MHA"}
 _BOOKKEEPING = {"Input", "Output", "Const", "Reshape"}
-_core: Any = None
 
 
 class OpenVino:
@@ -75,11 +75,9 @@ def _import() -> Any:
     return importlib.import_module("openvino")
 
 
+@functools.cache
 def _get_core() -> Any:
-    global _core
-    if _core is None:
-        _core = _import().Core()
-    return _core
+    return _import().Core()
 
 
 class OpenVinoSession:
