@@ -85,18 +85,20 @@ def quantize(
         left = {name: node for name, node in nodes.items() if name not in skipped}
         placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of)
         skipped.update(placement.skipped)
-        watched.update(watch(module, flat, [value for value in placement.activations if value not in watched], make))
+        new = [value for value in placement.activations if value not in watched and value not in placement.repeats]
+        watched.update(watch(module, flat, new, make))
         unfit = why_not(module, placement, nodes, watched)
         if not unfit:
             break
         skipped.update(unfit)
     reference = copy.deepcopy(module)
-    activations = {value: found for value in placement.activations if isinstance(found := watched[value], Quantizer)}
+    owners = {value: placement.repeats.get(value, value) for value in placement.activations}
+    activations = {value: found for value, owner in owners.items() if isinstance(found := watched[owner], Quantizer)}
     for name, (readers, axis) in placement.weights.items():
         grid = int8_weights(target.weight_range, axis)
         insert(module, name, readers, weight_quantizer(module, name, readers, grid, make, activations, placement))
     for value, quantizer in activations.items():
-        insert(module, value, placement.activations[value], quantizer)
+        insert(module, value, placement.activations[value], quantizer, owners[value])
     module.graph.lint()
     module.recompile()
     if bias_correction:

@@ -32,7 +32,7 @@ def watch(
     """
     replay = Replay(module)
     observers = {replay.by_name[value]: make(UINT8) for value in values}
-    largest = {node: 0.0 for node in observers}
+    largest = dict.fromkeys(observers, 0.0)
     reasons: dict[Node, str] = {}
     with torch.no_grad():
         for start in range(0, len(flat[0]) if observers else 0, BATCH):
@@ -105,30 +105,34 @@ def weight_quantizer(
         node = by_name[reader.node]
         bias = bias_of(node)
         source = source_among(node, 0, placement)
-        if bias is not None and source in activations:
+        if bias is not None and source is not None and source in activations:
             needed = tensor_of(module, bias).abs().double() / (LARGEST_BIAS * activations[source].scale.double())
             scale = torch.maximum(scale, needed.float())
     return Quantizer(grid, scale, quantizer.zero_point)
 
 
-def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: Quantizer) -> Node:
+def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: Quantizer, owner: str = "") -> Node:
     """Puts a fake quantizer behind a node, for the given readers alone; returns its node. The caller recompiles.
 
     Args:
-        module: changed in place: gets the buffers `VALUE_scale` and `VALUE_zero_point`.
+        module: changed in place: gets the buffers `OWNER_scale` and `OWNER_zero_point`, or uses those that it has.
         value: fx node name.
         readers: who reads the quantized value instead; at least one.
         quantizer: scales and grid.
+        owner: the value whose quantizer this is; "" for `value` itself.
     """
     graph = module.graph
     by_name = {node.name: node for node in graph.nodes}
     source = by_name[value]
-    names = [f"{value}_scale", f"{value}_zero_point"]
+    names = [f"{owner or value}_scale", f"{owner or value}_zero_point"]
     for name, tensor in zip(names, (quantizer.scale, quantizer.zero_point), strict=True):
-        assert not hasattr(module, name), name
-        module.register_buffer(name, tensor.clone())
+        if not hasattr(module, name):
+            module.register_buffer(name, tensor.clone())
+        assert torch.equal(getattr(module, name), tensor), name
     first = min((by_name[read.node] for read in readers), key=list(graph.nodes).index)
     grid = quantizer.grid
+    target: torch._ops.OpOverload
+    arguments: tuple[Node | int, ...]
     with graph.inserting_before(first):
         scale, zero_point = graph.get_attr(names[0]), graph.get_attr(names[1])
         if grid.axis is None:

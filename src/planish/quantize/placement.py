@@ -16,6 +16,7 @@ MATMULS = frozenset({"matmul", "bmm", "mm"})
 ADDITIONS = frozenset({"add", "add_"})
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
+PADDINGS = frozenset({"pad", "constant_pad_nd"})
 MOVEMENTS = frozenset(
     [
         "view",
@@ -62,12 +63,15 @@ class Placement:
         weights: parameter node -> (readers, dimension with one scale per index).
         operators: the operators that are int8 -> the weight's node, or None.
         skipped: operators that stay in float -> why.
+        repeats: padded value -> the value that it moves, whose quantizer it gets once more (which changes no number): ONNX Runtime
+            passes int8 through slices and views but not through padding, and would add the two in float behind it.
     """
 
     activations: Mapping[str, tuple[Read, ...]]
     weights: Mapping[str, tuple[tuple[Read, ...], int]]
     operators: Mapping[str, str | None]
     skipped: Mapping[str, str]
+    repeats: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,9 @@ def activation_positions(node: Node) -> tuple[int, ...]:
 
 
 def source_among(node: Node, position: int, placement: Placement) -> str | None:
-    """The value with a quantizer that an operator's argument comes from, through movements; None if there is none."""
+    """The value with a quantizer of its own that an operator's argument comes from, through movements; None if there is none."""
     value = _argument(node, position)
-    while value.name not in placement.activations:
+    while value.name not in placement.activations or value.name in placement.repeats:
         if not _moves(value):
             return None
         value = _argument(value, 0)
@@ -220,7 +224,7 @@ def place(
         value = after_activation(node)
         if kind in outputs_of:
             _read_by_all(value, reads)
-    _lift_over_movements(reads, order)
+    repeats = _lift_over_movements(reads, order)
     return Placement(
         {
             value.name: tuple(Read(n.name, p) for n, p in sorted(reads[value], key=lambda r: (order[r[0]], r[1])))
@@ -229,6 +233,7 @@ def place(
         {value.name: (tuple(readers), axis) for value, (readers, axis) in weights.items()},
         issued,
         skipped,
+        repeats,
     )
 
 
@@ -246,19 +251,33 @@ def _read_by_all(value: Node, reads: dict[Node, set[tuple[Node, int]]]) -> None:
                 reads.setdefault(value, set()).add((user, position))
 
 
-def _lift_over_movements(reads: dict[Node, set[tuple[Node, int]]], order: Mapping[Node, int]) -> None:
-    """Moves quantizers from the outputs of movements to their inputs, last first, where every reader of the output wants it quantized."""
+def _lift_over_movements(reads: dict[Node, set[tuple[Node, int]]], order: Mapping[Node, int]) -> dict[str, str]:
+    """Moves quantizers from the outputs of movements to their inputs, last first, where every reader of the output wants it quantized.
+
+    Returns:
+        Padded value -> the value whose quantizer it repeats.
+    """
+    padded: list[Node] = []
     pending = sorted(reads, key=order.__getitem__)
     while pending:
         value = pending.pop()
-        if value not in reads or not _moves(value) or not all(_reads_all(user, value, reads) for user in value.users):
+        if not _moves(value) or not all(_reads_all(user, value, reads) for user in value.users):
             continue
-        del reads[value]
+        if short_name(value) in PADDINGS:
+            padded.append(value)
+        else:
+            del reads[value]
         source = _argument(value, 0)
         if source not in reads:
-            pending.append(source)
-            pending.sort(key=order.__getitem__)
+            pending = sorted([*pending, source], key=order.__getitem__)
         reads.setdefault(source, set()).add((value, 0))
+    repeats: dict[str, str] = {}
+    for value in padded:
+        source = _argument(value, 0)
+        while source not in reads or source in padded:
+            source = _argument(source, 0)
+        repeats[value.name] = source.name
+    return repeats
 
 
 def _reads_all(user: Node, value: Node, reads: Mapping[Node, set[tuple[Node, int]]]) -> bool:
@@ -273,9 +292,9 @@ def _moves(node: Node) -> bool:
     if name not in MOVEMENTS or not node.args or not isinstance(node.args[0], Node) or node.args[0].op == "get_attr":
         return False
     if name == "pad":
-        return (len(node.args) < 3 or node.args[2] == "constant") and (len(node.args) < 4 or not node.args[3])
+        return node.args[2:3] in ((), ("constant",)) and node.args[3:4] in ((), (None,), (0,), (0.0,))
     if name == "constant_pad_nd":
-        return len(node.args) < 3 or node.args[2] == 0
+        return node.args[2:3] in ((), (0,), (0.0,))
     return True
 
 

@@ -1,0 +1,168 @@
+"""Options for quantization: the loss of each operator when it alone computes in int8, measured without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from planish import registry
+from planish.data import Split
+from planish.graph.fold import fold_batch_norm
+from planish.graph.graph import Analysis, Graph
+from planish.graph.modes import set_mode
+from planish.plan import Option
+from planish.prune.divergence import divergence
+from planish.prune.replay import Environment, Replay, affordable, take
+from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
+from planish.quantize.insert import watch, weight_quantizer, why_not
+from planish.quantize.placement import Placement, activation_positions, place, source_among, unsupported
+from planish.runtimes.contract import Runtime
+from planish.target import Target
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """One operator on its own in int8: what stands in for its weight, and the quantizers of its activation arguments."""
+
+    name: str
+    node: Node
+    weights: Mapping[str, Tensor]
+    arguments: Mapping[int, Quantizer]
+
+
+@torch.no_grad()
+def precision_options(
+    graph: Graph,
+    analysis: Analysis,
+    runtime: Runtime,
+    target: Target,
+    split: Split,
+    observer: str = "mse",
+    samples: int = 256,
+    kind: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Option]:
+    """An int8 option for each operator that can be quantized, with what the outputs lose when it is the only one.
+
+    The loss is the divergence of the outputs from the original's, the same measure that pruning's options carry. Weights and activation
+    inputs are rounded as `quantize` would; the nodes before an operator are run once for all operators, those after it once for each.
+
+    Args:
+        graph: the original; left as it is.
+        analysis: of that graph.
+        runtime: only operators of kinds that it executes in int8 are offered.
+        target: gives the range of the weights.
+        split: calibration samples.
+        observer: the registered observer that chooses ranges.
+        samples: at most this many are used.
+        kind: "logits" or "values"; None guesses from the outputs.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        Options in the order of the program; losses are finite and at least 0. `float_reasons` says why others are missing.
+
+    Raises:
+        DataError: no calibration sample, or outputs of the original that are not finite.
+    """
+    folded = fold_batch_norm(graph)
+    set_mode(folded, False)
+    replay = Replay(folded.module)
+    flat = take(split, affordable(replay, folded, samples))
+    alone, _ = _candidates(folded, analysis, runtime, target, flat, observer)
+    chunks = [[value[start : start + _CHUNK] for value in flat] for start in range(0, len(flat[0]), _CHUNK)]
+    reference = [replay.run(replay.start(chunk)) for chunk in chunks]
+    measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
+    losses = dict.fromkeys((operator.name for operator in alone), 0.0)
+    done = 0
+    for chunk, outputs in zip(chunks, reference, strict=True):
+        environment, reached = replay.start(chunk), 0
+        for operator in alone:
+            first = replay.position[operator.node]
+            while reached < first:
+                replay.step(replay.nodes[reached], environment)
+                reached += 1
+            changed = _run_alone(replay, operator, dict(environment))
+            losses[operator.name] += float(measure.per_sample(changed, outputs).double().sum())
+            done += 1
+            if progress is not None:
+                progress(done, len(chunks) * len(alone))
+    found = [Option("precision", name, "int8", max(loss / len(flat[0]), 0.0)) for name, loss in losses.items()]
+    return [option for option in found if math.isfinite(option.loss)]
+
+
+@torch.no_grad()
+def float_reasons(graph: Graph, analysis: Analysis, runtime: Runtime, target: Target, split: Split, samples: int = 64) -> dict[str, str]:
+    """Operators that multiply and must stay in floating point -> why: no kernel, or weights or inputs that cannot be quantized."""
+    folded = fold_batch_norm(graph)
+    set_mode(folded, False)
+    _, reasons = _candidates(folded, analysis, runtime, target, take(split, samples), "minmax")
+    return reasons
+
+
+def _candidates(
+    folded: Graph, analysis: Analysis, runtime: Runtime, target: Target, flat: list[Tensor], observer: str
+) -> tuple[list[_Alone], dict[str, str]]:
+    """The operators that can be quantized, in the order of the program, and why the other contractions cannot."""
+    module = folded.module
+    make = registry.get("observer", observer)
+    by_name = {node.name: node for node in module.graph.nodes}
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    reasons = {}
+    nodes = {}
+    for name, operator in analysis.operators.items():
+        if not (reason := unsupported(by_name[operator.node])):
+            nodes[name] = operator.node
+        elif operator.kind in ("conv", "linear", "matmul", "attention", "lstm", "gru"):
+            reasons[name] = reason
+    placement = place(module, nodes, runtime.quantize_inputs_of, ())
+    reasons.update(placement.skipped)
+    watched = watch(module, flat, [value for value in placement.activations if value not in placement.repeats], make)
+    reasons.update(why_not(module, placement, nodes, watched))
+    activations = {value: found for value, found in watched.items() if isinstance(found, Quantizer)}
+    alone = []
+    for name, weight in placement.operators.items():
+        if name in reasons:
+            continue
+        node = by_name[nodes[name]]
+        weights = {}
+        if weight is not None:
+            readers, axis = placement.weights[weight]
+            grid = int8_weights(target.weight_range, axis)
+            quantizer = weight_quantizer(module, weight, readers, grid, make, activations, placement)
+            parameter = str(by_name[weight].target)
+            weights[parameter] = fake_quantize(module.get_parameter(parameter), quantizer)
+        alone.append(_Alone(name, node, weights, _argument_quantizers(node, placement, activations)))
+    return sorted(alone, key=lambda operator: order[operator.node]), reasons
+
+
+def _argument_quantizers(node: Node, placement: Placement, activations: Mapping[str, Quantizer]) -> dict[int, Quantizer]:
+    found = {}
+    for position in activation_positions(node):
+        source = source_among(node, position, placement)
+        assert source is not None, node.format_node()
+        found[position] = activations[source]
+    return found
+
+
+def _run_alone(replay: Replay, operator: _Alone, environment: Environment) -> list[Any]:
+    """The flat outputs when one operator is in int8, from an environment that holds everything before it; it is consumed."""
+    node = operator.node
+    assert callable(node.target)
+    arguments = list(replay.arguments(node, environment))
+    for position, quantizer in operator.arguments.items():
+        arguments[position] = fake_quantize(arguments[position], quantizer)
+    for position, argument in enumerate(node.args):
+        if isinstance(argument, Node) and argument.op == "get_attr" and str(argument.target) in operator.weights:
+            arguments[position] = operator.weights[str(argument.target)]
+    kwargs = torch.fx.node.map_arg(node.kwargs, environment.__getitem__)
+    environment[node] = node.target(*arguments, **kwargs)
+    replay.release(node, environment)
+    return replay.run(environment, replay.position[node] + 1)
