@@ -57,14 +57,17 @@ class Distillation:
         temperature: of the softmax in "classes"; the loss is multiplied by its square, so that gradients keep their size.
         label_weight: share of the loss on labels, in [0, 1], where there are labels that fit the first output.
 
+    Measured on ResNet-20 with its inner widths halved (77.98 % after compensation), 6400 images, rate 0.02, on 4500 images (standard error
+    0.55 points, less between pairs): temperature 1, 2, 4 with label weight 0.3: 80.6, 81.0, 82.5; 4 without labels 82.6; 6 with 0.1: 83.1.
+
     References:
         Hinton, Vinyals and Dean 2015 for "classes"; Sanh et al. 2019 (DistilBERT) for the cosine term of "embedding".
     """
 
     kinds: tuple[Kind, ...]
     scales: tuple[float, ...]
-    temperature: float = 4.0
-    label_weight: float = 0.3
+    temperature: float = 6.0
+    label_weight: float = 0.1
 
     def __call__(self, outputs: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor | None = None) -> Tensor:
         """The mean loss over samples, summed over outputs (scalar); targets: [batch, ...] or None."""

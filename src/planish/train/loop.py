@@ -23,6 +23,7 @@ from planish.workload import settled_randomness
 
 _SNAPSHOT_STEPS = 50
 _PROBED_STEPS = 60  # from this many steps on, a probe of the arithmetic costs less than it can save
+_NORM_SAMPLES = 1024  # images: many thousand values per channel
 _AVERAGE_STEPS = 4  # the average takes in every fourth step
 
 
@@ -323,12 +324,12 @@ class _Run:
         candidates = {"before": before}
         set_mode(self.graph, False)
         if good is None or good is not before:
-            recalibrate_batch_norm(self.graph, self.split)
+            recalibrate_batch_norm(self.graph, self.split, _NORM_SAMPLES)
             candidates["last"] = self._state()
             self._judge("last")
         if good is None and average.updates and self.judge is not None:
             write_(self.parameters, average.values())
-            recalibrate_batch_norm(self.graph, self.split)
+            recalibrate_batch_norm(self.graph, self.split, _NORM_SAMPLES)
             candidates["average"] = self._state()
             self._judge("average")
         if "last" in candidates and not self.keep_best:
