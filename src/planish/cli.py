@@ -17,12 +17,13 @@ import click
 import planish
 from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
+from planish.plan import TECHNIQUES
 
 if TYPE_CHECKING:
     from planish.result import Result
 
 INTERRUPTED = 130
-TECHNIQUES = ("prune", "quantize", "distill")
+_PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -176,26 +177,23 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
             check_output(out, options["overwrite"])
     from planish import flow
 
+    arguments = {
+        "target": options["target"],
+        "budget": budget,
+        "out": out,
+        "events": console,
+        "techniques": chosen,
+        **{name: options[name] for name in _PASSED_ON},
+    }
+    if options["dry_run"]:
+        from planish.report import terminal
+
+        data = flow.dry_run(workload, **arguments).to_json()
+        console.answer(data, terminal.work_plan_text(data))
+        return 0
+
     def work() -> Result:
-        return flow.optimize(
-            workload,
-            target=options["target"],
-            budget=budget,
-            out=out,
-            search=options["search"],
-            trials=options["trials"],
-            time_limit=options["time_limit"],
-            seed=options["seed"],
-            techniques=chosen,
-            keep=options["keep"],
-            threads=options["threads"],
-            control=options["control"],
-            overwrite=options["overwrite"],
-            accept_nearest=options["accept_nearest"],
-            saliency=options["saliency"],
-            events=console,
-            **({"dry_run": True} if options["dry_run"] else {}),
-        )
+        return flow.optimize(workload, **arguments)
 
     return _show_result(console, _resumable(work, out, job))
 

@@ -83,7 +83,7 @@ def train(seed: int, events: Events) -> Workload:
         net.train()
         done = 0
         for _ in range(_EPOCHS):
-            for batch in torch.randperm(len(images[0])).split(50):
+            for batch in torch.randperm(len(images[0])).split(50):  # type: ignore[no-untyped-call]
                 if len(batch) < 50:
                     continue
                 optimizer.zero_grad()

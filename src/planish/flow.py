@@ -19,6 +19,7 @@ from planish.errors import MissingFile, OutputExists, StudyError, UnknownName, U
 from planish.events import Events, Silent
 from planish.measure.machine import machine, usable_cores
 from planish.metrics import get_metric
+from planish.plan import TECHNIQUES
 from planish.study.store import Meta, Study
 from planish.target import parse_target
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from planish.result import Result
     from planish.workload import Workload
 
-TECHNIQUES = ("prune", "quantize", "distill")
 _COMPILED_FROM_S = 1200.0
 """With less time than this, compiled torch (a minute to compile) is left out of the table."""
 CONCLUDED = "concluded"
@@ -298,9 +298,33 @@ def _study(request: Request, meta: Meta, resuming: bool, fork: bool) -> Study:
     return study
 
 
+def dry_run(
+    job: Workload, target: str = "cpu", budget: Budget | None = None, *, events: Events | None = None, **arguments: Any
+) -> Inspection:
+    """What `optimize` would do with the same arguments, and about how long it would take; nothing is measured or written."""
+    from planish.inspection import work_plan
+
+    defaults: dict[str, Any] = {
+        "out": None,
+        "search": "solver",
+        "trials": 20,
+        "time_limit": None,
+        "seed": 0,
+        "techniques": TECHNIQUES,
+        "keep": (),
+        "threads": None,
+        "control": False,
+        "overwrite": False,
+        "accept_nearest": False,
+        "saliency": None,
+    }
+    request = check(job, target, budget, **{**defaults, **arguments})
+    return Inspection(work_plan(job, request, events or Silent()))
+
+
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found: plain data."""
+    """What `inspect` or `dry_run` found: plain data."""
 
     data: dict[str, Any]
 

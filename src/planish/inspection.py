@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.groups import analyse
@@ -12,7 +14,11 @@ from planish.graph.macs import macs, operator_macs
 from planish.quantize.placement import unsupported
 
 if TYPE_CHECKING:
+    from planish.flow import Request
     from planish.workload import Workload
+
+RECOVERY_S = 1500.0
+"""Seconds of recovery at most, where no time limit was given."""
 
 
 def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, Any]:
@@ -56,5 +62,57 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
         "blocks": [{"name": name, "operators": list(block.operators)} for name, block in found.blocks.items()],
         "unknown": {name: list(places) for name, places in found.unknown.items()},
         "reasons": dict(found.reasons),
+        "notes": graph.notes,
+    }
+
+
+def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]:
+    """What `optimize` would do, stage by stage, with seconds estimated from one timed pass of the model; nothing is written.
+
+    Returns:
+        "stages": name and estimated seconds each; "seconds" in all; "groups", "blocks", "options", "targets".
+    """
+    import time
+
+    from planish.prune.levels import width_levels
+    from planish.workbench import targets_for
+
+    targets = targets_for(request.target, request.threads)
+    events.stage("capturing the model")
+    began = time.monotonic()
+    graph = capture(job.model_module(), job.example_inputs, job.state or None)
+    found = analyse(graph, request.keep)
+    capturing = time.monotonic() - began
+    with torch.inference_mode():
+        graph.module(*graph.example)
+        began = time.monotonic()
+        graph.module(*graph.example)
+        sample = (time.monotonic() - began) / len(graph.example[0])
+    multiple = targets[0].facts.width_multiple
+    levels = sum(len(width_levels(group, multiple)) - 1 for group in found.groups.values()) if "prune" in request.techniques else 0
+    blocks = len(found.blocks) if "prune" in request.techniques else 0
+    nodes = {node.name: node for node in graph.module.graph.nodes}
+    int8 = sum(not unsupported(nodes[o.node]) for o in found.operators.values()) if "quantize" in request.techniques else 0
+    stages = {
+        "capture and groups": capturing,
+        "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
+        "sensitivity of groups and blocks": 0.6 * (levels + blocks) * 256 * sample,
+        "sensitivity of int8": 0.6 * int8 * 256 * sample,
+        "latency tables": 0.15 * (levels * 4 + int8),
+        "candidates": request.trials * (8 * 512 * sample + capturing + 5.0),
+        "final measurement": 25.0,
+    }
+    total = sum(stages.values())
+    if "distill" in request.techniques:
+        left = RECOVERY_S if request.time_limit is None else max(0.0, request.time_limit - total)
+        stages["recovery"] = left
+    return {
+        "name": job.name,
+        "targets": [target.name for target in targets],
+        "groups": len(found.groups),
+        "blocks": blocks,
+        "options": levels + blocks + int8,
+        "stages": stages,
+        "seconds": min(sum(stages.values()), request.time_limit or float("inf")),
         "notes": graph.notes,
     }

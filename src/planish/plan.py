@@ -8,6 +8,9 @@ from typing import Any
 
 import msgspec
 
+TECHNIQUES = ("prune", "quantize", "distill")
+"""What `techniques=` may name."""
+
 
 class Option(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that could be done to one group, operator or block.

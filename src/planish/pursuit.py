@@ -15,6 +15,7 @@ from planish.distill.recover import recover
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
 from planish.graph.macs import macs
+from planish.inspection import RECOVERY_S
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
 from planish.measurement import Outcome
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
     from planish.flow import Request
 
 _EPOCHS = 5
-_DEFAULT_RECOVERY_S = 1500.0
 _RESERVE_S = 20.0
 _SEARCH_SHARE = 0.25
 _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
+_MEASURED_MARGIN = 0.97
+"""Plans aim this far below a limit on what varies from run to run: the final measurement must hold it too."""
 _WORST_SQNR_DB = 20.0
 """A quantized export below this many decibels against its own module is wrong, not merely coarse."""
 
@@ -114,8 +116,9 @@ class _Pursuit:
             return Found(None, self.trials, None, None, options, self.original, self.baseline.target.runtime)
         with self.clock.stage("latency tables"):
             costs = Costs(space, self._lookup())
+        bounds = ceilings(request.budget.limits, self.original, bench.batch, costs)
         limits = Limits(
-            ceilings(request.budget.limits, self.original, bench.batch, costs),
+            {quantity: bound * (_MEASURED_MARGIN if quantity in ("latency", "memory") else 1.0) for quantity, bound in bounds.items()},
             self.allowed_drop,
             _RECOVERED_SHARE if "distill" in request.techniques else 1.0,
         )
@@ -333,7 +336,7 @@ class _Pursuit:
                 self.search.tell(plan, self._candidate_evidence(plan))
                 self.search.tell(plan, self._trial_evidence(plan))
         for kind in ("trial", "candidate"):
-            for plan in self.search.best(8, kind):  # type: ignore[arg-type]
+            for plan in self.search.best(8, kind):
                 if plan.replace(recovery=Recovery()).digest not in done:
                     return plan
         return None
@@ -372,7 +375,7 @@ class _Pursuit:
     def _train(self, plan: Plan, compressed: Compressed, share: float) -> tuple[Plan, Graph, Any]:
         bench, data = self.bench, self.bench.data
         assert data.train is not None
-        left = self.clock.left_s - _RESERVE_S if math.isfinite(self.clock.left_s) else _DEFAULT_RECOVERY_S
+        left = self.clock.left_s - _RESERVE_S if math.isfinite(self.clock.left_s) else RECOVERY_S
         end = time.monotonic() + max(5.0, left * share)
         settings = Recovery(samples=_EPOCHS * data.train.n) if not math.isfinite(self.clock.left_s) else Recovery(samples=40 * data.train.n)
         with self.clock.stage("teacher outputs"):
