@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from planish.graph.graph import Analysis
 from planish.prune.divergence import Divergence
-from planish.prune.repair import Fit, Repair, find_fits
+from planish.prune.repair import STRENGTHS, Fit, Repair, find_fits
 from planish.prune.replay import Environment, Replay
 
 _REPAIRED = 4
@@ -24,7 +24,6 @@ def block_losses(
     chunks: list[list[Tensor]],
     reference: list[list[Tensor]],
     measure: Divergence,
-    strength: float,
     done: Callable[[], None],
 ) -> dict[str, float]:
     """The mean divergence from the original of the graph without each block.
@@ -39,7 +38,6 @@ def block_losses(
         chunks: batches of flat inputs; all are held at once.
         reference: the original's flat outputs for each.
         measure: of outputs against the reference.
-        strength: of the ridge.
         done: called after each block.
     """
     fitted = max(1, len(chunks) * 2 // 3)
@@ -63,7 +61,7 @@ def block_losses(
             {},
             [dict(environment) for environment in values],
             [dict(environment) for environment in values[:fitted]],
-            strength,
+            STRENGTHS,
             _ROWS_PER_COLUMN,
             torch.Generator().manual_seed(0),
             reached,

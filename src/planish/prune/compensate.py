@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from planish.data import Split
 from planish.graph.graph import Graph
-from planish.prune.repair import Repair, find_fits
+from planish.prune.repair import STRENGTHS, Repair, find_fits
 from planish.prune.replay import Replay, affordable, evaluating, take
 
 _CHUNK = 64
@@ -39,7 +39,7 @@ def compensate(
     kept: Mapping[tuple[str, int], NDArray[np.int64]],
     split: Split,
     samples: int = 512,
-    strength: float = 1e-3,
+    strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Compensation:
@@ -64,7 +64,8 @@ def compensate(
         kept: (parameter, dimension) -> indices of the original's that survive.
         split: calibration inputs.
         samples: how many to use; fewer are, where the activations that are alive at once would exceed 1 GiB.
-        strength: lambda as a share of the mean diagonal of E[x x^T].
+        strengths: lambda as a share of the mean diagonal of E[x x^T]; each operator takes the one that serves a held-out quarter of
+            the samples best, or stays as it is.
         seed: of the positions that are sampled where a layer has more of them than are needed.
         progress: called with (nodes done, nodes).
 
@@ -78,7 +79,8 @@ def compensate(
     changed, teacher = Replay(pruned.module), Replay(original.module)
     flat = take(split, affordable(teacher, original, samples))
     count = len(flat[0])
-    chunks = [[value[start : start + _CHUNK] for value in flat] for start in range(0, count, _CHUNK)]
+    size = min(_CHUNK, -(-count // 4))  # four batches at least, of which one is held out
+    chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]
     fits, shared = find_fits(changed, teacher)
     named = (*pruned.module.named_parameters(remove_duplicate=False), *pruned.module.named_buffers(remove_duplicate=False))
     tensors = {name: value.detach() for name, value in named}
@@ -90,7 +92,7 @@ def compensate(
             kept,
             [changed.start(chunk) for chunk in chunks],
             [teacher.start(chunk) for chunk in chunks],
-            strength,
+            strengths,
             24,
             torch.Generator().manual_seed(seed),
             skipped=shared,

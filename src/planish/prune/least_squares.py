@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,14 @@ class Moments:
             self.sum_yy += y.square().sum(1, dtype=torch.float64)
             self.cross += x.transpose(1, 2) @ y
 
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of rows together."""
+        total = Moments(*self.cross.shape)
+        total.rows = self.rows + other.rows
+        for name in ("sum_x", "sum_y", "sum_yy", "gram", "cross"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
     def second(self, centered: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(x x^T [g, c, c], x y^T [g, c, o], y^2 [g, o]) per row, about the means where `centered`."""
         gram, cross = self.gram.double() / self.rows, self.cross.double() / self.rows
@@ -158,11 +166,42 @@ class Moments:
         """The intercept that goes with a weight [g, o, c]: E[y] - W E[x], [g * o]."""
         return ((self.sum_y - (weight @ self.sum_x[:, :, None])[:, :, 0]) / self.rows).reshape(-1)
 
-    @staticmethod
-    def error(gram: Tensor, cross: Tensor, power: Tensor, weight: Tensor) -> float:
-        """E|y - W x|^2 summed over outputs, from what `second` gives."""
+    def error(self, weight: Tensor, offset: Tensor | None = None) -> float:
+        """E|y - W x - b|^2 summed over outputs.
+
+        Args:
+            weight: [g, o, c].
+            offset: b, [g * o]; None: no intercept.
+        """
+        gram, cross, power = self.second(centered=offset is not None)
         explained = 2 * (weight * cross.transpose(1, 2)).sum(2) - ((weight @ gram) * weight).sum(2)
-        return float((power - explained).sum().clamp_min(0))
+        error = (power - explained).sum().clamp_min(0)
+        return float(error if offset is None else error + (self.offset(weight) - offset).square().sum())
+
+
+def fit(train: Moments, held_out: Moments | None, current: Tensor, strengths: Sequence[float], centered: bool) -> Tensor:
+    """The ridge solution at the strength that predicts held-out rows best, from all rows; `current` where none is better.
+
+    Args:
+        train: moments that each strength is tried on.
+        held_out: moments that it is judged on; None where there are too few samples: then the first strength is taken.
+        current: [g, o, c], what the weights are pulled towards.
+        strengths: see `ridge`.
+        centered: whether the intercept is free.
+
+    Returns:
+        [g, o, c], in double precision.
+    """
+    if held_out is None:
+        return ridge(*train.second(centered)[:2], current, strengths[0])
+    gram, cross, _ = train.second(centered)
+    best, least = None, held_out.error(current, train.offset(current) if centered else None)
+    for strength in strengths:
+        solved = ridge(gram, cross, current, strength)
+        error = held_out.error(solved, train.offset(solved) if centered else None)
+        if error < least:
+            best, least = strength, error
+    return current if best is None else ridge(*(train + held_out).second(centered)[:2], current, best)
 
 
 def ridge(gram: Tensor, cross: Tensor, current: Tensor, strength: float) -> Tensor:

@@ -100,7 +100,7 @@ def sensitivities(
                 changed = replay.run(dict(environment), reached, trial.parameters, trial.shifts)
                 trial.total += float(measure.per_sample(changed, outputs).double().sum())
                 tick()
-        blocks = block_losses(replay, analysis, chunks, reference, measure, _STRENGTH, tick)
+        blocks = block_losses(replay, analysis, chunks, reference, measure, tick)
     losses = {(trial.group, trial.width): trial.total / count for trial in trials}
     found = []
     for name, group in analysis.groups.items():

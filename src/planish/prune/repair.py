@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
-from planish.prune.least_squares import Contraction, Moments, contraction, ridge
+from planish.prune.least_squares import Contraction, Moments, contraction
+from planish.prune.least_squares import fit as solve
 from planish.prune.norms import Norm, statistics
 from planish.prune.replay import Environment, Replay
 
 aten = torch.ops.aten
 
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
 _NORMS = (aten.batch_norm.default,)
 _ADDS = (aten.add.Tensor,)
-_UNTOUCHED = 1e-6  # relative squared error below which an operator already gives what the original gave
+_UNTOUCHED = 1e-6  # relative squared error below which an operator already gives what the original gave, up to round-off
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Repair:
         kept: (parameter, dimension) -> indices of the original's that survive in the changed net.
         values: one environment per batch, of the changed net.
         targets: likewise, of the original; where there are fewer, only the first batches are fitted to and the others are held out.
-        strength: of the ridge.
+        strengths: of the ridge, of which each operator takes what serves the last quarter of the batches best.
         rows_per_column: rows of the regression for each column, before the bounds of 8,192 and 65,536.
         generator: of the rows.
         changed_at, original_at: position of the next node to run.
@@ -104,7 +107,7 @@ class Repair:
     kept: Mapping[tuple[str, int], NDArray[np.int64]]
     values: list[Environment]
     targets: list[Environment]
-    strength: float
+    strengths: Sequence[float]
     rows_per_column: int
     generator: torch.Generator
     changed_at: int = 0
@@ -128,6 +131,7 @@ class Repair:
         """
         wanted = {fit.wanted for fit in fits.values()}
         done: set[Node] = set()
+        altered = self._altered(redirected or {})
         for node in self.changed.nodes[self.changed_at :]:
             if progress is not None:
                 progress(self.changed.position[node], len(self.changed.nodes))
@@ -138,15 +142,26 @@ class Repair:
                     environment[node] = environment[redirected[node]]
                     self.changed.release(node, environment)
                 continue
-            if node in fits:
+            if node in altered and node in fits:
                 self._advance(fits[node].wanted, wanted)
                 if self._fit(fits[node]) and (norm := fits[node].norm) is not None:
                     done.add(norm)
-            elif node.target in _NORMS and node not in done and (self.fitted or self.skipped):
+            elif node in altered and node.target in _NORMS and node not in done:
                 self._recalibrate(node)
             for environment in self.values:
                 self.changed.step(node, environment, self.tensors)
         raise AssertionError("a module ends in an output node")
+
+    def _altered(self, redirected: Mapping[Node, Node]) -> set[Node]:
+        """The nodes whose value can differ from the original's: behind a parameter that shrank, or where the program changed."""
+        shrunk = {name for name, _ in self.kept}
+        altered: set[Node] = set()
+        for node in self.changed.nodes:
+            twin = self.original.by_name.get(node.name)
+            same = twin is not None and [a.name for a in twin.all_input_nodes] == [a.name for a in node.all_input_nodes]
+            if not same or node in redirected or str(node.target) in shrunk or any(a in altered for a in node.all_input_nodes):
+                altered.add(node)
+        return altered
 
     def _advance(self, name: str, wanted: set[str]) -> None:
         """Runs the original until it has computed the node of that name, keeping whatever something will be fitted to."""
@@ -169,15 +184,15 @@ class Repair:
             norm.recalibrate_(*statistics([environment[source] for environment in self.values]))
             self._refresh(node)
 
-    def _moments(self, fit: Fit, norm: Norm | None) -> Moments:
-        """The moments of the operator's input and of the output that it should give."""
+    def _moments(self, fit: Fit, norm: Norm | None) -> list[Moments]:
+        """For each batch, the moments of the operator's input and of the output that it should give."""
         operator = fit.operator
         weight, source = self.tensors[operator.weight], operator.node.args[0]
         survivors = self.kept.get((operator.weight, 0))
         columns = weight[0].numel()
-        moments = Moments(operator.groups, columns, len(weight) // operator.groups)
         targets = self._stash.pop(fit.wanted)
         rows = math.ceil(min(max(self.rows_per_column * columns, 8192), 65536) / len(targets))
+        found = []
         assert isinstance(source, Node)
         for target, environment in zip(targets, self.values, strict=False):
             positions = operator.draw(target, rows, self.generator)
@@ -188,8 +203,9 @@ class Repair:
                 y = y - operator.rows(environment[fit.other], positions)
                 if norm is not None:
                     y = norm.inverse(y)
-            moments.add(operator.columns(environment[source], weight, positions), y)
-        return moments
+            found.append(Moments(operator.groups, columns, len(weight) // operator.groups))
+            found[-1].add(operator.columns(environment[source], weight, positions), y)
+        return found
 
     def _fit(self, fit: Fit) -> bool:
         """Refits one operator and the batch norm behind it, unless it already gives what it should; whether it did."""
@@ -197,33 +213,32 @@ class Repair:
         weight = self.tensors[operator.weight]
         bias = self.tensors[operator.bias] if operator.bias is not None else None
         norm = Norm.of(fit.norm, self.tensors) if fit.norm is not None else None
-        moments = self._moments(fit, norm)
+        parts = self._moments(fit, norm)
+        cut = len(parts) - len(parts) // 4
+        train, held_out = sum(parts[1:cut], parts[0]), sum(parts[cut + 1 :], parts[cut]) if cut < len(parts) else None
+        everything = train if held_out is None else train + held_out
         free = bias is not None or norm is not None  # whether there is a place for an intercept
-        gram, cross, power = moments.second(centered=free)
         current = weight.detach().double().reshape(operator.groups, -1, weight[0].numel())
-        solved = ridge(gram, cross, current, self.strength)
-        if norm is not None:
-            solved = torch.where(norm.usable.reshape(operator.groups, -1, 1), solved, current)
-        before, after = (moments.error(gram, cross, power, w) for w in (current, solved))
-        total = float(power.sum())
-        if not math.isfinite(after) or total <= 0:
+        had = bias.detach().double() if bias is not None else torch.zeros_like(everything.offset(current)) if free else None
+        total, before = float(everything.second(free)[2].sum()), everything.error(current, had)
+        if not math.isfinite(before) or total <= 0:
             self.skipped[operator.weight] = "what it should give is constant or not finite"
             return False
-        offset = moments.offset(current)
-        if free:
-            before += float((offset - (bias.detach().double() if bias is not None else 0.0)).square().sum())
         if before <= _UNTOUCHED * total:
             return False
+        solved = solve(train, held_out, current, self.strengths, free)
+        if norm is not None:
+            solved = torch.where(norm.usable.reshape(operator.groups, -1, 1), solved, current)
         weight.copy_(solved.reshape(weight.shape))
-        intercept = moments.offset(solved).to(weight.dtype)
-        if bias is not None:
-            bias.copy_(intercept)
-            intercept = torch.zeros_like(intercept)
+        offset = everything.offset(solved) if free else None
+        if bias is not None and offset is not None:
+            bias.copy_(offset)
         self._refresh(operator.node)
-        if norm is not None and fit.norm is not None:
+        if norm is not None and fit.norm is not None and offset is not None:
+            intercept = (offset if bias is None else torch.zeros_like(offset)).to(weight.dtype)
             norm.absorb_(*statistics([self.changed.value(operator.node, environment) for environment in self.values]), intercept)
             self._refresh(fit.norm)
-        self.fitted[operator.weight] = (before / total, after / total)
+        self.fitted[operator.weight] = (before / total, everything.error(solved, offset) / total)
         return True
 
     def _refresh(self, node: Node) -> None:

@@ -39,5 +39,6 @@ class Magnitude:
                     squares = by_unit(parameters[key[0]].detach().double().square(), key[1], unit_of, group.units)
                     average = unit_mean(squares)
                     shares.append(squares / average if average > 0 else squares)
-            result[name] = np.sqrt(np.mean(shares, axis=0)) if shares else np.full(group.units, np.nan)
+            mean = np.mean(shares, axis=0) if shares else np.full(group.units, np.nan)
+            result[name] = np.sqrt(np.where(np.isfinite(mean), mean, np.nan))
         return result

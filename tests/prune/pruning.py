@@ -1,0 +1,40 @@
+"""What the tests of pruning share: captured nets with their analysis and some calibration data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import nets
+from planish.data import Split
+from planish.graph.capture import capture
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
+
+
+def captured(model: nn.Module, example: Any) -> tuple[Graph, Analysis]:
+    """The graph of a model and its analysis."""
+    graph = capture(model, example)
+    return graph, analyse(graph)
+
+
+def calibration(graph: Graph, samples: int, seed: int = 5) -> Split:
+    """Random inputs of the graph's kind."""
+    flat = nets.resized(tuple(graph.example), samples, seed=seed)
+    return Split([np.ascontiguousarray(value.numpy()) for value in flat], None, samples)
+
+
+def outputs(graph: Graph, split: Split) -> Tensor:
+    """The first flat output for all samples of a split."""
+    with torch.no_grad():
+        value = graph.module(*(torch.from_numpy(array) for array in split.inputs))[0]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def relative_error(new: Tensor, old: Tensor) -> float:
+    """The root of the relative squared error."""
+    return float((new - old).norm() / old.norm())

@@ -1,0 +1,91 @@
+"""Sensitivities: what costs nothing is predicted to cost nothing, narrower never less than wider, the caller's graph untouched."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from pruning import calibration, captured, outputs
+from torch import nn
+
+import nets
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
+from planish.plan import Option, Plan
+from planish.prune.apply import apply
+from planish.prune.compensate import compensate
+from planish.prune.divergence import divergence
+from planish.prune.levels import width_levels
+from planish.prune.options import sensitivities
+from planish.prune.saliency.magnitude import Magnitude
+from planish.testing.saliency import plant_dead
+
+
+def measured(graph: Graph, analysis: Analysis, samples: int = 24, multiple: int = 4) -> list[Option]:
+    split = calibration(graph, samples)
+    return sensitivities(graph, analysis, Magnitude().scores(graph, analysis, split, 0), split, multiple)
+
+
+@pytest.mark.parametrize("net", ["resnet_a", "resnet_b", "mobilenet", "densenet", "bert", "bert_masked", "lstm", "two_inputs"])
+def test_every_level_and_block_once(net: str) -> None:
+    graph, analysis = captured(*nets.ZOO[net]())
+    before = {name: value.clone() for name, value in graph.module.state_dict().items()}
+    options = measured(graph, analysis)
+    expected = [("width", name, width) for name, group in analysis.groups.items() for width in width_levels(group, 4)[1:]]
+    expected += [("block", name, 1) for name in analysis.blocks]
+    assert [(option.technique, option.subject, option.value) for option in options] == expected
+    for name in analysis.groups:
+        losses = [option.loss for option in options if option.technique == "width" and option.subject == name]
+        assert all(0 <= wide <= narrow for wide, narrow in itertools.pairwise(losses)), name
+    assert options == measured(graph, analysis)
+    assert all(torch.equal(value, before[name]) for name, value in graph.module.state_dict().items())
+
+
+def test_dead_units_and_idle_blocks_cost_nothing() -> None:
+    graph, analysis = captured(*nets.resnet(blocks=2, width=16))
+    graph = plant_dead(graph, analysis, {"layer1.0.conv1": np.arange(8)})
+    with torch.no_grad():
+        graph.module.get_parameter("layer2.1.bn2.weight").zero_()
+        graph.module.get_parameter("layer2.1.bn2.bias").zero_()
+    loss = {(o.technique, o.subject, o.value): o.loss for o in measured(graph, dataclasses.replace(analysis), 48, 8)}
+    assert loss["width", "layer1.0.conv1", 8] < 1e-3 * loss["width", "layer1.1.conv1", 8]
+    assert loss["block", "layer2.1", 1] < 0.05 * loss["block", "layer1.1", 1]
+
+
+def test_a_pinned_group_has_no_option_and_progress_ends_at_its_total() -> None:
+    graph, _ = captured(*nets.resnet())
+    analysis = analyse(graph, keep=("layer1.0.conv1.*",))
+    split = calibration(graph, 9)
+    ticks: list[tuple[int, int]] = []
+    options = sensitivities(
+        graph, analysis, Magnitude().scores(graph, analysis, split, 0), split, 4, lambda done, total: ticks.append((done, total))
+    )
+    assert not any(option.subject == "layer1.0.conv1" for option in options if option.technique == "width")
+    assert [done for done, _ in ticks] == list(range(1, ticks[0][1] + 1))
+
+
+def test_a_width_is_predicted_as_compensation_leaves_it() -> None:
+    # One hidden layer: refitting the reader is all that compensation does, so that prediction and truth are the same regression
+    # but for the strength of the ridge, which compensation chooses.
+    torch.manual_seed(0)
+    graph, analysis = captured(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)), (torch.randn(2, 6),))
+    split = calibration(graph, 384)
+    scores = Magnitude().scores(graph, analysis, split, 0)
+    (option,) = sensitivities(graph, analysis, scores, split, 8, kind="values")
+    left = apply(graph, analysis, Plan("cpu", widths={"0": 8}), scores)
+    compensate(left.graph, graph, left.kept, split)
+    want = outputs(graph, split)
+    truth = float(divergence([want], "values").per_sample([outputs(left.graph, split)], [want]).mean())
+    assert option.loss == pytest.approx(truth, rel=0.1)
+
+
+def test_units_that_must_stay_limit_the_levels() -> None:
+    graph, analysis = captured(*nets.resnet(width=16))
+    split = calibration(graph, 6)
+    scores = dict(Magnitude().scores(graph, analysis, split, 0))
+    scores["layer2.0.conv1"][:20] = np.nan
+    options = sensitivities(graph, analysis, scores, split, 8)
+    assert [o.value for o in options if o.technique == "width" and o.subject == "layer2.0.conv1"] == [24]
