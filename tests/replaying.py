@@ -33,7 +33,7 @@ _FACTORS = {"onnxruntime": 1.0, "openvino": 1.3, "torch": 2.5, "torch-compile": 
 
 def seconds_of(path: Path, runtime: str, behaviour: str = "") -> float:
     """The made-up latency of a model: proportional to its size; with `LARGER_IS_QUICKER` whatever is smaller takes longer."""
-    size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = path.stat().st_size
     return _FACTORS[runtime] * (1e3 / size if behaviour == LARGER_IS_QUICKER else 1e-8 * size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from planish.events import Events, Silent
 from planish.measure.machine import machine, usable_cores
 from planish.metrics import get_metric
 from planish.plan import TECHNIQUES
-from planish.study.store import Meta, Study
+from planish.study.store import Meta, Study, lock_folder
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -261,9 +262,12 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
     clock = Clock(request.time_limit, events)
     targets = targets_for(request.target, request.threads)
     work = request.study_folder.with_name(f".{request.study_folder.stem}.work")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(work)
     try:
+        for left in work.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
         compiled = request.time_limit is None or request.time_limit >= _COMPILED_FROM_S
         with prepare(job, targets, request.keep, work, request.seed, events, clock, compiled=compiled) as bench:
             meta = Meta(job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint)
@@ -272,6 +276,8 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
                 return conclude(bench, request, study, found)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _study(request: Request, meta: Meta, resuming: bool, fork: bool) -> Study:

@@ -16,9 +16,10 @@ from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
 from planish.graph.macs import macs
 from planish.inspection import RECOVERY_S
+from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
-from planish.measurement import Outcome
+from planish.measurement import Estimate, Outcome
 from planish.plan import Option, Plan, Recovery
 from planish.prune.options import sensitivities
 from planish.quantize.options import precision_options
@@ -90,6 +91,14 @@ class Found:
     runtime: str
 
 
+class _Kept(msgspec.Struct, frozen=True):
+    """What a study keeps of a trial: its evidence, its ratio, and where that was measured (machine and runtime's version)."""
+
+    evidence: Evidence
+    ratio: Estimate | None = None
+    place: str = ""
+
+
 def pursue(bench: Workbench, request: Request, study: Study) -> Found:
     """Find, recover and measure the net that meets the budget best."""
     return _Pursuit(bench, request, study).run()
@@ -101,7 +110,7 @@ class _Pursuit:
         self.clock, self.events = bench.clock, bench.events
         self.trials: list[Trial] = []
         self.carried: dict[str, Compressed] = {}
-        self.exported: dict[str, Exported] = {}
+        self.told: set[str] = set()
         self.original = self._original_costs()
 
     def run(self) -> Found:
@@ -181,12 +190,12 @@ class _Pursuit:
                 if "int8" not in baseline.runtime.schemes or not whole:
                     continue
                 plan = Plan(baseline.target.name, precisions=whole, saliency=self.request.saliency, seed=self.request.seed)
-                exported, _ = self._trial(plan)
-                if exported is not None and exported.ratio is not None and exported.ratio.median < best[0]:
-                    best = (exported.ratio.median, baseline, True)
-                if exported is not None and exported.ratio is not None and exported.ratio.median >= 1.0:
+                ratio, _ = self._trial(plan)
+                if ratio is not None and ratio.median < best[0]:
+                    best = (ratio.median, baseline, True)
+                if ratio is not None and ratio.median >= 1.0:
                     bench.notes.append(
-                        f"int8 is not faster in {name}:cpu here ({exported.ratio.median:.2f}x of the quickest fp32), so it is not used there"
+                        f"int8 is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32), so it is not used there"
                     )
         _, baseline, is_faster = best
         wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
@@ -220,7 +229,7 @@ class _Pursuit:
                 began = time.monotonic()
                 self.search.tell(asked[0], self._candidate_evidence(asked[0]))
                 for plan in self.search.best(1):
-                    if self._evidence(plan, "trial") is None:
+                    if plan.digest not in self.told:
                         self.search.tell(plan, self._trial_evidence(plan))
                 told += 1
                 longest = max(longest, time.monotonic() - began)
@@ -237,16 +246,30 @@ class _Pursuit:
                     out.append(plan)
         return out
 
-    def _evidence(self, plan: Plan, stage: Any) -> Evidence | None:
+    def _known(self, plan: Plan, stage: Any) -> _Kept | None:
+        """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again."""
         stored = self.study.lookup(plan.digest, stage)
-        if stored is None or stored.state != "finished" or stored.evidence is None:
+        if stored is None or stored.state != "finished" or stored.evidence is None or stored.outcome is None:
             return None
-        return msgspec.convert(stored.evidence, Evidence)
+        kept = msgspec.convert(stored.evidence, _Kept)
+        if stage != "candidate" and kept.place != self._place(plan):
+            return None
+        evidence = kept.evidence
+        if kept.ratio is not None:
+            latency = kept.ratio.median * self.original["latency"]
+            evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
+        if not any(trial.plan.digest == plan.digest and trial.stage == stage for trial in self.trials):
+            self._list(plan, stage, stored.outcome, evidence, stored.seconds, kept.ratio)
+        return msgspec.structs.replace(kept, evidence=evidence)
+
+    def _place(self, plan: Plan) -> str:
+        versions = self.bench.baselines[plan.target.partition(":")[0]].runtime.versions()
+        return " ".join((machine().fingerprint, *(f"{name}={version}" for name, version in sorted(versions.items()))))
 
     def _candidate_evidence(self, plan: Plan) -> Evidence:
-        known = self._evidence(plan, "candidate")
+        known = self._known(plan, "candidate")
         if known is not None:
-            return known
+            return known.evidence
         began = time.monotonic()
         compressed = self._carried(plan)
         found: Judged = judge(self.bench, compressed.final)
@@ -257,17 +280,20 @@ class _Pursuit:
         return evidence
 
     def _trial_evidence(self, plan: Plan) -> Evidence:
+        self.told.add(plan.digest)
         return self._trial(plan)[1]
 
-    def _trial(self, plan: Plan) -> tuple[Exported | None, Evidence]:
+    def _trial(self, plan: Plan) -> tuple[Estimate | None, Evidence]:
         """A plan exported and measured without recovery (latency does not depend on the weights)."""
+        known = self._known(plan, "trial")
+        if known is not None:
+            return known.ratio, known.evidence
         began = time.monotonic()
         compressed = self._carried(plan)
         exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
         evidence = self._costs_of(compressed.macs, exported, "trial")
-        self.exported[plan.digest] = exported
         self._record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, exported)
-        return exported, evidence
+        return exported.ratio, evidence
 
     def _costs_of(self, total_macs: int, exported: Exported, kind: Any, lost: float | None = None) -> Evidence:
         if exported.ratio is None or exported.size_bytes is None:
@@ -289,7 +315,11 @@ class _Pursuit:
     def _record(
         self, plan: Plan, stage: Any, outcome: Outcome, evidence: Evidence, seconds: float, exported: Exported | None = None
     ) -> None:
-        self.study.record(plan, stage, outcome, evidence, None, seconds)
+        ratio = exported.ratio if exported else None
+        self.study.record(plan, stage, outcome, _Kept(evidence, ratio, self._place(plan)), None, seconds)
+        self._list(plan, stage, outcome, evidence, seconds, ratio)
+
+    def _list(self, plan: Plan, stage: Any, outcome: Outcome, evidence: Evidence, seconds: float, ratio: Estimate | None) -> None:
         predicted = None
         if hasattr(self, "costs") and "latency" in self.costs.quantities:
             predicted = self.costs.predict(self.space.assignment(plan)).get("latency")
@@ -301,9 +331,9 @@ class _Pursuit:
                 loss=evidence.loss,
                 drop=evidence.quality_drop,
                 predicted_latency_s=predicted,
-                latency_ratio=exported.ratio if exported else None,
+                latency_ratio=ratio,
                 macs=int(evidence.costs["macs"]) if "macs" in evidence.costs else None,
-                size_bytes=exported.size_bytes if exported else None,
+                size_bytes=int(evidence.costs["size"]) if "size" in evidence.costs else None,
                 seconds=seconds,
             )
         )

@@ -146,7 +146,7 @@ class Study:
         if not path.is_file():
             raise StudyError(f"study: {folder} is no study: it has no {FILE}")
         check_file(path)
-        lock = None if shared else _lock(folder)
+        lock = None if shared else lock_folder(folder)
         study = cls(folder, connect(URL.create("sqlite", database=str(path))), lock)
         try:
             found = study.meta
@@ -368,7 +368,7 @@ def _ended(outcome: Outcome, evidence: Any, measurement: Measurement | None, sec
     }
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """The main process's lock, which ends with the process however it ends; None where the system has none."""
     if sys.platform == "win32":
         return None
