@@ -10,11 +10,15 @@ from planish.quantize.observers.minmax import value_range
 
 BINS = 4096  # on each side of zero: after a doubling at least 2048 are in use, 8 to 16 per step of an 8-bit grid
 VALUES_PER_UPDATE = 1 << 18  # more than that are thinned out: 2^18 give the error of an 8-bit grid to well under 1 %
-RATIOS = torch.linspace(1.0, 0.2, 81)  # clipped ranges that are tried, as shares of the full one
+RATIOS = torch.linspace(1.0, 0.2, 81)  # clipped ranges that are tried, as shares of the full one, widest first
+CLOSE = 1.2  # ranges whose error is within this factor of the least count as equal, and the widest of them is taken
 
 
 class MeanSquaredError:
-    """Chooses the range that minimises the mean squared error of the watched values, by search over clipped ranges.
+    """Chooses the widest range whose mean squared error is close to the least, by search over clipped ranges.
+
+    Around the optimum the error hardly changes with the range, but what is clipped is what later layers listen to: with the optimum
+    itself ResNet-20's outputs lost more (27.0 dB, KL 1.45e-3) than without clipping (29.3 dB, 1.20e-3); so chosen, less (29.1 dB, 1.03e-3).
 
     One scale per tensor: values go into a histogram whose bins double in width when a value falls outside, so that memory is
     bounded and no second pass is needed; each bin is represented by the mean of its values, so that the zeros of a rectifier stay exact.
@@ -22,6 +26,8 @@ class MeanSquaredError:
 
     Args:
         grid: the integers that the tensor is mapped to.
+
+    Differs: the papers take the minimum itself.
 
     References:
         Banner et al., Post training 4-bit quantization of convolutional networks for rapid-deployment, 2019 (clipping by expected error);
@@ -81,11 +87,11 @@ class MeanSquaredError:
         values = (self._sum[used] / count).float()
 
         def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-            """The candidate range with the least error; the first (widest) of equal ones."""
+            """The widest candidate range whose error is close to the least."""
             candidates = quantizer_from_range(lows, highs, Grid(self.grid.low, self.grid.high, self.grid.symmetric, axis=0))
             rounded = fake_quantize(values.expand(len(lows), -1).contiguous(), candidates)
             error = ((rounded.double() - values) ** 2 * count).sum(1)
-            chosen = int(error.argmin())
+            chosen = int((error <= CLOSE * error.min()).nonzero()[0])
             return lows[chosen], highs[chosen]
 
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -101,14 +107,13 @@ class MeanSquaredError:
 
     def _search_channels(self, low: Tensor, high: Tensor, rows: Tensor) -> Quantizer:
         grid = Grid(self.grid.low, self.grid.high, self.grid.symmetric, axis=0)
-        least = torch.full((len(rows),), float("inf"), dtype=torch.float64)
-        ratio = torch.ones(len(rows))
-        for candidate in RATIOS:
-            rounded = fake_quantize(rows, quantizer_from_range(candidate * low, candidate * high, grid))
-            error = (rounded - rows).double().square().sum(1)
-            ratio = torch.where(error < least, candidate, ratio)
-            least = torch.minimum(error, least)
-        return quantizer_from_range(ratio * low, ratio * high, self.grid)
+        errors = torch.empty(len(RATIOS), len(rows), dtype=torch.float64)
+        for index, ratio in enumerate(RATIOS):
+            rounded = fake_quantize(rows, quantizer_from_range(ratio * low, ratio * high, grid))
+            errors[index] = (rounded - rows).double().square().sum(1)
+        is_close = errors <= CLOSE * errors.min(0).values
+        chosen = RATIOS[is_close.int().argmax(0)]
+        return quantizer_from_range(chosen * low, chosen * high, self.grid)
 
 
 def _merged(bins: Tensor) -> Tensor:
