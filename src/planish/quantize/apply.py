@@ -11,7 +11,7 @@ from planish.data import Split
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
-from planish.prune.replay import take
+from planish.prune.replay import Replay, affordable, take
 from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
 from planish.quantize.contract import Observer
@@ -102,5 +102,6 @@ def quantize(
     module.graph.lint()
     module.recompile()
     if bias_correction:
-        correct_biases(reference, module, [nodes[name] for name in placement.operators], flat)
+        enough = affordable(Replay(reference), folded, samples)
+        correct_biases(reference, module, [nodes[name] for name in placement.operators], [value[:enough] for value in flat])
     return Quantized(folded, tuple(placement.operators), skipped)

@@ -13,10 +13,8 @@ from planish.graph.modes import short_name
 from planish.prune.replay import Replay
 from planish.quantize.insert import bias_of
 
-SAMPLES = 128
 
-
-def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequence[str], flat: Sequence[Tensor]) -> None:
+def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequence[str], flat: list[Tensor]) -> None:
     """Adds to the bias of each quantized operator the mean, per output channel, by which its output falls short of the float program's.
 
     Operators are corrected in the order of the program, each with all that come before it corrected already. An operator without a
@@ -26,12 +24,11 @@ def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequen
         reference: the same program without quantizers; its nodes have the same names.
         quantized: its biases are changed in place.
         nodes: fx names of the operators.
-        flat: calibration inputs; the first `SAMPLES` are used, at once.
+        flat: calibration inputs, run at once.
 
     References:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, section 4.2 (the empirical form).
     """
-    flat = [value[:SAMPLES] for value in flat]
     wanted: dict[str, Tensor] = {}
     with torch.no_grad():
         replay = Replay(reference)
@@ -48,7 +45,7 @@ def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequen
             if node.op not in ("placeholder", "output"):
                 environment[node] = replay.value(node, environment)
             if node.name in wanted:
-                shift = wanted[node.name] - _channel_means(node, environment[node])
+                shift = torch.nan_to_num(wanted[node.name] - _channel_means(node, environment[node]), 0.0, 0.0, 0.0)
                 bias = bias_of(node)
                 assert bias is not None
                 operator.attrgetter(str(bias.target))(quantized).data += shift

@@ -57,7 +57,7 @@ def watch(
 
 
 def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str], watched: Mapping[str, Quantizer | str]) -> dict[str, str]:
-    """Operators of the placement that cannot be int8 after all -> why: weights or inputs that are not finite, or nothing but zeros."""
+    """Operators of the placement that cannot be int8 after all -> why: parameters or inputs that are not finite, or nothing but zeros."""
     by_name = {node.name: node for node in module.graph.nodes}
     unfit: dict[str, str] = {}
     for name, weight in placement.operators.items():
@@ -68,6 +68,9 @@ def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str],
             elif float(values.abs().max()) <= TINY_RANGE:
                 unfit[name] = "its weight is zero"
         node = by_name[nodes[name]]
+        bias = bias_of(node) if weight is not None else None
+        if bias is not None and not bool(torch.isfinite(tensor_of(module, bias)).all()):
+            unfit.setdefault(name, "its bias is not finite")
         for position in activation_positions(node):
             source = source_among(node, position, placement)
             reason = watched[source] if source is not None else "its input has no place for a quantizer"

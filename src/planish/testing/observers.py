@@ -55,7 +55,7 @@ def _check_zeros(make: Callable[[Grid], Observer], grid: Grid, zeros: Tensor) ->
 def _watched(make: Callable[[Grid], Observer], grid: Grid, values: Tensor) -> Quantizer:
     observer = make(grid)
     if grid.axis is None:
-        for batch in values.split(5):
+        for batch in torch.split(values, 5):
             observer.update(batch)
     else:
         observer.update(values)
