@@ -40,11 +40,11 @@ def seconds_of(path: Path, runtime: str, behaviour: str = "") -> float:
 def timings(probes: Mapping[str, Any], behaviour: str = "") -> dict[str, Timing]:
     """What `planish.measure.latency.interleaved` would return."""
     out = {}
-    for name, probe in probes.items():
+    for i, (name, probe) in enumerate(probes.items()):
         s = seconds_of(_opened[probe], probe.target.runtime, behaviour)
         spread = 0.9 if behaviour == NOISY else 0.01
         found = Estimate(s, s * (1 - spread), s * (1 + spread), _ROUNDS, behaviour != NOISY)
-        scatter = (1 + spread * math.sin(3 * i + 0.1) for i in range(_ROUNDS)) if behaviour == NOISY else (1.0,) * _ROUNDS
+        scatter = [1 + spread * math.sin(3 * k + i) if behaviour == NOISY else 1.0 for k in range(_ROUNDS)]
         out[name] = Timing(found, found, 3, tuple(s * share for share in scatter))
     return out
 

@@ -266,7 +266,8 @@ def _verdict(
         value, low, high, text = _against(limit, before, after, latency)
         bound = limit.value if limit.relative else limit.bound(1.0)
         holds = value >= bound if limit.quantity == "throughput" else value <= bound
-        if not latency.trustworthy and limit.quantity in ("latency", "throughput") and low <= bound <= high:
+        is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
+        if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
             doubtful.append(f"{limit.quantity} {text}, between {low:.3g} and {high:.3g}: the machine is too noisy to tell")
         elif not holds:
             missed.append(f"{limit.quantity} {text}, the limit is {_shown(limit)}")

@@ -1,0 +1,130 @@
+"""What a run says when a budget cannot be met, nothing is faster, the machine is noisy, or the disk is full."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import planish
+import replaying
+import small_jobs
+from planish import cli
+from planish.result import Result
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return monkeypatch.setattr
+
+
+def run(out: Path, budget: planish.Budget, **changes: Any) -> Result:
+    arguments: dict[str, Any] = {"trials": 1, "threads": 1, "techniques": ("quantize",)}
+    return planish.optimize(small_jobs.stripes_job(), "onnxruntime:cpu", budget, out, **arguments | changes)
+
+
+def test_a_budget_that_cannot_be_met(tmp_path: Path, put: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    replaying.install(put)
+    out, job = tmp_path / "stripes.planish", tmp_path / "job.py"
+    job.write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nimport small_jobs\njob = small_jobs.stripes_job()\n")
+    command = ["optimize", str(job), "--out", str(out), "--json", "--latency", "0.01x", "--target", "onnxruntime:cpu"]
+    assert cli.main([*command, "--trials", "1", "--threads", "1", "--techniques", "quantize"]) == 3
+    said, told = capfd.readouterr()
+    answer = json.loads(said)
+    assert answer["verdict"] == "infeasible"
+    assert answer["artifact"] is None
+    assert "the limit is 0.01x" in answer["reason"]
+    assert "infeasible" in told.splitlines()[-1]
+    nearest = [answer["trials"][i] for i in answer["nearest"]]
+    assert min(trial["latency_ratio"]["median"] for trial in nearest if trial["latency_ratio"]) < 0.5
+    assert not out.exists()
+    assert cli.main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
+    assert "infeasible" in (tmp_path / "page.html").read_text()
+
+
+def test_the_nearest_is_written_where_it_was_asked_for(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    out = tmp_path / "stripes.planish"
+    result = run(out, planish.Budget(latency="0.01x"), accept_nearest=True)
+    assert result.verdict == "infeasible"
+    assert result.summary.exit_code == 3
+    assert result.ratios["latency"].median < 0.5
+    x, _ = small_jobs.images(3, seed=4)
+    assert planish.load(out, threads=1)(x.numpy()).shape == (3, small_jobs.CLASSES)
+
+
+def test_where_nothing_is_faster_an_unlimited_run_keeps_the_original(tmp_path: Path, put: Any) -> None:
+    replaying.install(put, replaying.LARGER_IS_QUICKER)
+    result = run(tmp_path / "stripes.planish", planish.Budget(), techniques=("prune", "quantize"))
+    assert result.verdict == "met"
+    assert result.ratios["latency"].median == 1
+    assert result.ratios["size"].median == 1
+    assert result.drop == 0
+    assert result.plan is None
+    assert all(operator.why for operator in result.operators if operator.kind in ("conv", "linear"))
+    assert (tmp_path / "stripes.planish" / "model.onnx").stat().st_size == result.original.size_bytes
+
+
+def test_where_nothing_is_faster_a_limit_is_infeasible(tmp_path: Path, put: Any) -> None:
+    replaying.install(put, replaying.LARGER_IS_QUICKER)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.9x"))
+    assert result.verdict == "infeasible"
+    assert not (tmp_path / "stripes.planish").exists()
+
+
+@pytest.mark.parametrize("limit", ["0.3ms", "0.25x"])
+def test_a_noisy_machine_leaves_it_undecided(tmp_path: Path, put: Any, limit: str) -> None:
+    replaying.install(put, replaying.NOISY)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency=limit))
+    assert result.verdict == "undecided"
+    assert result.summary.exit_code == 4
+    assert "too noisy" in result.reason
+    assert not result.optimized.latency_s.trustworthy
+    assert not (tmp_path / "stripes.planish").exists()
+
+
+def test_an_output_that_is_there_stays_unless_told(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    out = tmp_path / "stripes.planish"
+    run(out, planish.Budget(latency="0.5x"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(planish.PlanishError, match="already there; give --overwrite"):
+        run(out, planish.Budget(latency="0.5x"))
+    with LargestFile(100_000), pytest.raises(planish.PlanishError, match=r"cannot|full|large"):
+        run(out, planish.Budget(latency="0.5x"), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"stripes.planish", "stripes.study"}
+    assert run(out, planish.Budget(latency="0.6x"), overwrite=True).budget.limits[0].value == 0.6
+
+
+class LargestFile:
+    """Writing beyond a number of bytes fails meanwhile, as on a full disk."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __enter__(self) -> None:
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+        signal.signal(signal.SIGXFSZ, self.handler)
+
+
+@pytest.mark.parametrize("limit", [{"size": "0.5x"}, {"macs": "0.5x"}, {"throughput": "2x"}, {"memory": "0.99x"}])
+def test_every_limit_that_a_machine_can_measure(tmp_path: Path, put: Any, limit: dict[str, str]) -> None:
+    replaying.install(put)
+    result = run(tmp_path / "stripes.planish", planish.Budget(**limit, drop=0.3), techniques=("prune", "quantize"), trials=2)
+    assert result.verdict == "met", result.reason
+    (name,) = limit
+    assert result.ratios["latency" if name == "throughput" else name].median <= float(limit[name].rstrip("x")) or name == "throughput"
+    assert math.isfinite(result.drop)
