@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import planish
 import replaying
 import small_jobs
-from planish import cli, flow
+from planish import cli, flow, pursuit, trial
 from planish.errors import MissingFile, OutputExists, StudyError
 from planish.result import Result
 from planish.study.store import Study
@@ -178,8 +179,6 @@ def test_another_job_is_refused_by_what_differs(interrupted: Path) -> None:
 
 
 def _with_budget(meta: Any, budget: planish.Budget) -> Any:
-    import msgspec
-
     return msgspec.structs.replace(meta, budget=budget)
 
 
@@ -189,6 +188,33 @@ def test_fork_starts_anew_from_the_old_plans(interrupted: Path) -> None:
     result = flow.resume(interrupted, small_jobs.stripes_job(small_jobs.trained(steps=10)), fork=True)
     assert result.verdict == "met"
     assert old <= {trial.plan.digest for trial in result.trials}
+
+
+def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    before = trial.export_and_measure
+
+    def export_and_measure(bench: Any, graph: Any, plan: Any, *arguments: Any, **named: Any) -> Any:
+        measured.append(plan.digest)
+        return before(bench, graph, plan, *arguments, **named)
+
+    monkeypatch.setattr(pursuit, "export_and_measure", export_and_measure)
+    with Study.open(interrupted.with_suffix(".study"), shared=True) as study:
+        (known,) = [stored.plan.digest for stored in study.finished()]
+    with monkeypatch.context() as patch:
+        patch.setattr(pursuit, "recover", _stop)
+        with pytest.raises(Killed):
+            flow.resume(interrupted, small_jobs.stripes_job())
+        assert known not in measured
+        elsewhere = msgspec.structs.replace(pursuit.machine(), processor="another")
+        patch.setattr(pursuit, "machine", lambda: elsewhere)
+        with pytest.raises(Killed):
+            flow.resume(interrupted, small_jobs.stripes_job())
+    assert known in measured
+
+
+def _stop(*_: Any, **__: Any) -> None:
+    raise Killed
 
 
 def test_a_second_process_is_refused_and_harms_nothing(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
