@@ -17,7 +17,7 @@ import planish
 import replaying
 import small_jobs
 from planish import cli, pursuit, trial
-from planish.errors import RuntimeFailed
+from planish.errors import CaptureError, RuntimeFailed
 from planish.result import Result
 
 
@@ -255,15 +255,15 @@ def test_keep_leaves_parameters_alone(tmp_path: Path) -> None:
         run(small_jobs.stripes_job(), tmp_path / "more", keep=("frist.*",))
 
 
-HOSTILE = ["<script>alert('1')</script>", 'ü "quoted" {{brace}}', "n" * 300]
+HOSTILE = ["<script>alert('1')</script>", "ü {{brace}} & 'quote'", "n" * 300]
 
 
 class Hostile(nn.Module):
     """Layers with names that would break out of a page or a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: list[str] = HOSTILE) -> None:
         super().__init__()
-        for name, layer in zip(HOSTILE, (nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 4)), strict=True):
+        for name, layer in zip(names, (nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 4)), strict=True):
             self.add_module(name, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -280,6 +280,13 @@ def test_hostile_layer_names_pass_through_as_text(tmp_path: Path) -> None:
     assert "<script>alert(" not in page.read_text()
     assert {name for name, _ in result.module.named_parameters()} >= {f"{HOSTILE[0]}.weight"}
     assert planish.load(result.path, threads=1) is not None
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "a\0b", '") or print("x'])
+def test_layer_names_that_would_be_code_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="a layer named"):
+        run(small_jobs.stripes_job(seeded(lambda: Hostile([name, *HOSTILE[1:]]))), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "\0", "n" * 300, "/etc", "a\nb", ""])

@@ -206,7 +206,7 @@ def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkey
         with pytest.raises(Killed):
             flow.resume(interrupted, small_jobs.stripes_job())
         assert known not in measured
-        elsewhere = msgspec.structs.replace(pursuit.machine(), processor="another")
+        elsewhere = msgspec.structs.replace(pursuit.machine(), fingerprint="another")
         patch.setattr(pursuit, "machine", lambda: elsewhere)
         with pytest.raises(Killed):
             flow.resume(interrupted, small_jobs.stripes_job())

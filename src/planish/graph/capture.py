@@ -52,6 +52,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         raise UsageError(
             f"capture: the model must be a torch.nn.Module; got {type(model).__name__}; give the module, or a function that builds it"
         )
+    _check_names(model)
     takes, inputs = flat_inputs(model, example_inputs)
     check_batch(inputs)
     notes: list[str] = []
@@ -87,6 +88,16 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
     captured = Graph(graph, signature, tuple(tensor.clone() for tensor in inputs.values()), notes)
     set_mode(captured, training=False)
     return captured
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse names that torch.fx, which writes them into its program's source between quotes and does not escape them, would run as code."""
+    for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()):
+        if '"' in name or "\\" in name or not name.isprintable():
+            raise CaptureError(
+                f"capture: {type(model).__name__} has a layer named {name[:80]!r}; torch.export cannot write quotes, backslashes or "
+                "control characters in a name; rename it"
+            )
 
 
 def _resize(tensor: Tensor, batch: int) -> Tensor:
