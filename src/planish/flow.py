@@ -16,7 +16,7 @@ from planish import registry
 from planish.artifact import check_output, default_folder
 from planish.budget import Budget
 from planish.clock import Clock
-from planish.errors import MissingFile, OutputExists, StudyError, UnknownName, UsageError
+from planish.errors import BudgetError, MissingFile, OutputExists, StudyError, UnknownName, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine, usable_cores
 from planish.metrics import get_metric
@@ -177,6 +177,10 @@ def check(
     if time_limit is not None and not 0 < time_limit < float("inf"):
         raise UsageError(f"time_limit: give seconds above zero; got {time_limit!r}")
     wanted = budget or Budget()
+    if any(limit.quantity == "energy" for limit in wanted.limits):
+        raise BudgetError("energy: this machine cannot tell what a call uses, so nothing can be promised; give a latency")
+    if out is not None and Path(out).suffix == ".study":
+        raise UsageError(f"out: {out} is where the trials are kept; give another name, such as {Path(out).with_suffix('.planish')}")
     if isinstance(job.metric, str) and job.evaluate is None:
         metric = get_metric(job.metric)
         wanted.allowed_drop.check(metric.name, metric.low, metric.high)
@@ -262,8 +266,11 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
     clock = Clock(request.time_limit, events)
     targets = targets_for(request.target, request.threads)
     work = request.study_folder.with_name(f".{request.study_folder.stem}.work")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(work)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(work)
+    except OSError as err:
+        raise UsageError(f"out: {work.parent} cannot be written to ({err.strerror}); give another --out") from err
     try:
         for left in work.iterdir():
             if left.is_dir():

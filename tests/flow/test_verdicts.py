@@ -128,3 +128,36 @@ def test_every_limit_that_a_machine_can_measure(tmp_path: Path, put: Any, limit:
     (name,) = limit
     assert result.ratios["latency" if name == "throughput" else name].median <= float(limit[name].rstrip("x")) or name == "throughput"
     assert math.isfinite(result.drop)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"budget": planish.Budget(drop=2.0)}, "drop"),
+        ({"budget": planish.Budget(energy="0.5x")}, "energy"),
+        ({"out": "there.study"}, r"out: .*\.study"),
+        ({"out": ""}, "out: "),
+        ({"out": "a\0b"}, "out: "),
+        ({"out": "/proc/nowhere/net.planish"}, "out: .* cannot be written"),
+        ({"search": "sorcery"}, "no search named 'sorcery'"),
+        ({"techniques": ()}, "techniques: "),
+        ({"techniques": "prunes"}, "did you mean 'prune'"),
+        ({"trials": 0}, "trials: "),
+        ({"seed": -1}, "seed: "),
+        ({"time_limit": math.nan}, "time_limit: "),
+        ({"threads": 2.5}, "threads: "),
+        ({"target": "tpu:cpu"}, "no runtime named 'tpu'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def build() -> None:
+        pytest.fail("the model was built")
+
+    with pytest.raises(planish.PlanishError, match=text):
+        planish.optimize(small_jobs.stripes_job(build), **{"out": "net.planish"} | changes)
+    assert list(tmp_path.iterdir()) == []
