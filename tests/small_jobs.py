@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -38,11 +40,16 @@ def images(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x[:, None], y
 
 
-def trained(width: int = 64, steps: int = 20) -> nn.Module:
-    """A net that tells the stripes apart; the random state of the caller is left alone."""
+def trained(steps: int = 20) -> nn.Module:
+    """A net of its own that tells the stripes apart; the random state of the caller is left alone."""
+    return copy.deepcopy(_trained(steps))
+
+
+@functools.cache
+def _trained(steps: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Net(width)
+        net = Net()
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     x, y = images(64 * steps, seed=1)
     for i in range(steps):

@@ -128,7 +128,7 @@ def _replay(monkeypatch: pytest.MonkeyPatch) -> None:
         dict_job,
         tuple_job,
         lambda: unlabelled_job("agreement"),
-        lambda: unlabelled_job("cosine"),
+        pytest.param(lambda: unlabelled_job("cosine"), marks=pytest.mark.slow),
         evaluated_job,
         tiny_job,
         bare_job,

@@ -120,7 +120,13 @@ class LargestFile:
         signal.signal(signal.SIGXFSZ, self.handler)
 
 
-@pytest.mark.parametrize("limit", [{"size": "0.5x"}, {"macs": "0.5x"}, {"throughput": "2x"}, {"memory": "0.99x"}])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"size": "0.5x"},
+        *(pytest.param(limit, marks=pytest.mark.slow) for limit in ({"macs": "0.5x"}, {"throughput": "2x"}, {"memory": "0.99x"})),
+    ],
+)
 def test_every_limit_that_a_machine_can_measure(tmp_path: Path, put: Any, limit: dict[str, str]) -> None:
     replaying.install(put)
     result = run(tmp_path / "stripes.planish", planish.Budget(**limit, drop=0.3), techniques=("prune", "quantize"), trials=2)
