@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -447,8 +446,8 @@ def _with_control(bench: Workbench, request: Request, summary: Summary, winner: 
             bench.data,
             winner.plan.recovery,
             request.seed,
-            deadline=time.monotonic() + 86400.0,
             progress=bench.events.progress,
+            keep_best=False,
         )
         folder = bench.folder / "control"
         folder.mkdir(parents=True, exist_ok=True)

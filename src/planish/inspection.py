@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from planish.flow import Request
     from planish.workload import Workload
 
-RECOVERY_S = 1500.0
-"""Seconds of recovery at most, where no time limit was given."""
-
 
 def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, Any]:
     """Plain data: "operators", "groups", "blocks", "unknown", "reasons", "notes" and totals of the captured model."""
@@ -75,7 +72,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     import time
 
     from planish.prune.levels import width_levels
-    from planish.workbench import targets_for
+    from planish.workbench import RECOVERY_S, targets_for
 
     targets = targets_for(request.target, request.threads)
     events.stage("capturing the model")

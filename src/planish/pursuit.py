@@ -15,7 +15,6 @@ from planish.distill.recover import recover
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
 from planish.graph.macs import macs
-from planish.inspection import RECOVERY_S
 from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
@@ -29,18 +28,21 @@ from planish.search.costs import Costs, ceilings
 from planish.search.space import Space
 from planish.study.store import Study
 from planish.trial import Compressed, Exported, Judged, carry_out, drop, export_and_measure, judge, quantized
-from planish.workbench import Baseline, Workbench, outputs_of
+from planish.workbench import RECOVERY_S, Baseline, Workbench, outputs_of
 
 if TYPE_CHECKING:
     from planish.flow import Request
 
 _EPOCHS = 5
-_RESERVE_S = 20.0
+_RESERVE_S = 15.0
+"""Seconds kept for the final measurement, on top of four times what the dearest trial took."""
 _SEARCH_SHARE = 0.25
 _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
 _MEASURED_MARGIN = 0.97
 """Plans aim this far below a limit on what varies from run to run: the final measurement must hold it too."""
+_FINEST_MULTIPLE = 8
+"""Widths step by at most this many channels: the latency tables say what a width between two of the target's multiples is worth."""
 _WORST_SQNR_DB = 20.0
 """A quantized export below this many decibels against its own module is wrong, not merely coarse."""
 
@@ -138,6 +140,16 @@ class _Pursuit:
         winner = self._recover_best()
         return Found(winner, self.trials, search, costs, options, self.original, self.baseline.target.runtime)
 
+    def _settle(self) -> bool:
+        """Adapt torch's threads to how busy the machine is now; asked before every training step, and never a reason to stop."""
+        self.bench.threads.settle()
+        return False
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds that the end of the run will take: export, measurement, quality, artifact."""
+        return _RESERVE_S + 4 * max((trial.seconds for trial in self.trials if trial.stage == "trial"), default=5.0)
+
     # What the original costs, and what may be lost
 
     def _original_costs(self) -> dict[str, float]:
@@ -169,9 +181,10 @@ class _Pursuit:
             return []
         bench = self.bench
         with self.clock.stage("sensitivity of groups and blocks"):
+            self._settle()
             saliency = registry.get("saliency", self.request.saliency)()
             self.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
-            multiple = bench.best.target.facts.width_multiple
+            multiple = min(_FINEST_MULTIPLE, bench.best.target.facts.width_multiple)
             return sensitivities(bench.graph, bench.analysis, self.scores, bench.data.calibration, multiple, self.events.progress)
 
     def _choose_runtime(self, options: list[Option]) -> tuple[Baseline, list[Option]]:
@@ -202,6 +215,7 @@ class _Pursuit:
         if not (is_faster or wants_small) or "int8" not in baseline.runtime.schemes:
             return baseline, options
         with self.clock.stage("sensitivity of int8"):
+            self._settle()
             found = precision_options(
                 bench.graph, bench.analysis, baseline.runtime, baseline.target, bench.data.calibration, progress=self.events.progress
             )
@@ -217,7 +231,7 @@ class _Pursuit:
 
     def _search(self) -> None:
         request, clock = self.request, self.clock
-        end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - _RESERVE_S) if math.isfinite(clock.left_s) else math.inf
+        end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
         longest, told = 0.0, 0
         for plan in self._known_trials():
             self.search.tell(plan, self._candidate_evidence(plan))
@@ -306,6 +320,7 @@ class _Pursuit:
 
     def _carried(self, plan: Plan) -> Compressed:
         """A plan carried out; the last few are kept, since a candidate often becomes a trial and a winner."""
+        self._settle()
         if plan.digest not in self.carried:
             while len(self.carried) >= 3:
                 self.carried.pop(next(iter(self.carried)))
@@ -341,18 +356,29 @@ class _Pursuit:
     # The winner
 
     def _recover_best(self) -> Winner | None:
-        """Recover the most promising plans until one holds the budget, or time is up; the best of them."""
+        """Recover the most promising plans until one holds the budget, or time is up; the best of them.
+
+        Where none holds it, int8 alone is tried as it is: it loses least.
+        """
         shares = (1.0,) if self.limits.costs else (0.45, 0.5, 1.0)
         winners: list[Winner] = []
         for share in shares:
             plan = self._next_winner(winners)
             if plan is None:
                 break
-            winner = self._recover(plan, share)
+            winner = self._recover(plan, share if self._is_within(plan) else 0.0)
             if winner is None:
                 continue
             winners.append(winner)
+        if not any(winner.holds for winner in winners):
+            winners += [winner for plan in self._known_trials() if (winner := self._recover(plan, 0.0)) is not None]
         return min(winners, key=self._rank) if winners else None
+
+    def _is_within(self, plan: Plan) -> bool:
+        """Whether what a plan costs, where that was measured, is near enough to the limits for its recovery to be worth the time."""
+        known = self._known(plan, "trial")
+        measured = known.evidence.costs if known is not None else {}
+        return all(measured.get(quantity, 0.0) <= 1.1 * limit for quantity, limit in self.limits.costs.items())
 
     def _rank(self, winner: Winner) -> tuple[bool, float, float]:
         latency = winner.exported.ratio.median if winner.exported.ratio else math.inf
@@ -377,7 +403,7 @@ class _Pursuit:
         compressed = self._carried(plan)
         self.carried.pop(plan.digest)
         graph, final, skipped = compressed.graph, compressed.final, compressed.skipped
-        if "distill" in request.techniques and bench.data.train is not None and not plan.is_identity:
+        if share > 0 and "distill" in request.techniques and bench.data.train is not None and not plan.is_identity:
             plan, final, skipped = self._train(plan, compressed, share)
         elif final is not graph:
             final, skipped = quantized(bench, graph, compressed.analysis, plan)
@@ -405,7 +431,7 @@ class _Pursuit:
     def _train(self, plan: Plan, compressed: Compressed, share: float) -> tuple[Plan, Graph, Any]:
         bench, data = self.bench, self.bench.data
         assert data.train is not None
-        left = self.clock.left_s - _RESERVE_S if math.isfinite(self.clock.left_s) else RECOVERY_S
+        left = self.clock.left_s - self.reserve_s if math.isfinite(self.clock.left_s) else RECOVERY_S
         end = time.monotonic() + max(5.0, left * share)
         settings = Recovery(samples=_EPOCHS * data.train.n) if not math.isfinite(self.clock.left_s) else Recovery(samples=40 * data.train.n)
         with self.clock.stage("teacher outputs"):
@@ -415,14 +441,32 @@ class _Pursuit:
         with self.clock.stage("recovery"):
             first = time.monotonic() + (end - time.monotonic()) * (1 - quantized_share)
             report = recover(
-                compressed.graph, teacher, bench.job, data, settings, self.request.seed, deadline=first, progress=self.events.progress
+                compressed.graph,
+                teacher,
+                bench.job,
+                data,
+                settings,
+                self.request.seed,
+                deadline=first,
+                progress=self.events.progress,
+                should_stop=self._settle,
             )
         seen = report.samples
         final, skipped = quantized(bench, compressed.graph, compressed.analysis, plan)
         if is_int8:
             with self.clock.stage("recovery in int8"):
                 fine = msgspec.structs.replace(settings, learning_rate=settings.learning_rate / 10)
-                report = recover(final, teacher, bench.job, data, fine, self.request.seed + 1, deadline=end, progress=self.events.progress)
+                report = recover(
+                    final,
+                    teacher,
+                    bench.job,
+                    data,
+                    fine,
+                    self.request.seed + 1,
+                    deadline=end,
+                    progress=self.events.progress,
+                    should_stop=self._settle,
+                )
                 seen += report.samples
         return plan.replace(recovery=msgspec.structs.replace(settings, samples=seen)), final, skipped
 

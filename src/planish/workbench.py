@@ -28,6 +28,7 @@ from planish.measure.probe import Probe
 from planish.metrics import Metric
 from planish.runtimes.contract import Runtime, get_runtime
 from planish.target import Target, parse_target
+from planish.train.threads import Threads
 
 if TYPE_CHECKING:
     from planish.workload import Workload
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 LEAST_SQNR_DB = 50.0
 """An fp32 export below this many decibels against the module computes something else (the worst faithful one seen has 83)."""
+RECOVERY_S = 1500.0
+"""Seconds of recovery at most, where no time limit was given."""
 _EAGER = ("torch", "torch-compile")
 _BATCH = 100
 
@@ -75,6 +78,7 @@ class Workbench:
         eager: what the user has today: torch, and compiled torch where it was asked for.
         seed, events, clock: of the run.
         notes: sentences for the report.
+        threads: how many torch computes with; put back when the workbench is left.
     """
 
     job: Workload
@@ -89,6 +93,7 @@ class Workbench:
     baselines: dict[str, Baseline] = field(default_factory=dict)
     eager: dict[str, Baseline] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    threads: Threads = field(default_factory=Threads)
     _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
 
     @property
@@ -118,7 +123,8 @@ class Workbench:
         return self._outputs[key]
 
     def close(self) -> None:
-        """End every measuring process."""
+        """End every measuring process, and give torch its threads back."""
+        self.threads.restore()
         for baseline in (*self.baselines.values(), *self.eager.values()):
             baseline.probe.close()
 

@@ -1,0 +1,122 @@
+"""CIFAR ResNets: planish against the best fp32 runtime, NNCF's int8 and ONNX Runtime's static int8, interleaved in one run.
+
+python benchmarks/bench_resnet.py --data DIR --depth 56 --latency 0.36x --time-limit 1800
+python benchmarks/bench_resnet.py --data DIR --depth 20 --int8-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import cifar
+import numpy as np
+import peers
+from numpy.typing import NDArray
+
+import planish
+from planish.console import Console
+from planish.measure.latency import Timing, interleaved, ratio
+from planish.measure.machine import available_targets, machine
+from planish.measure.probe import Probe
+from planish.metrics import get_metric, paired_interval
+from planish.runtimes.contract import get_runtime
+from planish.workbench import outputs_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with the data; PLANISH_DATA by default")
+    parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
+    parser.add_argument("--latency", default=None, help="limit for planish, such as 0.4x; as fast as possible without")
+    parser.add_argument("--drop", default="1pt")
+    parser.add_argument("--time-limit", type=float, default=None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--int8-only", action="store_true", help="post-training int8 alone: no pruning, no recovery")
+    parser.add_argument("--no-control", action="store_true", help="leave the dense control out")
+    parser.add_argument("--out", default=None, help="where the artifact goes; a temporary folder by default")
+    arguments = parser.parse_args()
+
+    folder = cifar.data_folder(arguments.data)
+    job = cifar.job(arguments.depth, folder)
+    work = Path(tempfile.mkdtemp(prefix="planish-bench-"))
+    out = Path(arguments.out) if arguments.out else work / "net.planish"
+    with Console().running() as console:
+        result = planish.optimize(
+            job,
+            budget=planish.Budget(latency=arguments.latency, drop=arguments.drop),
+            out=out,
+            techniques=("quantize",) if arguments.int8_only else ("prune", "quantize", "distill"),
+            time_limit=arguments.time_limit,
+            threads=arguments.threads,
+            seed=arguments.seed,
+            control=not (arguments.no_control or arguments.int8_only),
+            overwrite=True,
+            accept_nearest=True,
+            events=console,
+        )
+    compare(job, result, out, work, arguments.threads)
+
+
+def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path, threads: int) -> None:
+    """Print latency, accuracy and agreement of every model, measured side by side."""
+    from planish.artifact import open_artifact
+    from planish.graph.capture import capture
+
+    data = job.materialize(work / "data")
+    split = data.test
+    assert split is not None and split.targets is not None
+    graph = capture(job.model_module(), job.example_inputs)
+    targets = {target.runtime: target for target in available_targets("cpu", threads)}
+    files = {}
+    for name in ("onnxruntime", "openvino"):
+        (work / name).mkdir()
+        files[f"fp32 {name}"] = (targets[name], get_runtime(name).export(graph, work / name))
+    source = files["fp32 onnxruntime"][1]
+    samples = data.calibration.inputs[0][:300]
+    entry = graph.signature.inputs[0].name
+    files["NNCF int8 openvino"] = (targets["openvino"], peers.nncf_int8(source, samples, work / "nncf.xml", entry))
+    reduce_range = not targets["onnxruntime"].facts.has_int8_dot
+    static = peers.onnxruntime_int8(source, samples, work / "static.onnx", entry, reduce_range)
+    files["static int8 onnxruntime"] = (targets["onnxruntime"], static)
+    artifact = open_artifact(out)
+    files["planish"] = (artifact.manifest.target, artifact.model_path)
+
+    probes = {name: Probe.open(target, path, graph.signature) for name, (target, path) in files.items()}
+    example: list[NDArray[np.float32]] = [np.ascontiguousarray(array[:1]) for array in split.inputs]
+    timings = interleaved(probes, example, seconds=5.0)
+    outputs = {name: outputs_of(probe, split) for name, probe in probes.items()}
+    for probe in probes.values():
+        probe.close()
+    best = min((name for name in files if name.startswith("fp32")), key=lambda name: timings[name].latency_s.median)
+    rows = [_row(name, timings, best, outputs, split.targets) for name in files]
+    summary = result.summary
+    print(
+        f"{machine().processor}, {threads} threads, batch 1, {split.n} test images, planish verdict: {summary.verdict} ({summary.reason})"
+    )
+    for row in rows:
+        print(row)
+    faster = ratio(timings["NNCF int8 openvino"], timings["planish"])
+    print(f"planish over NNCF int8: {faster.median:.2f}x ({faster.low:.2f} to {faster.high:.2f})")
+    if summary.control_drop is not None:
+        print(f"dense control {summary.control_quality:.4f}; drop against it {summary.control_drop * 100:+.2f} points")
+    print(f"seconds {summary.seconds['total']:.0f}; samples of recovery {summary.plan.recovery.samples if summary.plan else 0}")
+    print(json.dumps({name: seconds for name, seconds in summary.seconds.items()}))
+
+
+def _row(name: str, timings: dict[str, Timing], best: str, outputs: dict[str, list[NDArray[np.float32]]], labels: NDArray[np.int64]) -> str:
+    accuracy, agreement = get_metric("accuracy"), get_metric("agreement")
+    faster = ratio(timings[best], timings[name])
+    lost = paired_interval(accuracy, outputs[best], outputs[name], labels)
+    return (
+        f"{name:26s} {timings[name].latency_s.median * 1e6:7.0f} µs  {faster.median:5.2f}x ({faster.low:.2f} to {faster.high:.2f})  "
+        f"accuracy {accuracy.score(outputs[name], labels):.4f}  drop {lost[0] * 100:+.2f} ({lost[1] * 100:+.2f} to {lost[2] * 100:+.2f})  "
+        f"agreement {agreement.score(outputs[name], outputs[best]):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
