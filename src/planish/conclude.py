@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
@@ -25,11 +25,12 @@ from planish.measure.roofline import roofline_s
 from planish.measurement import Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
-from planish.pursuit import Found, Winner
+from planish.pursuit import Pursuit
 from planish.result import OperatorRow, Result, Search, Summary, Verdict
 from planish.study.store import Study
-from planish.trial import drop
-from planish.workbench import Array, Baseline, Workbench, outputs_of, sqnr_db
+from planish.trial import drop, module_outputs_of_example
+from planish.winners import Winner
+from planish.workbench import Array, Baseline, Workbench, outputs_of, predictor, sqnr_db
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from planish.flow import Request
 
 _SECONDS = 3.0
+_ATTEMPTS = 4
+_PAUSE_S = 5.0
+LOOKED = "looked at test"
+"""The event that counts a look at the test split."""
 _EXACT = 1
 
 
@@ -52,53 +57,103 @@ class _Side:
     int8: frozenset[str]
 
 
-def conclude(bench: Workbench, request: Request, study: Study, found: Found) -> Result:
+def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, winner: Winner | None) -> Result:
     """Measure, judge, write.
 
     Returns:
-        The result; the artifact is written where the verdict is "met" (or `accept_nearest` was given), or where no limit was given.
+        The result; the artifact is written where the verdict is "met", or where `accept_nearest` was given.
     """
     clock = bench.clock
-    winner = found.winner
-    if winner is not None and _is_no_gain(request, winner):
-        bench.notes.append("nothing that was tried is faster than the original in this target within the drop, so the original is kept")
+    if winner is not None and winner.outcome.kind == "mismatch":
+        bench.notes.append(f"the best plan was not used: {winner.outcome.detail}")
         winner = None
     with clock.stage("final measurement"):
-        best = bench.best
-        original = _Side(best, best.path, best.probe, bench.graph, bench.analysis, frozenset())
-        if winner is None or winner.exported.path is None:
-            summary, outputs = _compare(bench, request, found, original, None, None)
-        else:
-            home = bench.baselines[winner.plan.target.partition(":")[0]]
-            with Probe.open(home.target, winner.exported.path, winner.final.signature) as probe:
-                int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
-                side = _Side(home, winner.exported.path, probe, winner.final, winner.analysis, int8)
-                summary, outputs = _compare(bench, request, found, original, side, winner)
-    if request.control and winner is not None:
-        summary = _with_control(bench, request, summary, winner)
-    summary = msgspec.structs.replace(summary, notes=tuple(dict.fromkeys(bench.notes)), seconds={**clock.seconds, "total": clock.elapsed_s})
+        summary, outputs = _judged(bench, request, study, pursuit, winner)
+        if winner is not None and _keeps_original(bench, request, summary):
+            before = summary
+            summary, outputs = _judged(bench, request, study, pursuit, None)
+            if summary.verdict == "met":
+                bench.notes.append(f"the original is kept: {_why_kept(before)}")
+                winner = None
+            else:
+                summary, outputs = before, []
+    if not outputs and winner is not None and winner.exported.path is not None:
+        with Probe.open(_home(bench, winner).target, winner.exported.path, winner.final.signature) as probe:
+            outputs = probe.outputs(bench.example)
+    summary = _timed(bench, summary)
     artifact = None
     if summary.verdict == "met" or request.accept_nearest:
         with clock.stage("writing the artifact"):
             summary = msgspec.structs.replace(summary, artifact=str(request.out))
-            artifact = _write(bench, request, summary, winner, outputs)
+            artifact = _write(bench, request, study, summary, winner, outputs)
+    if request.control and winner is not None:
+        summary = _timed(bench, _with_control(bench, request, summary, winner))
+        if artifact is not None:
+            artifact = _write(bench, request, study, summary, winner, outputs, replaces=True)
     study.log("concluded", summary.verdict)
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
     module = as_module(winner.final if winner is not None else bench.graph)
     return Result(summary, module, artifact)
 
 
-def _is_no_gain(request: Request, winner: Winner) -> bool:
-    """Whether an unlimited run found nothing better than the original."""
-    measured = winner.exported.ratio
-    return not request.budget.limits and (not winner.holds or measured is None or measured.median >= 1.0)
+def _timed(bench: Workbench, summary: Summary) -> Summary:
+    seconds = {**bench.clock.seconds, "total": bench.clock.elapsed_s}
+    return msgspec.structs.replace(summary, notes=tuple(dict.fromkeys(bench.notes)), seconds=seconds)
+
+
+def _keeps_original(bench: Workbench, request: Request, summary: Summary) -> bool:
+    """Whether the original may be the better answer: the winner is no faster, loses too much, or misses what the original holds."""
+    if summary.verdict == "infeasible":
+        return not request.budget.limits or all(not limit.relative for limit in request.budget.limits)
+    return not request.budget.limits and summary.ratios["latency"].median >= 1.0
+
+
+def _why_kept(summary: Summary) -> str:
+    if summary.verdict == "infeasible":
+        return summary.reason.removeprefix("nothing found holds the budget; nearest: ")
+    return f"the best plan takes {summary.ratios['latency'].median:.2f} times as long in this target"
+
+
+def _home(bench: Workbench, winner: Winner) -> Baseline:
+    return bench.baselines[winner.plan.target.partition(":")[0]]
+
+
+def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, winner: Winner | None) -> tuple[Summary, list[Array]]:
+    """The summary of a winner (or of the original alone), everything measured side by side, and its outputs on the example."""
+    best = bench.best
+    best.living_probe(bench.graph.signature)
+    original = _Side(best, best.path, best.probe, bench.graph, bench.analysis, frozenset())
+    if bench.data.judged[0] == "test":
+        study.log(LOOKED)
+    if winner is None or winner.exported.path is None:
+        return _compare(bench, request, pursuit, original, None, None)
+    home = _home(bench, winner)
+    with Probe.open(home.target, winner.exported.path, winner.final.signature) as probe:
+        int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
+        side = _Side(home, winner.exported.path, probe, winner.final, winner.analysis, int8)
+        return _compare(bench, request, pursuit, original, side, winner)
+
+
+def _settled(bench: Workbench, probes: dict[str, Probe]) -> dict[str, Timing]:
+    """The final timing: where the machine was too noisy to trust the ratio it is taken again, a few times, with a pause between.
+
+    What counts is the first that can be trusted, else the last: never the one that looks best.
+    """
+    for attempt in range(_ATTEMPTS):
+        timings = interleaved(probes, bench.example, seconds=_SECONDS)
+        if len(probes) < 2 or ratio(timings["optimized"], timings["original"]).trustworthy:
+            break
+        if attempt + 1 < _ATTEMPTS:
+            bench.events.say("the machine is noisy; measuring again")
+            time.sleep(_PAUSE_S)
+    return timings
 
 
 def _compare(
-    bench: Workbench, request: Request, found: Found, original: _Side, optimized: _Side | None, winner: Winner | None
+    bench: Workbench, request: Request, pursuit: Pursuit, original: _Side, optimized: _Side | None, winner: Winner | None
 ) -> tuple[Summary, list[Array]]:
     probes = {"original": original.probe} | ({"optimized": optimized.probe} if optimized else {})
-    timings = interleaved(probes, bench.example, seconds=_SECONDS)
+    timings = _settled(bench, probes)
     name, split = bench.data.judged
     before = _measurement(bench, original, timings["original"], name)
     after = _measurement(bench, optimized, timings["optimized"], name) if optimized else before
@@ -106,12 +161,15 @@ def _compare(
     lost: float | None = None
     lost_interval: tuple[float, float] | None = None
     if bench.job.evaluate is not None:
-        lost = (before.quality or 0.0) - (after.quality or 0.0)
-        lost = lost if bench.metric.higher_is_better else -lost
+        assert before.quality is not None and after.quality is not None
+        lost = before.quality - after.quality if bench.metric.higher_is_better else after.quality - before.quality
+        lost = lost if math.isfinite(lost) else math.inf
     elif split is not None:
         first = bench.predict(original.baseline, name, split)
         second = outputs_of(optimized.probe, split) if optimized else first
-        found_interval = paired_interval(bench.metric, first, second, split.targets, seed=request.seed)
+        found_interval = paired_interval(
+            bench.metric, first, second, split.targets, confidence=request.budget.confidence or 0.95, seed=request.seed
+        )
         lost, lost_interval = float(found_interval[0]), (float(found_interval[1]), float(found_interval[2]))
         if name == "validation" and winner is not None:
             bench.notes.append(
@@ -139,11 +197,11 @@ def _compare(
         drop_interval=lost_interval,
         split=name,
         plan=winner.plan if winner else None,
-        trials=tuple(found.trials),
-        nearest=_nearest(found) if verdict != "met" else (),
-        operators=_rows(bench, found, winner),
+        trials=tuple(pursuit.trials),
+        nearest=_nearest(pursuit) if verdict != "met" else (),
+        operators=_rows(bench, pursuit, winner),
         groups=_groups(bench, winner),
-        search=_search(found),
+        search=_search(pursuit),
         machine=machine(),
         seed=request.seed,
         threads=request.threads,
@@ -177,7 +235,7 @@ def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str) -> Me
         quality=quality,
         quality_interval=quality_interval,
         split=name,
-        sqnr_db=_finite(_agreement(graph, side.probe, bench)),
+        sqnr_db=_finite(sqnr_db(module_outputs_of_example(graph), side.probe.outputs(bench.example))),
         proof=side.probe.proof(),
         roofline_s=roofline_s(target, total - int8, moved, int8),
         versions=side.baseline.runtime.versions(),
@@ -189,40 +247,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _agreement(graph: Graph, probe: Probe, bench: Workbench) -> float:
-    import torch
-
-    with torch.inference_mode():
-        wanted = [value.numpy() for value in graph.module(*graph.example)]
-    return sqnr_db(wanted, probe.outputs(bench.example))
-
-
 def _quality(bench: Workbench, side: _Side, name: str) -> tuple[float | None, tuple[float, float] | None]:
     _, split = bench.data.judged
     if bench.job.evaluate is not None:
-        return float(bench.job.evaluate(_predictor(side))), None
+        return float(bench.job.evaluate(predictor(side.probe))), None
     if split is None:
         return None, None
     outputs = bench.predict(side.baseline, name, split) if side.probe is side.baseline.probe else outputs_of(side.probe, split)
     reference = split.targets if bench.metric.needs_labels else bench.predict(bench.best, name, split)
     score, low, high = interval(bench.metric, outputs, reference)[:3]
     return float(score), (float(low), float(high))
-
-
-def _predictor(side: _Side) -> Any:
-    """`predict` for the job's `evaluate`: inputs and outputs in the model's structure, computed by the exported model."""
-    import torch
-
-    signature = side.graph.signature
-
-    def predict(inputs: Any) -> Any:
-        flat = [
-            np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
-            for value in signature.flatten(inputs)
-        ]
-        return signature.unflatten([torch.from_numpy(np.array(value)) for value in side.probe.outputs(flat)])
-
-    return predict
 
 
 def _baselines(bench: Workbench) -> dict[str, Measurement]:
@@ -273,7 +307,7 @@ def _verdict(
     allowed = budget.allowed_drop.allowed(before.quality) if before.quality is not None else budget.allowed_drop.value
     if lost is not None:
         judged = lost_interval[1] if budget.confidence is not None and lost_interval is not None else lost
-        if judged > allowed + 1e-12:
+        if not judged <= allowed + 1e-12:
             what = "the upper end of the drop's interval" if budget.confidence is not None else "the drop"
             missed.append(f"{what} is {judged:.4g}, {allowed:.4g} is allowed")
     if missed:
@@ -282,6 +316,8 @@ def _verdict(
         return "undecided", "; ".join(doubtful)
     if winner is None:
         return "met", "the original itself: " + ("it holds every limit" if budget.limits else "nothing faster was found in this target")
+    if latency.median >= 1:
+        return "met", f"every limit holds; it takes {latency.median:.2f} times as long as the original in its quickest runtime"
     return "met", f"{1 / latency.median:.2f} times as fast as the original in its quickest runtime" + (
         f", drop {lost:.4g} of {allowed:.4g} allowed" if lost is not None else ""
     )
@@ -314,10 +350,10 @@ def _against(limit: Limit, before: Measurement, after: Measurement, latency: Est
     return value, value, value, f"{value:.3g}x" if limit.relative else f"{value:.4g}"
 
 
-def _nearest(found: Found) -> tuple[int, ...]:
+def _nearest(pursuit: Pursuit) -> tuple[int, ...]:
     """The fastest trial, the smallest, and the one that loses least, of those that were measured."""
     picks: list[int] = []
-    trials = found.trials
+    trials = pursuit.trials
     keys: tuple[Any, ...] = (
         lambda t: t.latency_ratio.median if t.latency_ratio else math.inf,
         lambda t: t.size_bytes or math.inf,
@@ -330,9 +366,9 @@ def _nearest(found: Found) -> tuple[int, ...]:
     return tuple(picks)
 
 
-def _rows(bench: Workbench, found: Found, winner: Winner | None) -> tuple[OperatorRow, ...]:
+def _rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None) -> tuple[OperatorRow, ...]:
     """Every operator before and after, with the table's seconds where the target has a table."""
-    costs = found.costs
+    costs = pursuit.costs
     seconds_before: Mapping[str, float] = {}
     seconds_after: Mapping[str, float] = {}
     if costs is not None and costs.effort == "latency":
@@ -358,7 +394,7 @@ def _rows(bench: Workbench, found: Found, winner: Winner | None) -> tuple[Operat
                 precision=precision,
                 time_before_s=seconds_before.get(name),
                 time_after_s=0.0 if precision == "removed" else seconds_after.get(name),
-                why=_why(bench, found, winner, name, precision, width, new_width),
+                why=_why(bench, pursuit, winner, name, precision, width, new_width),
             )
         )
     return tuple(rows)
@@ -371,13 +407,15 @@ def _width(operator: Any) -> int | None:
     return int(operator.output[axis].full)
 
 
-def _why(bench: Workbench, found: Found, winner: Winner | None, name: str, precision: str, before: int | None, after: int | None) -> str:
+def _why(
+    bench: Workbench, pursuit: Pursuit, winner: Winner | None, name: str, precision: str, before: int | None, after: int | None
+) -> str:
     """Why an operator was not made faster: everything that holds it back, or ""."""
     if precision == "removed":
         return ""
     operator = bench.analysis.operators[name]
     reasons = []
-    offered = {(o.technique, o.subject) for o in found.options}
+    offered = {(o.technique, o.subject) for o in pursuit.options}
     if winner is not None and name in winner.skipped:
         reasons.append(f"int8: {winner.skipped[name]}")
     elif precision == "fp32" and operator.kind in ("conv", "linear", "matmul", "attention"):
@@ -404,20 +442,20 @@ def _groups(bench: Workbench, winner: Winner | None) -> dict[str, tuple[int, int
     return out
 
 
-def _search(found: Found) -> Search:
-    method = found.search
+def _search(pursuit: Pursuit) -> Search:
+    method = pursuit.search
     if method is None:
         return Search(method="none")
     solution = getattr(method, "solution", None)
     ledger = getattr(method, "ledger", None)
-    fit = ledger.correction("latency") if ledger is not None and "latency" in found.original_costs and found.costs is not None else None
-    counts = {stage: sum(t.stage == stage for t in found.trials) for stage in ("candidate", "trial")}
+    fit = ledger.correction("latency") if ledger is not None and "latency" in pursuit.original and pursuit.costs is not None else None
+    counts = {stage: sum(t.stage == stage for t in pursuit.trials) for stage in ("candidate", "trial")}
     return Search(
         method=type(method).__name__.lower(),
         candidates=counts["candidate"],
         trials=counts["trial"],
         gap=_number(getattr(solution, "gap", None)),
-        kkt_residual=_number(getattr(solution, "kkt_residual", getattr(solution, "residual", None))),
+        kkt_residual=_number(getattr(solution, "kkt", None)),
         affine=(fit.offset, fit.slope) if fit is not None else None,
     )
 
@@ -461,7 +499,16 @@ def _with_control(bench: Workbench, request: Request, summary: Summary, winner: 
     return msgspec.structs.replace(summary, control_quality=float(bench.metric.score(tuned, reference)), control_drop=summary.drop + gained)
 
 
-def _write(bench: Workbench, request: Request, summary: Summary, winner: Winner | None, outputs: list[Array]) -> Artifact:
+def _write(
+    bench: Workbench,
+    request: Request,
+    study: Study,
+    summary: Summary,
+    winner: Winner | None,
+    outputs: list[Array],
+    *,
+    replaces: bool = False,
+) -> Artifact:
     graph = winner.final if winner is not None else bench.graph
     home = bench.baselines[summary.target.partition(":")[0]]
     path = winner.exported.path if winner is not None else bench.best.path
@@ -479,7 +526,7 @@ def _write(bench: Workbench, request: Request, summary: Summary, winner: Winner 
         files=[file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path],
         result_json=msgspec.json.encode(summary),
         check=(bench.example, outputs),
-        test_looks=1 if summary.split == "test" else 0,
+        test_looks=sum(kind == LOOKED for _, _, kind, _ in study.events()),
         notes=bench.notes,
-        overwrite=request.overwrite,
+        overwrite=request.overwrite or replaces,
     )

@@ -184,6 +184,14 @@ def check(
     if isinstance(job.metric, str) and job.evaluate is None:
         metric = get_metric(job.metric)
         wanted.allowed_drop.check(metric.name, metric.low, metric.high)
+    if job.evaluate is not None and wanted.confidence is not None:
+        raise UsageError("confidence: evaluate gives one figure and no interval, so there is no upper end to judge; leave --confidence out")
+    has_judge = job.evaluate is not None or job.validation is not None or job.train is not None
+    if not wanted.limits and not has_judge:
+        raise UsageError(
+            "budget: without a limit the quality that is lost is what ends the search, and there is no data to judge it on; "
+            "give validation data (or train, or evaluate), or a limit such as latency='0.5x'"
+        )
     return Request(
         target,
         wanted,
@@ -260,7 +268,8 @@ def resume(
 
 def _run(job: Workload, request: Request, events: Events, *, resuming: bool, fork: bool = False) -> Result:
     from planish.conclude import conclude
-    from planish.pursuit import pursue
+    from planish.pursuit import Pursuit
+    from planish.winners import best_winner
     from planish.workbench import prepare, targets_for
 
     clock = Clock(request.time_limit, events)
@@ -279,8 +288,9 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
         with prepare(job, targets, request.keep, work, request.seed, events, clock, compiled=compiled) as bench:
             meta = Meta(job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint)
             with _study(request, meta, resuming, fork) as study:
-                found = pursue(bench, request, study)
-                return conclude(bench, request, study, found)
+                pursuit = Pursuit(bench, request, study)
+                winner = best_winner(pursuit) if pursuit.search_plans() else None
+                return conclude(bench, request, study, pursuit, winner)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:

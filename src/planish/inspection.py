@@ -72,7 +72,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     import time
 
     from planish.prune.levels import width_levels
-    from planish.workbench import RECOVERY_S, targets_for
+    from planish.workbench import RECOVERY_S, targets_for, width_step
 
     targets = targets_for(request.target, request.threads)
     events.stage("capturing the model")
@@ -85,7 +85,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         began = time.monotonic()
         graph.module(*graph.example)
         sample = (time.monotonic() - began) / len(graph.example[0])
-    multiple = targets[0].facts.width_multiple
+    multiple = width_step(targets[0])
     levels = sum(len(width_levels(group, multiple)) - 1 for group in found.groups.values()) if "prune" in request.techniques else 0
     blocks = len(found.blocks) if "prune" in request.techniques else 0
     nodes = {node.name: node for node in graph.module.graph.nodes}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from planish.errors import RuntimeFailed
@@ -27,9 +29,6 @@ from planish.prune.contract import Scores
 from planish.prune.divergence import divergence
 from planish.quantize.apply import quantize
 from planish.workbench import Array, Baseline, Workbench, as_tensor, module_outputs, sqnr_db
-
-_EVALUATED = 2000
-"""Samples of validation that judge a candidate: one point of accuracy has a standard error of 0.2 there, paired."""
 
 
 @dataclass(frozen=True)
@@ -113,30 +112,37 @@ def carry_out(bench: Workbench, plan: Plan, scores: Scores) -> Compressed:
 
 
 def judge(bench: Workbench, graph: Graph) -> Judged:
-    """The calibration loss of a graph and what it loses on (the first part of) validation, both in PyTorch."""
-    calibration = bench.data.calibration
-    key = ("module", "calibration")
-    if key not in bench._outputs:
-        bench._outputs[key] = module_outputs(bench.graph, calibration)
-    reference, outputs = bench._outputs[key], module_outputs(graph, calibration)
+    """The calibration loss of a graph and what it loses on (a part of) validation, both in PyTorch."""
+    reference = bench.cached("calibration", lambda: module_outputs(bench.graph, bench.data.calibration))
     tensors = [as_tensor(array) for array in reference]
-    measure = divergence(tensors)
-    loss = float(measure.per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
-    split = bench.data.validation
-    if split is None or bench.job.evaluate is not None:
+    outputs = module_outputs(graph, bench.data.calibration)
+    loss = float(divergence(tensors).per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
+    if bench.job.evaluate is not None:
+        return Judged(loss, bench.lost(float(bench.job.evaluate(module_predictor(graph)))))
+    split = bench.judging
+    if split is None:
         return Judged(loss, None)
-    key = ("module", "validation")
-    if key not in bench._outputs:
-        bench._outputs[key] = module_outputs(bench.graph, split, _EVALUATED)
-    targets = None if split.targets is None else split.targets[:_EVALUATED]
-    return Judged(loss, drop(bench.metric, bench._outputs[key], module_outputs(graph, split, _EVALUATED), targets))
+    original = bench.cached("judging", lambda: module_outputs(bench.graph, split))
+    return Judged(loss, drop(bench.metric, original, module_outputs(graph, split), split.targets))
+
+
+def module_predictor(graph: Graph) -> Callable[[Any], Any]:
+    """`predict` for a job's `evaluate`: inputs and outputs in the model's structure, computed by the graph's own module."""
+
+    def predict(inputs: Any) -> Any:
+        with torch.inference_mode():
+            return graph(inputs)
+
+    return predict
 
 
 def drop(metric: Metric, original: list[Array], optimized: list[Array], targets: NDArray[np.generic] | None) -> float:
-    """The quality that was lost, in the metric's unit: positive is worse."""
+    """The quality that was lost, in the metric's unit: positive is worse, infinite where the optimized net has no finite quality."""
     reference = targets if metric.needs_labels else original
-    lost = metric.score(original, reference) - metric.score(optimized, reference)
-    return lost if metric.higher_is_better else -lost
+    before, after = metric.score(original, reference), metric.score(optimized, reference)
+    if not math.isfinite(after):
+        return math.inf
+    return before - after if metric.higher_is_better else after - before
 
 
 def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path, seconds: float = 0.8) -> Exported:
@@ -158,8 +164,7 @@ def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path,
 
 
 def _measure(bench: Workbench, graph: Graph, baseline: Baseline, path: Path, probe: Probe, seconds: float, folder: Path) -> Exported:
-    best = bench.best
-    timings = interleaved({"new": probe, "original": best.probe}, bench.example, seconds=seconds)
+    timings = interleaved({"new": probe, "original": bench.best.living_probe(bench.graph.signature)}, bench.example, seconds=seconds)
     wanted = module_outputs_of_example(graph)
     return Exported(
         Outcome("measured"),
@@ -176,12 +181,5 @@ def _measure(bench: Workbench, graph: Graph, baseline: Baseline, path: Path, pro
 
 def module_outputs_of_example(graph: Graph) -> list[Array]:
     """The module's own flat outputs on the example inputs."""
-    import torch
-
     with torch.inference_mode():
         return [value.numpy() for value in graph.module(*graph.example)]
-
-
-def stopwatch() -> float:
-    """Monotonic seconds, for a trial's own account."""
-    return time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from planish.clock import Clock
 from planish.data import Data, Split
-from planish.errors import RuntimeFailed, UsageError
+from planish.errors import DataError, RuntimeFailed, UsageError
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.graph import Analysis, Graph
@@ -27,6 +27,7 @@ from planish.measure.machine import available_targets
 from planish.measure.probe import Probe
 from planish.metrics import Metric
 from planish.runtimes.contract import Runtime, get_runtime
+from planish.signature import Signature
 from planish.target import Target, parse_target
 from planish.train.threads import Threads
 
@@ -40,6 +41,7 @@ RECOVERY_S = 1500.0
 """Seconds of recovery at most, where no time limit was given."""
 _EAGER = ("torch", "torch-compile")
 _BATCH = 100
+_JUDGING = 2000
 
 
 @dataclass
@@ -61,6 +63,12 @@ class Baseline:
     probe: Probe
     sqnr_db: float
     timing: Timing | None = None
+
+    def living_probe(self, signature: Signature) -> Probe:
+        """The probe, in a new process if the old one has died: one crash must not be blamed on every trial after it."""
+        if not self.probe.is_alive:
+            self.probe = Probe.open(self.target, self.path, signature, timeout_s=300.0)
+        return self.probe
 
 
 @dataclass
@@ -95,6 +103,8 @@ class Workbench:
     notes: list[str] = field(default_factory=list)
     threads: Threads = field(default_factory=Threads)
     _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
+    _judging: Split | None = None
+    _quality: float | None = None
 
     @property
     def example(self) -> list[Array]:
@@ -115,11 +125,57 @@ class Workbench:
         measured = [b for b in self.baselines.values() if b.timing is not None]
         return min(measured, key=lambda b: b.timing.latency_s.median if b.timing else math.inf)
 
+    @property
+    def judging(self) -> Split | None:
+        """The part of validation that judges candidates: at most 2,000 samples, evenly spread; None without validation."""
+        split = self.data.validation
+        if split is None or split.n <= _JUDGING:
+            return split
+        if self._judging is None:
+            self._judging = split.take(np.linspace(0, split.n - 1, _JUDGING).astype(np.int64))
+        return self._judging
+
+    @property
+    def original_quality(self) -> float | None:
+        """The original's quality on validation (or by the job's `evaluate`), by its artifact; None where there is nothing to judge on.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        if self._quality is None:
+            found: float | None = None
+            if self.job.evaluate is not None:
+                found = float(self.job.evaluate(predictor(self.best.living_probe(self.graph.signature))))
+            elif self.data.validation is not None:
+                outputs = self.predict(self.best, "validation", self.data.validation)
+                found = self.metric.score(outputs, self.data.validation.targets if self.metric.needs_labels else outputs)
+            if found is not None and not math.isfinite(found):
+                raise DataError(
+                    f"metric: {self.metric.name!r} of the original must be finite; it is {found}; check the metric and its data"
+                )
+            self._quality = found
+        return self._quality
+
+    def lost(self, quality: float) -> float:
+        """What `quality`, by the job's `evaluate`, is worse than the original's; infinite where it is not finite."""
+        before = self.original_quality
+        assert before is not None
+        if not math.isfinite(quality):
+            return math.inf
+        return before - quality if self.metric.higher_is_better else quality - before
+
+    def cached(self, name: str, compute: Callable[[], list[Array]]) -> list[Array]:
+        """Outputs of the original's module, computed once for each name."""
+        key = ("module", name)
+        if key not in self._outputs:
+            self._outputs[key] = compute()
+        return self._outputs[key]
+
     def predict(self, baseline: Baseline, name: str, split: Split) -> list[Array]:
         """The original's own outputs on a split, computed by its artifact once."""
         key = (baseline.target.name, name)
         if key not in self._outputs:
-            self._outputs[key] = outputs_of(baseline.probe, split)
+            self._outputs[key] = outputs_of(baseline.living_probe(self.graph.signature), split)
         return self._outputs[key]
 
     def close(self) -> None:
@@ -133,6 +189,20 @@ class Workbench:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def predictor(probe: Probe) -> Callable[[Any], Any]:
+    """`predict` for a job's `evaluate`: inputs and outputs in the model's structure, computed by an exported model."""
+    signature = probe.signature
+
+    def predict(inputs: Any) -> Any:
+        flat = [
+            np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
+            for value in signature.flatten(inputs)
+        ]
+        return signature.unflatten([torch.from_numpy(np.array(value)) for value in probe.outputs(flat)])
+
+    return predict
 
 
 def outputs_of(probe: Probe, split: Split, limit: int | None = None) -> list[Array]:
@@ -171,6 +241,11 @@ def sqnr_db(wanted: Sequence[Array], got: Sequence[Array]) -> float:
         if noise:
             worst = min(worst, 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf)
     return worst
+
+
+def width_step(target: Target) -> int:
+    """The channels by which widths step: at most 8, since the latency tables say what a width between two of the target's multiples is worth."""
+    return min(8, target.facts.width_multiple)
 
 
 def targets_for(text: str, threads: int | None) -> list[Target]:
@@ -216,6 +291,9 @@ def prepare(
         set_mode(graph, False)
         analysis = analyse(graph, keep)
         data.check(graph.signature)
+        if isinstance(graph.signature.inputs[0].shape[0], int):
+            why = next((note for note in graph.notes if "batch" in note), "its program works for one batch size only")
+            raise UsageError(f"model: it must take batches of any size, to be calibrated and trained; {why}; use -1 or x.shape[0] in views")
     bench = Workbench(
         job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
     )
@@ -249,6 +327,12 @@ def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: boo
                 bench.eager[name] = _baseline(bench, msgspec.structs.replace(targets[0], runtime=name), wanted)
             except RuntimeFailed as err:
                 bench.notes.append(f"{name} cannot run the original: {err}")
+    for name, baseline in list(bench.eager.items()):
+        try:
+            baseline.probe.time(bench.example, 0.0)
+        except RuntimeFailed as err:
+            bench.notes.append(f"{name} cannot run the original: {err}")
+            del bench.eager[name]
     everyone = {**bench.baselines, **bench.eager}
     timings = interleaved({name: baseline.probe for name, baseline in everyone.items()}, bench.example, seconds=1.0)
     for name, baseline in everyone.items():

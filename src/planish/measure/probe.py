@@ -153,6 +153,11 @@ class Process:
         self._failure = failure
         return failure
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs and can be asked."""
+        return self._process.poll() is None and self._process.stdin is not None and not self._process.stdin.closed
+
     def close(self) -> None:
         """End the process and everything that it started; may be called twice."""
         _open_processes.discard(self)
@@ -219,6 +224,11 @@ class Probe:
     def pid(self) -> int:
         """Process id of the measuring process."""
         return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the measuring process still runs."""
+        return self._process.is_alive
 
     def outputs(self, flat: list[Array], batch: int | None = None, timeout_s: float | None = None) -> list[Array]:
         """The model's outputs for all samples, as memory-mapped arrays with the sample axis first.
