@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import making
-from planish.artifact import check_output, default_folder, load, open_artifact, writing
+from planish.artifact import beside, check_output, default_folder, load, open_artifact, study_folder, writing
 from planish.artifact.external import check_external_data
 from planish.artifact.manifest import LARGEST_JSON, MANIFEST
 from planish.errors import ArtifactError, DataError, MissingFile, OutputExists, UsageError
@@ -412,6 +412,13 @@ def test_another_machine_that_computes_something_else_is_refused(tmp_path: Path)
 )
 def test_default_folders_stay_in_the_working_directory(name: str, wanted: str) -> None:
     assert default_folder(name) == Path(wanted)
+
+
+def test_every_artifact_has_a_study_of_its_own() -> None:
+    outs = ["out/net_0.5", "out/net_0.6", "out/net.planish", "out/net.planish.v2", "out/net"]
+    wanted = ["net_0.5.study", "net_0.6.study", "net.study", "net.planish.v2.study", "net.study"]
+    assert [study_folder(out) for out in outs] == [Path("out") / name for name in wanted]
+    assert beside("net_0.5", ".html") == Path("net_0.5.html")
 
 
 def test_write_refuses_links_as_model(tmp_path: Path) -> None:

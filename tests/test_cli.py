@@ -274,7 +274,7 @@ def test_an_interrupt_says_how_to_resume(job: Path, flow: types.ModuleType, capf
     out = tmp_path / "my net.planish"
     assert cli.main(["optimize", str(job), "--out", str(out)]) == 130
     assert capfd.readouterr().err.splitlines()[-1] == "planish: interrupted"
-    out.with_suffix(".study").mkdir()
+    (tmp_path / "my net.study").mkdir()
     assert cli.main(["optimize", str(job), "--out", str(out)]) == 130
     assert f"resume with: planish resume '{out}' {job}" in capfd.readouterr().err
 
@@ -388,6 +388,30 @@ def test_report_of_a_run_that_wrote_no_artifact(tmp_path: Path) -> None:
     (study / "result.json").write_bytes(msgspec.json.encode(making.summary(verdict="infeasible", artifact=None)))
     assert cli.main(["report", str(tmp_path / "net.planish")]) == 0
     assert "infeasible" in (tmp_path / "net.html").read_text()
+
+
+def test_the_demo_replaces_only_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from planish import demo
+
+    calls: list[tuple[Path, bool]] = []
+
+    def run(out: Path, *, overwrite: bool, **_: Any) -> Result:
+        calls.append((out, overwrite))
+        return Result(making.summary(), None, None)
+
+    monkeypatch.setattr(demo, "run", run)
+    theirs, ours, fresh = (tmp_path / f"{name}.planish" for name in ("theirs", "ours", "fresh_0.5"))
+    making.artifact(theirs)
+    making.artifact(ours, name="digits")
+    assert cli.main(["demo", "--out", str(theirs)]) == 2
+    assert "already there; give --overwrite" in capfd.readouterr().err
+    for arguments in ([str(theirs), "--overwrite"], [str(ours)], [str(fresh)]):
+        assert cli.main(["demo", "--out", *arguments]) == 0
+    with making.working_in(tmp_path):
+        making.artifact(Path("out/demo.planish"))
+        assert cli.main(["demo"]) == 0
+    assert calls == [(theirs, True), (ours, True), (fresh, False), (Path("out/demo.planish"), True)]
+    assert (tmp_path / "fresh_0.5.html").exists()
 
 
 def test_every_error_has_a_documented_exit_code() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from planish.result import Result
 
 INTERRUPTED = 130
+_DEMO, _DEMO_JOB = Path("out/demo.planish"), "digits"
 _PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -275,29 +276,39 @@ def bench(console: Console, /, job: Path, paths: tuple[Path, ...], seconds: floa
 @click.pass_obj
 def report(console: Console, /, path: Path, output: Path | None, **_: Any) -> None:
     """One offline page: the verdict, both nets, every trial, every operator."""
+    from planish.artifact import beside
     from planish.report.file import read_summary, write_page
 
-    page = write_page(read_summary(path), output or path.with_suffix(".html"))
+    page = write_page(read_summary(path), output or beside(path, ".html"))
     console.answer({"page": str(page)}, f"written: {page}\n")
 
 
 @cli.command(epilog=_example("planish demo --out out/demo.planish"))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("out/demo.planish"), show_default=True, help="Where the artifact goes."
-)
+@click.option("--out", type=click.Path(path_type=Path), default=_DEMO, show_default=True, help="Where the artifact goes.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there; one that the demo made is replaced anyway.")
 @_common
 @click.pass_obj
-def demo(console: Console, /, out: Path, seed: int, threads: int | None, **_: Any) -> int:
+def demo(console: Console, /, out: Path, overwrite: bool, seed: int, threads: int | None, **_: Any) -> int:
     """The main job on data that a dependency ships: train, optimize to half the latency, and show it."""
-    from planish.artifact import check_output
+    from planish.artifact import beside, check_output
     from planish.report.file import write_page
 
-    check_output(out, overwrite=True)
+    overwrite = overwrite or out == _DEMO or _is_made_by_demo(out)
+    check_output(out, overwrite)
     from planish import demo as example
 
-    result = example.run(out, events=console, seed=seed, threads=threads, overwrite=True)
-    page = write_page(result.summary, out.with_suffix(".html"))
+    result = example.run(out, events=console, seed=seed, threads=threads, overwrite=overwrite)
+    page = write_page(result.summary, beside(out, ".html"))
     return _show_result(console, result, page)
+
+
+def _is_made_by_demo(out: Path) -> bool:
+    from planish.artifact.manifest import read_manifest
+
+    try:
+        return read_manifest(out).name == _DEMO_JOB
+    except PlanishError:
+        return False
 
 
 def _show_result(console: Console, result: Result, page: Path | None = None) -> int:
@@ -355,7 +366,9 @@ def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Resul
     try:
         return work()
     except KeyboardInterrupt as err:
-        if not out.with_suffix(".study").exists():
+        from planish.artifact import study_folder
+
+        if not study_folder(out).exists():
             raise
         command = shlex.join(["planish", "resume", str(out), *([str(job)] if job else [])])
         raise _Interrupted(f"interrupted; finished trials are kept; resume with: {command}") from err

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from planish import registry
-from planish.artifact import check_output, default_folder
+from planish.artifact import check_output, default_folder, study_folder
 from planish.budget import Budget
 from planish.clock import Clock
 from planish.errors import BudgetError, MissingFile, OutputExists, StudyError, UnknownName, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine, usable_cores
 from planish.metrics import get_metric
-from planish.plan import TECHNIQUES
-from planish.study.store import Meta, Study, lock_folder
+from planish.plan import TECHNIQUES, Plan
+from planish.study.store import CONCLUDED, Meta, Study, lock_folder
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 _COMPILED_FROM_S = 1200.0
 """With less time than this, compiled torch (a minute to compile) is left out of the table."""
-CONCLUDED = "concluded"
-"""The event that marks a study whose run came to its verdict."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Request:
     @property
     def study_folder(self) -> Path:
         """Where the trials are kept: beside the artifact."""
-        return self.out.with_suffix(".study")
+        return study_folder(self.out)
 
     def identity(self) -> dict[str, Any]:
         """What a study must have been started with to be carried on."""
@@ -235,7 +233,7 @@ def resume(
         MissingFile: there is no study beside `out`. StudyError: it belongs to another job; the message names what differs.
     """
     path = Path(out)
-    folder = path.with_suffix(".study")
+    folder = study_folder(path)
     if not folder.exists():
         raise MissingFile(f"resume: there is no study at {folder}; `planish optimize --out {path}` starts one")
     with Study.open(folder, shared=True) as study:
@@ -286,7 +284,9 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
                 shutil.rmtree(left)
         compiled = request.time_limit is None or request.time_limit >= _COMPILED_FROM_S
         with prepare(job, targets, request.keep, work, request.seed, events, clock, compiled=compiled) as bench:
-            meta = Meta(job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint)
+            meta = Meta(
+                job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint, request.out.name
+            )
             with _study(request, meta, resuming, fork) as study:
                 pursuit = Pursuit(bench, request, study)
                 winner = best_winner(pursuit) if pursuit.search_plans() else None
@@ -300,25 +300,28 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
 def _study(request: Request, meta: Meta, resuming: bool, fork: bool) -> Study:
     """The study of this run: a new one, or the one that is carried on."""
     folder = request.study_folder
-    if not resuming:
-        if folder.exists():
-            with Study.open(folder) as before:
-                is_over = any(kind == CONCLUDED for _, _, kind, _ in before.events())
-            if not is_over and not request.overwrite:
-                raise OutputExists(
-                    f"study: {folder} holds an interrupted run; carry it on with `planish resume {request.out}`, or give --overwrite"
-                )
-            shutil.rmtree(folder)
-        return Study.create(folder, meta)
-    if not fork:
+    if resuming and not fork:
         return Study.open(folder, meta)
-    with Study.open(folder) as old:
-        plans = [stored.plan for stored in old.finished("candidate")]
-    shutil.rmtree(folder)
-    study = Study.create(folder, meta)
-    for plan in plans:
-        study.add(plan, "candidate")
-    return study
+    if not folder.exists():
+        return Study.create(folder, meta)
+    with Study.open(folder) as before:
+        if resuming:
+            return Study.create(folder, meta, before, _plans(before))
+        owner = before.meta.out or request.out.name
+        if not request.overwrite and owner != request.out.name:
+            raise OutputExists(f"study: {folder} holds the trials of {owner}; give another --out, or --overwrite to lose them")
+        if not request.overwrite and not before.count(CONCLUDED):
+            raise OutputExists(
+                f"study: {folder} holds an interrupted run; carry it on with `planish resume {request.out}`, or give --overwrite"
+            )
+        return Study.create(folder, meta, before)
+
+
+def _plans(study: Study) -> list[Plan]:
+    """What a study would hand on: what it was given and had no time for, then its trials and candidates that could be measured."""
+    done = [*study.finished("trial"), *study.finished("candidate")]
+    waiting = [stored.plan for stored in study.unfinished("candidate")]
+    return [*waiting, *(stored.plan for stored in done if stored.outcome is not None and stored.outcome.kind == "measured")]
 
 
 def dry_run(

@@ -17,9 +17,14 @@ import planish
 import replaying
 import small_jobs
 from planish import cli, flow, pursuit, trial
+from planish.artifact import study_folder
 from planish.errors import MissingFile, OutputExists, StudyError
+from planish.graph.capture import capture
+from planish.graph.groups import analyse
+from planish.measurement import Outcome
 from planish.result import Result
-from planish.study.store import Study
+from planish.study import store
+from planish.study.store import CONCLUDED, LOOKED, Study
 
 BUDGET = planish.Budget(latency="0.25x", drop="30pt")
 TESTS = Path(__file__).parents[1]
@@ -78,7 +83,7 @@ def test_the_same_seed_gives_the_same_run(undisturbed: Result, tmp_path: Path) -
 def test_another_seed_may_differ_but_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "stripes.planish"
     assert run(out, seed=7, trials=1, techniques=("quantize",), budget=planish.Budget(latency="0.5x")).seed == 7
-    with Study.open(out.with_suffix(".study")) as study:
+    with Study.open(study_folder(out)) as study:
         assert study.meta.seed == 7
 
 
@@ -93,7 +98,7 @@ def test_kill_and_resume_reach_the_same_choice(undisturbed: Result, tmp_path: Pa
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not out.exists()
-    with Study.open(out.with_suffix(".study"), shared=True) as study:
+    with Study.open(study_folder(out), shared=True) as study:
         finished = {(stored.stage, stored.plan.digest) for stored in study.finished()}
     assert len(finished) == number
     assert cli.main(["optimize", str(job), "--out", str(out), *COMMAND]) == 2
@@ -133,7 +138,7 @@ def test_an_interrupt_in_mid_run_ends_within_seconds_and_says_how_to_resume(tmp_
     assert f"planish resume {out} {job}" in said.splitlines()[-1]
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert {path.name for path in tmp_path.iterdir()} <= {"job.py", "stripes.study", "__pycache__"}
-    with Study.open(out.with_suffix(".study")) as study:
+    with Study.open(study_folder(out)) as study:
         assert study.finished()
 
 
@@ -167,15 +172,15 @@ def test_another_job_is_refused_by_what_differs(interrupted: Path) -> None:
         "functions": small_jobs.stripes_job(augment=lambda inputs: inputs.flip(-1)),
         "version": small_jobs.stripes_job(version="2"),
     }
-    before = (interrupted.with_suffix(".study") / "study.db").read_bytes()
+    before = (study_folder(interrupted) / "study.db").read_bytes()
     for what, job in cases.items():
         with pytest.raises(StudyError, match=f"belongs to another job: {what}"):
             flow.resume(interrupted, job)
     with pytest.raises(StudyError, match="started with 1 threads; got 2"):
         flow.resume(interrupted, small_jobs.stripes_job(), threads=2)
-    with pytest.raises(StudyError, match="budget"), Study.open(interrupted.with_suffix(".study"), shared=True) as study:
-        Study.open(interrupted.with_suffix(".study"), _with_budget(study.meta, planish.Budget(latency="0.9x")))
-    assert (interrupted.with_suffix(".study") / "study.db").read_bytes() == before
+    with pytest.raises(StudyError, match="budget"), Study.open(study_folder(interrupted), shared=True) as study:
+        Study.open(study_folder(interrupted), _with_budget(study.meta, planish.Budget(latency="0.9x")))
+    assert (study_folder(interrupted) / "study.db").read_bytes() == before
     assert not interrupted.exists()
 
 
@@ -183,12 +188,62 @@ def _with_budget(meta: Any, budget: planish.Budget) -> Any:
     return msgspec.structs.replace(meta, budget=budget)
 
 
-def test_fork_starts_anew_from_the_old_plans(interrupted: Path) -> None:
-    with Study.open(interrupted.with_suffix(".study"), shared=True) as study:
-        old = {stored.plan.digest for stored in study.finished()}
-    result = flow.resume(interrupted, small_jobs.stripes_job(small_jobs.trained(steps=10)), fork=True)
-    assert result.verdict == "met"
-    assert old <= {trial.plan.digest for trial in result.trials}
+def test_fork_tries_the_old_plans_first(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that no search of this seed would begin with: it can only come from the old study."""
+    graph = capture(small_jobs.trained(), small_jobs.images(1, seed=2)[:1], {})
+    group = min(analyse(graph).groups)
+    with Study.open(study_folder(interrupted)) as study:
+        (first,) = study.finished()
+        odd = first.plan.replace(widths={group: 40}, precisions={})
+        study.record(odd, "candidate", Outcome("measured"), {"evidence": {"kind": "candidate"}})
+        study.record(odd.replace(widths={"no.such.group": 8}), "candidate", Outcome("measured"))
+        study.record(odd.replace(widths={group: 48}), "candidate", Outcome("diverged"))
+        study.log(LOOKED)
+    monkeypatch.setattr(Study, "record", _until_candidate(Study.record))
+    with pytest.raises(Killed):
+        flow.resume(interrupted, small_jobs.stripes_job(small_jobs.trained(steps=10)), fork=True)
+    with Study.open(study_folder(interrupted), shared=True) as study:
+        assert [stored.plan for stored in study.finished("candidate")] == [odd]
+        assert odd.replace(widths={group: 48}) not in study.given()
+        assert study.count(LOOKED) == 1
+    assert sorted(os.listdir(interrupted.parent)) == ["stripes.study"]
+
+
+def _until_candidate(before: Any) -> Any:
+    def record(self: Study, plan: Any, stage: str, *arguments: Any, **named: Any) -> bool:
+        answer: bool = before(self, plan, stage, *arguments, **named)
+        if stage == "candidate":
+            raise Killed
+        return answer
+
+    return record
+
+
+def test_a_study_stays_until_another_stands_in_its_place(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Study.open(study_folder(interrupted)) as study:
+        kept = [stored.id for stored in study.finished()]
+        study.log(LOOKED)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.metadata, "create_all", _stop)
+        with pytest.raises(Killed):
+            run(interrupted, overwrite=True)
+    with Study.open(study_folder(interrupted)) as study:
+        assert [stored.id for stored in study.finished()] == kept
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "record", _stop)
+        with pytest.raises(Killed):
+            run(interrupted, overwrite=True)
+    with Study.open(study_folder(interrupted)) as study:
+        assert study.finished() == []
+        assert study.count(LOOKED) == 1
+    assert os.listdir(interrupted.parent) == ["stripes.study"]
+
+
+def test_a_study_of_another_artifact_is_not_taken_over(interrupted: Path) -> None:
+    with Study.open(study_folder(interrupted)) as study:
+        study.log(CONCLUDED, "met")
+    with pytest.raises(OutputExists, match=r"stripes\.study holds the trials of stripes\.planish; give another --out"):
+        run(interrupted.with_suffix(""))
 
 
 def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +255,7 @@ def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkey
         return before(bench, graph, plan, *arguments, **named)
 
     monkeypatch.setattr(pursuit, "export_and_measure", export_and_measure)
-    with Study.open(interrupted.with_suffix(".study"), shared=True) as study:
+    with Study.open(study_folder(interrupted), shared=True) as study:
         (known,) = [stored.plan.digest for stored in study.finished()]
     with monkeypatch.context() as patch:
         patch.setattr(pursuit, "recover", _stop)

@@ -19,7 +19,7 @@ from planish.errors import MissingFile, OutputExists, StudyError
 from planish.measurement import Estimate, Machine, Measurement, Outcome
 from planish.plan import Plan
 from planish.study import schema
-from planish.study.store import Meta, Study
+from planish.study.store import LOOKED, Meta, Study
 
 META = Meta({"parameters": "aa", "data": "bb"}, Budget(latency="0.5x"), {"search": "solver"}, seed=3, machine="m")
 DONE = Outcome("measured")
@@ -71,6 +71,46 @@ def test_a_plan_is_one_trial_per_stage_and_its_first_end_counts(study):
     assert [t.stage for t in study.finished()] == ["candidate", "winner"]
     assert study.lookup(plan().digest, "candidate").evidence == {"loss": 1.0}
     assert study.lookup(plan(5).digest, "candidate") is None
+
+
+def test_what_was_measured_elsewhere_is_replaced(study):
+    assert study.record(plan(), "trial", DONE, {"loss": 1.0, "place": "here 1.0"})
+    assert not study.record(plan(), "trial", DONE, {"loss": 2.0, "place": "here 1.0"})
+    assert study.record(plan(), "trial", Outcome("mismatch"), {"loss": 3.0, "place": "here 2.0"})
+    (stored,) = study.finished()
+    assert (stored.outcome.kind, stored.evidence) == ("mismatch", {"loss": 3.0, "place": "here 2.0"})
+
+
+def test_a_study_that_replaces_another_inherits_looks_and_plans(study):
+    study.record(plan(7), "trial", DONE)
+    for _ in range(2):
+        study.log(LOOKED)
+    study.log("concluded", "met")
+    study.close()
+    with Study.open(study.folder) as old, Study.create(study.folder, META, old, [plan(1), plan(0), plan(1)]) as new:
+        assert (new.count(LOOKED), new.count("concluded")) == (2, 0)
+        assert new.finished() == []
+        assert new.given() == [t.plan for t in new.unfinished("candidate")] == [plan(1), plan(0)]
+        new.record(plan(1), "candidate", DONE)
+        assert new.given() == [plan(1), plan(0)], "what is tried first does not depend on how far it came"
+        assert [t.plan for t in new.unfinished("candidate")] == [plan(0)]
+    assert os.listdir(study.folder.parent) == ["net.study"]
+
+
+def test_what_cannot_be_replaced_stays(study, monkeypatch):
+    study.record(plan(), "trial", DONE)
+    rename = os.rename
+
+    def fails(source, target):
+        if target == study.folder and not source.name.endswith(".old"):
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="disk is gone"):
+        Study.create(study.folder, META, study)
+    assert [t.plan for t in study.finished()] == [plan()]
+    assert os.listdir(study.folder.parent) == ["net.study"]
 
 
 def test_leases_go_out_in_order_and_only_once(study):

@@ -51,6 +51,17 @@ def default_folder(name: str) -> Path:
     return Path(f"{plain or 'net'}.planish")
 
 
+def study_folder(out: str | os.PathLike[str]) -> Path:
+    """`NAME.study` beside the artifact `NAME.planish`: where its trials are kept."""
+    return beside(out, ".study")
+
+
+def beside(out: str | os.PathLike[str], ending: str) -> Path:
+    """`NAME` with another ending beside the artifact `NAME.planish`; only that is taken off, so `net_0.5` and `net_0.6` stay apart."""
+    path = Path(out)
+    return path.with_name(path.name.removesuffix(".planish") + ending)
+
+
 def check_output(folder: Path, overwrite: bool = False) -> None:
     """Refuse a place where `write` could not put an artifact; cheap, so that it comes before the work.
 

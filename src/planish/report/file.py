@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from planish.artifact import open_artifact
+from planish.artifact import open_artifact, study_folder
 from planish.artifact.manifest import RESULT, read_small
 from planish.errors import ArtifactError, UsageError
 from planish.report.page import MARK, page
@@ -20,7 +20,7 @@ def read_summary(path: Path) -> Summary:
     Raises:
         MissingFile, ArtifactError: neither is there, or one was changed.
     """
-    kept = path.with_suffix(".study") / RESULT
+    kept = study_folder(path) / RESULT
     raw = read_small(kept) if not path.exists() and kept.exists() else open_artifact(path).result_json()
     if raw is None:
         raise ArtifactError(f"{path} does not hold {RESULT}, which a page is made from; optimize it again")

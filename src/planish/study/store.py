@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,6 +26,11 @@ if sys.platform != "win32":
 
 Stage = Literal["candidate", "trial", "winner"]
 State = Literal["waiting", "running", "finished"]
+CONCLUDED = "concluded"
+"""The event that marks a study whose run came to its verdict."""
+LOOKED = "looked at test"
+"""The event that counts a look at the test split; a study that takes another's place inherits them."""
+_GIVEN = "given"
 _ATTEMPTS = 2
 
 
@@ -38,6 +43,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         arguments: what else `optimize` was called with; must match to resume.
         seed: of the search; must match to resume.
         machine: fingerprint of the machine; decides only what must be measured again.
+        out: the name (not the place) of the artifact; two that would share a study are told apart by it.
     """
 
     fingerprint: dict[str, str]
@@ -45,6 +51,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arguments: dict[str, Any] = {}
     seed: int = 0
     machine: str = ""
+    out: str = ""
 
     def differences(self, other: Meta) -> list[str]:
         """Names of what must match and does not."""
@@ -101,14 +108,21 @@ class Study:
         self._path = folder / FILE
 
     @classmethod
-    def create(cls, folder: Path, meta_: Meta) -> Study:
+    def create(cls, folder: Path, meta_: Meta, replaces: Study | None = None, plans: Sequence[Plan] = ()) -> Study:
         """A new study; the folder appears whole or not at all.
+
+        Args:
+            folder: of the study.
+            meta_: what it belongs to.
+            replaces: the study that is there now: deleted once the new one stands in its place. The looks at the test split are kept.
+            plans: to be tried first, in this order; see `given`.
 
         Raises:
             OutputExists: the folder is already there.
         """
         folder = Path(folder)
-        if folder.exists():
+        looks = [] if replaces is None else [event for event in replaces.events() if event[2] == LOOKED]
+        if folder.exists() and replaces is None:
             raise OutputExists(f"study: {folder} is already there; resume it, give another name, or allow overwriting")
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -118,9 +132,14 @@ class Study:
                 metadata.create_all(connection)
                 values = {"version": str(VERSION), "meta": msgspec.json.encode(meta_, order="sorted").decode()}
                 connection.execute(meta.insert(), [{"key": key, "value": value} for key, value in values.items()])
+                for created, _, kind, detail in looks:
+                    connection.execute(events.insert().values(created=created, kind=kind, detail=detail))
+                new = cls(fresh, engine, None)
+                for number in dict.fromkeys(new._add(connection, plan, "candidate") for plan in plans):
+                    new._log(connection, _GIVEN, "", number)
             engine.dispose()
             fresh.chmod(0o755)
-            os.rename(fresh, folder)
+            _put(fresh, folder)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
@@ -270,6 +289,8 @@ class Study:
     ) -> bool:
         """Store how a plan ended at a stage, without a lease; False, and nothing stored, where that was already known.
 
+        Evidence may say in "place" where it was measured (machine and versions); what was measured elsewhere is replaced.
+
         Args:
             plan: what was done.
             stage: how dear the trial was.
@@ -280,9 +301,22 @@ class Study:
         """
         with self._begin() as connection:
             number = self._add(connection, plan, stage)
-            update = trials.update().where(trials.c.id == number, trials.c.state != "finished")
-            update = update.values(token=trials.c.token + 1, **_ended(outcome, evidence, measurement, seconds))
-            return int(connection.execute(update).rowcount) == 1
+            values = _ended(outcome, evidence, measurement, seconds)
+            found = connection.execute(trials.select().where(trials.c.id == number)).one()
+            if found.state == "finished" and self._place(found.evidence) == self._place(values["evidence"]):
+                return False
+            connection.execute(trials.update().where(trials.c.id == number).values(token=trials.c.token + 1, **values))
+            return True
+
+    def _place(self, evidence: str | None) -> Any:
+        return None if evidence is None else self._decode(evidence, dict[str, Any]).get("place")
+
+    def given(self) -> list[Plan]:
+        """The plans that this study was made to try first, in that order, whether they were tried since or not."""
+        query = trials.select().join(events, events.c.trial == trials.c.id).where(events.c.kind == _GIVEN).order_by(trials.c.id)
+        with self._begin() as connection:
+            rows = connection.execute(query).all()
+        return [self._stored(row).plan for row in rows]
 
     def finished(self, stage: Stage | None = None) -> list[Stored]:
         """Trials that ended, at one stage or all, in the order in which they were created."""
@@ -308,6 +342,11 @@ class Study:
         """Enter an event."""
         with self._begin() as connection:
             self._log(connection, kind, detail)
+
+    def count(self, kind: str) -> int:
+        """How many events of a kind there are."""
+        with self._begin() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).where(events.c.kind == kind)).scalar_one())
 
     def events(self) -> list[tuple[float, int | None, str, str]]:
         """All events as (seconds since the epoch, trial or None, kind, detail), oldest first."""
@@ -350,6 +389,22 @@ class Study:
             seconds=row.seconds or 0.0,
             attempts=row.attempts,
         )
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    """Rename `fresh` to `folder`; what was there is set aside first, put back where that fails, and deleted last."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    is_there = folder.exists()
+    if is_there:
+        os.rename(folder, old)
+    try:
+        os.rename(fresh, folder)
+    except BaseException:
+        if is_there:
+            os.rename(old, folder)
+        raise
+    if is_there:
+        shutil.rmtree(old)
 
 
 def _held(lease: Lease) -> tuple[Any, ...]:
