@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from planish.errors import RuntimeFailed
+from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph
 from planish.graph.groups import analyse
 from planish.graph.macs import macs
@@ -26,7 +27,6 @@ from planish.plan import Plan
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
 from planish.prune.contract import Scores
-from planish.prune.divergence import divergence
 from planish.quantize.apply import quantize
 from planish.workbench import Array, Baseline, Workbench, as_tensor, module_outputs, sqnr_db
 

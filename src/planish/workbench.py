@@ -290,10 +290,10 @@ def prepare(
         graph = capture(job.model_module(), job.example_inputs, job.state or None)
         set_mode(graph, False)
         analysis = analyse(graph, keep)
-        data.check(graph.signature)
         if isinstance(graph.signature.inputs[0].shape[0], int):
             why = next((note for note in graph.notes if "batch" in note), "its program works for one batch size only")
             raise UsageError(f"model: it must take batches of any size, to be calibrated and trained; {why}; use -1 or x.shape[0] in views")
+        data.check(graph.signature)
     bench = Workbench(
         job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
     )

@@ -12,12 +12,12 @@ from pruning import calibration, captured, outputs
 from torch import nn
 
 import nets
+from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph
 from planish.graph.groups import analyse
 from planish.plan import Option, Plan
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
-from planish.prune.divergence import divergence
 from planish.prune.levels import width_levels
 from planish.prune.options import sensitivities
 from planish.prune.saliency.magnitude import Magnitude

@@ -11,7 +11,7 @@ from torch import nn
 import nets
 from planish import registry
 from planish.errors import DataError
-from planish.prune.divergence import divergence
+from planish.graph.divergence import divergence
 from planish.prune.saliency.magnitude import Magnitude
 from planish.prune.saliency.taylor import Taylor
 from planish.testing.saliency import check_saliency

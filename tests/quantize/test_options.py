@@ -9,7 +9,7 @@ from quantizing import AVX2, VNNI, calibration, captured, declares, outputs, qua
 from torch import nn
 
 import nets
-from planish.prune.divergence import divergence
+from planish.graph.divergence import divergence
 from planish.quantize.options import float_reasons, precision_options
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from planish.graph.divergence import Divergence
 from planish.graph.graph import Analysis
-from planish.prune.divergence import Divergence
+from planish.graph.replay import Environment, Replay
 from planish.prune.repair import STRENGTHS, Fit, Repair, find_fits
-from planish.prune.replay import Environment, Replay
 
 _REPAIRED = 4
 _ROWS_PER_COLUMN = 8

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from planish.data import Split
 from planish.graph.graph import Graph
+from planish.graph.replay import Replay, affordable, evaluating, take
 from planish.prune.repair import STRENGTHS, Repair, find_fits
-from planish.prune.replay import Replay, affordable, evaluating, take
 
 _CHUNK = 64
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.data import Split
+from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.replay import Replay, affordable, evaluating, take
 from planish.plan import Option
 from planish.prune.blocks import block_losses
 from planish.prune.contract import Scores
-from planish.prune.divergence import divergence
 from planish.prune.least_squares import Contraction, Moments, contraction, ridge
 from planish.prune.levels import width_levels
-from planish.prune.replay import Replay, affordable, evaluating, take
 from planish.prune.units import indices_of, lowest
 
 _MOMENT_BYTES = 2**29  # of Gram matrices; consumers beyond that are not compensated

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
+from planish.graph.replay import Environment, Replay
 from planish.prune.least_squares import Contraction, Moments, contraction
 from planish.prune.least_squares import fit as solve
 from planish.prune.norms import Norm, statistics
-from planish.prune.replay import Environment, Replay
 
 aten = torch.ops.aten
 

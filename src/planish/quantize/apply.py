@@ -11,7 +11,7 @@ from planish.data import Split
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
-from planish.prune.replay import Replay, affordable, take
+from planish.graph.replay import Replay, affordable, take
 from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
 from planish.quantize.contract import Observer

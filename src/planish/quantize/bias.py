@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
-from planish.prune.replay import Replay
+from planish.graph.replay import Replay
 from planish.quantize.insert import bias_of
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from planish.prune.replay import Replay
+from planish.graph.replay import Replay
 from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
 from planish.quantize.contract import Observer
 from planish.quantize.placement import Placement, Read, activation_positions, source_among

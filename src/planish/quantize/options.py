@@ -13,12 +13,12 @@ from torch.fx import Node
 
 from planish import registry
 from planish.data import Split
+from planish.graph.divergence import divergence
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
+from planish.graph.replay import Environment, Replay, affordable, take
 from planish.plan import Option
-from planish.prune.divergence import divergence
-from planish.prune.replay import Environment, Replay, affordable, take
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
 from planish.quantize.insert import watch, weight_quantizer, why_not
 from planish.quantize.placement import Placement, activation_positions, place, source_among, unsupported

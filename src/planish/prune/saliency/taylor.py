@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from planish.data import Split
+from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph, Group
-from planish.prune.divergence import divergence
-from planish.prune.replay import Replay, evaluating, take
+from planish.graph.replay import Replay, evaluating, take
 from planish.prune.units import by_unit
 
 
