@@ -23,8 +23,14 @@ from planish.artifact import beside, check_output, default_folder, load, open_ar
 from planish.artifact.external import check_external_data
 from planish.artifact.manifest import LARGEST_JSON, MANIFEST
 from planish.errors import ArtifactError, DataError, MissingFile, OutputExists, UsageError
+from planish.graph.capture import capture
 from planish.measure.machine import machine
+from planish.plan import Plan
 from planish.report.file import read_summary
+from planish.runtimes.contract import get_runtime
+from planish.target import Target
+
+WRITES_BYTECODE = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -372,6 +378,33 @@ def test_the_deploy_script_runs_by_itself(folder: Path) -> None:
     )
     assert out.stdout.split("\n")[:2] == [str((np.ones((1, 4), np.float32) @ making.WEIGHT).tolist()), "False"]
     assert len((folder / "deploy.py").read_text().splitlines()) <= 12
+
+
+def test_the_deploy_script_of_a_torch_target_runs(tmp_path: Path) -> None:
+    net = torch.nn.Linear(4, 3, bias=False)
+    model = get_runtime("torch").export(capture(net, (torch.ones(2, 4),)), tmp_path)
+    target = Target("torch", threads=1)
+    x = torch.ones(2, 4)
+    making.artifact(
+        tmp_path / "net.planish", model=model, target=target, plan=Plan("torch:cpu"), check=([x.numpy()], [net(x).detach().numpy()])
+    )
+    script = "import deploy, numpy; print(deploy.predict(numpy.ones((1, 4), 'f'))[0].tolist())"
+    for _ in range(2):
+        out = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path / "net.planish", capture_output=True, text=True, check=False, env=WRITES_BYTECODE
+        )
+        assert out.returncode == 0, out.stderr
+        np.testing.assert_allclose(ast.literal_eval(out.stdout), net(x[:1])[0].tolist(), rtol=1e-5)
+
+
+def test_what_importing_the_deploy_script_leaves_is_no_change(folder: Path) -> None:
+    subprocess.run([sys.executable, "-c", "import deploy"], cwd=folder, check=True, env=WRITES_BYTECODE)
+    assert (folder / "__pycache__").exists()
+    open_artifact(folder)
+    check_output(folder, overwrite=True)
+    (folder / "__pycache__" / "numpy.pyc").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"numpy\.pyc is not in the manifest"):
+        open_artifact(folder)
 
 
 def test_hostile_tensor_names_cannot_leave_the_docstring(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_memory_is_the_models_and_not_the_runtimes(tmp_path, runtime):
     assert peak_memory_bytes(Target(runtime), small, spec, flat) < 16e6
 
 
+def test_size_counts_the_weights_beside_the_model(tmp_path):
+    for name, size in (("model[1].onnx", 10), ("model[1].onnx.data", 1000), ("model1.onnx.data", 7), ("weights.safetensors", 7)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert size_bytes(tmp_path / "model[1].onnx") == 1010
+
+
 def test_size_of_a_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_bytes(b"12345")

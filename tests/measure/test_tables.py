@@ -15,7 +15,7 @@ from planish.measure import kernel_models, tables
 from planish.measure.kernel_models import build, recipe
 from planish.measure.kernels import Kernel
 from planish.measure.probe import Process
-from planish.measure.tables import Table, affine
+from planish.measure.tables import Table
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 
@@ -237,19 +237,6 @@ def test_the_environment_moves_the_cache(fake, monkeypatch):
 def test_a_torch_target_has_no_table(tmp_path):
     with pytest.raises(UsageError, match=r"torch:cpu runs no ONNX models, .*use MACs"):
         Table(Target("torch"), tmp_path)
-
-
-def test_affine_closed_forms():
-    p = np.array([1.0, 2.0, 4.0, 7.0])
-    assert affine(p, 0.5 + 1.25 * p) == pytest.approx((0.5, 1.25))
-    assert affine(p, 1.1 * p) == pytest.approx((0.0, 1.1))
-    assert affine([2.0], [3.0]) == pytest.approx((0.0, 1.5))
-    assert affine([2.0, 2.0], [3.0, 3.0]) == pytest.approx((0.0, 1.5))
-    a, b = affine(p, np.array([0.1, 1.1, 3.1, 6.1]))  # m = p - 0.9: a negative fixed cost is no cost
-    assert (a, b > 0) == (0.0, True)
-    assert affine([1.0, np.nan, 3.0], [2.0, 5.0, 6.0]) == pytest.approx((0.0, 2.0))
-    with pytest.raises(UsageError, match="positive finite"):
-        affine([np.nan], [1.0])
 
 
 def test_a_kernel_is_hashable_and_json_both_ways():

@@ -24,6 +24,7 @@ from planish.artifact.manifest import (
     Manifest,
     check_regular,
     checksum,
+    is_compiled,
     read_manifest,
     read_small,
 )
@@ -132,7 +133,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     folder = Path(path)
     manifest = read_manifest(folder)
     for name in files_in(folder):
-        if name != MANIFEST and name not in manifest.files:
+        if name != MANIFEST and name not in manifest.files and not is_compiled(name):
             raise ArtifactError(f"{folder / name!s:.300} is not in the manifest; an artifact holds nothing else: remove it")
     for name, entry in manifest.files.items():
         file = folder / name

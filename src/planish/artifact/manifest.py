@@ -52,6 +52,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         test_looks: how often the test split was looked at on the way to this artifact.
         files: relative path -> checksum and size of everything else in the directory.
         notes: sentences that a user of the artifact should know.
+        job: fingerprint of the job that it was made from, in parts ("parameters", "data", ...); empty: not known.
     """
 
     format: int
@@ -67,6 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     test_looks: int
     files: dict[str, Entry]
     notes: tuple[str, ...] = ()
+    job: dict[str, str] = {}
 
     def encode(self) -> bytes:
         """The bytes of `manifest.json`, with its own checksum filled in."""
@@ -89,6 +91,11 @@ def check_name(name: str, where: str) -> None:
     parts = name.split("/")
     if len(parts) > 4 or any(not _PART.fullmatch(part) for part in parts) or PurePosixPath(name).is_absolute():
         raise ArtifactError(f"{where}: file names are letters, digits and _ . + - below the artifact; got {name[:80]!r}")
+
+
+def is_compiled(name: str) -> bool:
+    """Whether a file is what Python leaves behind where `deploy.py` was imported: no part of an artifact, and harmless in it."""
+    return re.fullmatch(r"__pycache__/deploy\.[A-Za-z0-9_.-]+\.pyc", name) is not None
 
 
 def check_regular(path: Path, where: str) -> None:

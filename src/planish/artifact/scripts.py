@@ -29,17 +29,6 @@ def predict(*arrays: np.ndarray) -> list[np.ndarray]:
     result = model(list(arrays))
     return [result[port] for port in model.outputs]
 '''
-_TORCH = '''\
-"""Runs this artifact with torch alone: predict({inputs}) gives {outputs}."""
-from pathlib import Path
-import torch
-torch.set_num_threads({threads})
-module = torch.export.load(Path(__file__).with_name({model!r})).module()
-@torch.inference_mode()
-def predict(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors in the order {inputs}: {shapes}."""
-    return list(module(*tensors))
-'''
 _ANY = '''\
 """Runs this artifact with planish and {runtime}: predict({inputs}) gives {outputs}."""
 from pathlib import Path
@@ -49,11 +38,11 @@ def predict(*arrays):
     """Arrays in the order {inputs}: {shapes}."""
     return model(*arrays)
 '''
-_TEMPLATES = {"onnxruntime": _ONNXRUNTIME, "openvino": _OPENVINO, "torch": _TORCH}
+_TEMPLATES = {"onnxruntime": _ONNXRUNTIME, "openvino": _OPENVINO}
 
 
 def deploy_script(target: Target, model: str, signature: Signature) -> str:
-    """The text of `deploy.py`; a runtime from another package gets one that goes through `planish.load`."""
+    """The text of `deploy.py`; torch's program files are ours, so these, and a runtime from another package, go through `planish.load`."""
     shapes = ", ".join(f"{spec.dtype} {'x'.join(str(size) for size in spec.shape)}" for spec in signature.inputs)
     return _TEMPLATES.get(target.runtime, _ANY).format(
         runtime=target.runtime,

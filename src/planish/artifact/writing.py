@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -33,6 +34,7 @@ from planish.artifact.manifest import (
     check_name,
     check_regular,
     checksum,
+    is_compiled,
     read_manifest,
 )
 from planish.artifact.scripts import deploy_script
@@ -95,7 +97,7 @@ def _check_replaceable(folder: Path) -> None:
         except ArtifactError:
             ours |= {name for name in files_in(folder) if name.startswith(("model.", f"{CHECK}/"))}
     for name in files_in(folder):
-        if name not in ours:
+        if name not in ours and not is_compiled(name):
             raise OutputExists(f"out: {folder} holds {name[:80]!r}, which is no part of an artifact; it is not overwritten: move it away")
 
 
@@ -114,6 +116,7 @@ def write(
     check: tuple[Sequence[NDArray[np.generic]], Sequence[NDArray[np.generic]]] | None = None,
     test_looks: int = 0,
     notes: Sequence[str] = (),
+    job: Mapping[str, str] = MappingProxyType({}),
     overwrite: bool = False,
 ) -> Artifact:
     """Write an artifact whole, or change nothing.
@@ -132,6 +135,7 @@ def write(
         check: flat inputs of a batch and the model's flat outputs for them, computed again when it is loaded elsewhere.
         test_looks: how often the test split was looked at.
         notes: sentences that a user of the artifact should know.
+        job: fingerprint of the job that it was made from; `verify` names what differs in the one that it is given.
         overwrite: replace an artifact that is there, in one step.
 
     Returns:
@@ -187,6 +191,7 @@ def write(
             test_looks=test_looks,
             files={file: Entry(checksum(temporary / file), (temporary / file).stat().st_size) for file in sorted(files_in(temporary))},
             notes=tuple(notes),
+            job=dict(job),
         )
         (temporary / MANIFEST).write_bytes(manifest.encode())
         temporary.chmod(0o755 & ~_umask())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import tempfile
 from pathlib import Path
 
@@ -19,8 +20,9 @@ _CALLS = 3
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes on disk of a model: the file, or everything in the folder."""
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes on disk of a model: the file with what it keeps in files beside it (`NAME.data`), or everything in the folder."""
+    files = [path, *path.parent.glob(f"{glob.escape(path.name)}.*")] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def peak_memory_bytes(target: Target, path: Path, signature: Signature, flat: list[Array], timeout_s: float = 300.0) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from planish.errors import RuntimeFailed, UsageError
 from planish.measure import cache
@@ -26,7 +26,7 @@ from planish.measure.probe import Process
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 
-__all__ = ["Kernel", "Table", "affine"]
+__all__ = ["Kernel", "Table"]
 
 FORMAT = 2
 """Part of the cache's file name: raise it whenever `kernel_models.py` builds other models for the same kernel."""
@@ -142,28 +142,3 @@ class Table:
 
 def _key(kernel: Kernel) -> str:
     return msgspec.json.encode(kernel).decode()
-
-
-def affine(predicted: ArrayLike, measured: ArrayLike) -> tuple[float, float]:
-    """(a, b) for which a + b * predicted comes closest to measured, relative to measured; b is positive, a at least 0.
-
-    What tables miss is a fixed cost of a call (a) and that kernels run warmer or colder in a net than in a sandwich (b).
-
-    Args:
-        predicted: sums of kernels, in seconds, shape (n,).
-        measured: seconds of whole models, shape (n,), positive; with n = 1, or where all predictions are alike, a is 0.
-
-    Raises:
-        UsageError: no pair of finite positive figures.
-    """
-    p, m = (np.asarray(values, dtype=np.float64).ravel() for values in (predicted, measured))
-    good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
-    if not good.any():
-        raise UsageError(f"affine: it takes a pair of positive finite figures; got {p.tolist()} and {m.tolist()}")
-    p, m = p[good], m[good]
-    scale = float((p / m).sum() / ((p / m) ** 2).sum())
-    if len(p) > 1 and np.ptp(p) > 1e-9 * p.max():
-        (a, b), *_ = np.linalg.lstsq(np.stack([1 / m, p / m], axis=1), np.ones_like(m), rcond=None)
-        if a >= 0 and b > 0:
-            return float(a), float(b)
-    return 0.0, scale
