@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,19 @@ from planish.measure.latency import Timing, interleaved, ratio
 from planish.measure.machine import machine, usable_cores
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.probe import Probe
-from planish.measurement import Estimate
+from planish.measurement import Estimate, Measurement
 from planish.signature import Signature
 from planish.target import Target
 
 if TYPE_CHECKING:
+    from planish.data import Split
     from planish.workload import Workload
 
 LEAST_SQNR_DB = 30.0
 _SECONDS = 2.0
 _BATCH = 100
+_SAME_QUALITY = 1e-3
+"""Of the claimed quality: what rounding in another build of a runtime may change."""
 
 
 class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,7 +78,8 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
     """Measure an artifact again, in a fresh process, from its files alone.
 
     Every checksum is compared, the outputs of the kept batch are computed again, latency, size and memory are measured; with the job
-    its quality is too. Latency is only judged on the same machine and as many threads, and reported otherwise.
+    its quality is too, and judged where that is the job that the artifact was made from. Latency is only judged on the same machine
+    and as many threads, and reported otherwise.
 
     Args:
         path: the artifact.
@@ -113,10 +118,10 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
             )
         if not timing.latency_s.trustworthy:
             findings.append("the latency is not trustworthy: the machine is too noisy")
-        quality, split = (None, "") if job is None else _quality(artifact, probe, job, events)
-    if quality is not None and claimed.quality is not None and split == claimed.split and abs(quality - claimed.quality) > 1e-3:
-        holds = False
-        findings.append(f"its quality on {split} is {quality:.4f}, {claimed.quality:.4f} is claimed")
+        judged = _Quality(None, "", "", "no job was given") if job is None else _quality(artifact, probe, job, events)
+    agrees, said = judged.against(claimed)
+    holds = holds and agrees
+    findings += said
     return Verification(
         artifact=str(artifact.path),
         target=target.name,
@@ -127,9 +132,9 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
         size_bytes=size_bytes(artifact.model_path),
         peak_memory_bytes=peak_memory_bytes(target, artifact.model_path, artifact.signature, flat),
         sqnr_db=noise,
-        quality=quality,
+        quality=judged.value,
         claimed_quality=claimed.quality,
-        split=split,
+        split=judged.split,
         same_machine=same,
     )
 
@@ -153,19 +158,70 @@ def _sqnr(wanted: Sequence[Any], got: Sequence[Any]) -> float | None:
     return float(worst) if np.isfinite(worst) else (None if worst > 0 else -999.0)
 
 
-def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) -> tuple[float | None, str]:
-    """The quality on the job's judged split, and the split's name; None where it needs the original or has no data."""
+@dataclass(frozen=True)
+class _Quality:
+    """The quality on a split here and now.
+
+    Args:
+        value: None where it could not be computed.
+        split: that it was judged on.
+        other: parts of the job that are not those of the job that the artifact was made from.
+        why_not: why there is no value.
+    """
+
+    value: float | None
+    split: str
+    other: str = ""
+    why_not: str = ""
+
+    def against(self, claimed: Measurement) -> tuple[bool, list[str]]:
+        """Whether it is what is claimed, as far as that can be told, and what there is to say."""
+        another = [f"another job: {self.other} differ{'s' if self.other == 'version' else ''}"] if self.other else []
+        why_not = self.why_not
+        if not why_not and claimed.quality is None:
+            why_not = "none is claimed"
+        if not why_not and self.split != claimed.split:
+            why_not = f"it is claimed on {claimed.split or 'no split'}, and the job is judged on {self.split or 'no split'}"
+        if not why_not and self.other:
+            why_not = "it is claimed for another job"
+        if why_not:
+            return True, [*another, f"quality was not compared: {why_not}"]
+        assert self.value is not None and claimed.quality is not None
+        away = abs(self.value - claimed.quality)
+        if away <= _SAME_QUALITY * abs(claimed.quality):
+            return True, []
+        low, high = claimed.quality_interval or (claimed.quality, claimed.quality)
+        says = f"its quality{f' on {self.split}' if self.split else ''} is {self.value:.4f}, {claimed.quality:.4f} is claimed"
+        if away <= (high - low) / 2:
+            return True, [f"{says}: within the claimed interval, {low:.4f} to {high:.4f}"]
+        return False, [says]
+
+
+def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) -> _Quality:
+    """The quality on the job's judged split, by its metric or `evaluate`; without labels against the original's outputs in torch."""
     events.stage("computing quality")
     metric = job.metric_object(artifact.signature)
-    if job.evaluate is not None or not metric.needs_labels:
-        return None, ""
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:
-        name, split = job.materialize(Path(folder)).judged
+        data = job.materialize(Path(folder))
+        name, split = data.judged
+        made_from, given = artifact.manifest.job, job.fingerprint(data)
+        other = ", ".join(part for part in sorted(made_from) if made_from[part] != given.get(part))
+        if job.evaluate is not None:
+            from planish.workbench import predictor
+
+            return _Quality(float(job.evaluate(predictor(probe))), name, other)
         if split is None:
-            return None, ""
-        first = artifact.signature.inputs[0].shape[0]
-        outputs = probe.outputs(list(split.inputs), first if isinstance(first, int) else _BATCH, timeout_s=3600.0)
-        return float(metric.score(outputs, split.targets)), name
+            return _Quality(None, "", other, "the job has no data to judge it on")
+        outputs = _outputs(probe, artifact.signature, split.inputs)
+        return _Quality(float(metric.score(outputs, split.targets if metric.needs_labels else _original(job, split))), name, other)
+
+
+def _original(job: Workload, split: Split) -> list[Any]:
+    """The flat outputs of the job's own model on a split."""
+    from planish.graph.capture import capture
+    from planish.workbench import module_outputs
+
+    return module_outputs(capture(job.model_module(), job.example_inputs, job.state or None), split)
 
 
 class BenchRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

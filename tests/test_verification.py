@@ -1,0 +1,106 @@
+"""Verification: quality is compared where it can be, with a tolerance that its interval explains, and another job is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import making
+import planish
+from planish.verification import Verification, verify
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(40, 4, generator=GENERATOR)
+Y = X @ torch.from_numpy(making.WEIGHT)
+PARTS = {"parameters", "data", "functions", "version"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.verification._SECONDS", 0.02)
+    monkeypatch.setattr("planish.verification.peak_memory_bytes", lambda *_: 1)
+
+
+def job(factor: float = 1.0, **changes: Any) -> planish.Workload:
+    """A linear map with the artifact's weight, times `factor`; its test split is 40 samples."""
+    net = torch.nn.Linear(4, 3, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(factor * torch.from_numpy(making.WEIGHT.T.copy()))
+    arguments = {"model": net, "example_inputs": (X[:2],), "test": [(X, Y.argmax(1))], "metric": "accuracy", "name": "net"}
+    return planish.Workload(**arguments | changes)
+
+
+def verified(path: Path, given: planish.Workload | None, made_from: dict[str, str] | None = None, **claims: Any) -> Verification:
+    claims = {"quality": 1.0, "quality_interval": (1.0, 1.0), "latency_s": planish.Estimate(9.0, 9.0, 9.0, 9)} | claims
+    measured = {"original": making.measurement(), "optimized": making.measurement(**claims)}
+    making.artifact(path / "net.planish", measurements=measured, job=made_from or {}, overwrite=True)
+    return verify(path / "net.planish", given)
+
+
+def said(found: Verification) -> list[str]:
+    return [finding for finding in found.findings if "latency" not in finding]
+
+
+def test_quality_with_labels_is_judged(tmp_path: Path) -> None:
+    found = verified(tmp_path, job())
+    assert (found.holds, found.quality, said(found)) == (True, 1.0, [])
+    found = verified(tmp_path, job(), quality=0.9, quality_interval=(0.85, 0.95))
+    assert not found.holds
+    assert said(found) == ["its quality on test is 1.0000, 0.9000 is claimed"]
+    found = verified(tmp_path, job(), quality=0.97, quality_interval=(0.9, 1.0))
+    assert found.holds
+    assert said(found) == ["its quality on test is 1.0000, 0.9700 is claimed: within the claimed interval, 0.9000 to 1.0000"]
+
+
+def test_the_tolerance_follows_the_metric_s_scale(tmp_path: Path) -> None:
+    """An error of 1000 that is 1000.5 now agrees to half a thousandth; one of 0.001 that is 0.0015 does not."""
+
+    def off_by(value: float) -> planish.Workload:
+        return job(metric=lambda outputs, targets: value, higher_is_better=False)
+
+    assert verified(tmp_path, off_by(1000.5), quality=1000.0, quality_interval=(1000.0, 1000.0)).holds
+    assert not verified(tmp_path, off_by(0.0015), quality=0.001, quality_interval=(0.001, 0.001)).holds
+
+
+def test_without_labels_it_is_compared_with_the_original(tmp_path: Path) -> None:
+    blind = {"test": [(X, Y.argmax(1))], "metric": "agreement"}
+    assert verified(tmp_path, job(**blind)).quality == 1.0
+    found = verified(tmp_path, job(-1.0, **blind))
+    assert found.quality is not None
+    assert found.quality < 0.5
+    assert not found.holds
+
+
+def test_evaluate_is_called_with_the_artifact(tmp_path: Path) -> None:
+    def evaluate(predict: Any) -> float:
+        return float((predict(X) - Y).abs().max() < 1e-3)
+
+    assert verified(tmp_path, job(evaluate=evaluate), quality_interval=None).quality == 1.0
+    assert not verified(tmp_path, job(evaluate=lambda predict: 0.5), quality_interval=None).holds
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    cases: list[tuple[planish.Workload | None, dict[str, Any], str]] = [
+        (None, {}, "no job was given"),
+        (job(test=None), {}, "the job has no data to judge it on"),
+        (job(), {"quality": None, "quality_interval": None, "split": ""}, "none is claimed"),
+        (job(), {"split": "validation"}, "it is claimed on validation, and the job is judged on test"),
+    ]
+    for given, claims, why in cases:
+        found = verified(tmp_path, given, **claims)
+        assert found.holds
+        assert said(found) == [f"quality was not compared: {why}"]
+
+
+def test_another_job_is_named_and_not_held_against_the_artifact(tmp_path: Path) -> None:
+    made_from = job().fingerprint(job().materialize(tmp_path / "data"))
+    assert set(made_from) == PARTS
+    assert said(verified(tmp_path, job(), made_from)) == []
+    found = verified(tmp_path, job(-1.0), made_from, quality=0.5, quality_interval=(0.5, 0.5))
+    assert found.holds
+    assert found.quality == 1.0
+    assert said(found) == ["another job: parameters differ", "quality was not compared: it is claimed for another job"]
+    assert said(verified(tmp_path, job(version="2"), made_from))[0] == "another job: version differs"
