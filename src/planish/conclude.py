@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from planish.account import group_widths, nearest, operator_rows, search_account
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
-from planish.budget import Limit
-from planish.errors import BudgetError
 from planish.graph.graph import Analysis, Graph
 from planish.graph.macs import macs, operator_macs
 from planish.graph.modules import as_module
@@ -26,16 +24,17 @@ from planish.measurement import Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
-from planish.result import OperatorRow, Result, Search, Summary, Verdict
+from planish.result import Result, Summary
 from planish.study.store import Study
 from planish.trial import drop, module_outputs_of_example
+from planish.verdict import judge_budget
 from planish.winners import Winner
 from planish.workbench import Array, Baseline, Workbench, outputs_of, predictor, sqnr_db
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from planish.flow import Request
+    from planish.request import Request
 
 _SECONDS = 3.0
 _ATTEMPTS = 4
@@ -175,7 +174,7 @@ def _compare(
             bench.notes.append(
                 "selection-biased: there is no test split, so the drop is judged on the validation split that guided the search"
             )
-    verdict, reason = _verdict(bench, request, before, after, latency, lost, lost_interval, winner)
+    verdict, reason = judge_budget(request.budget, before, after, latency, lost, lost_interval, is_original=winner is None)
     summary = Summary(
         name=bench.job.name,
         verdict=verdict,
@@ -198,10 +197,10 @@ def _compare(
         split=name,
         plan=winner.plan if winner else None,
         trials=tuple(pursuit.trials),
-        nearest=_nearest(pursuit) if verdict != "met" else (),
-        operators=_rows(bench, pursuit, winner),
-        groups=_groups(bench, winner),
-        search=_search(pursuit),
+        nearest=nearest(pursuit) if verdict != "met" else (),
+        operators=operator_rows(bench, pursuit, winner),
+        groups=group_widths(bench, winner),
+        search=search_account(pursuit),
         machine=machine(),
         seed=request.seed,
         threads=request.threads,
@@ -280,188 +279,6 @@ def _baselines(bench: Workbench) -> dict[str, Measurement]:
             warm_up=baseline.timing.warm_up,
         )
     return out
-
-
-def _verdict(
-    bench: Workbench,
-    request: Request,
-    before: Measurement,
-    after: Measurement,
-    latency: Estimate,
-    lost: float | None,
-    lost_interval: tuple[float, float] | None,
-    winner: Winner | None,
-) -> tuple[Verdict, str]:
-    budget = request.budget
-    missed: list[str] = []
-    doubtful: list[str] = []
-    for limit in budget.limits:
-        value, low, high, text = _against(limit, before, after, latency)
-        bound = limit.value if limit.relative else limit.bound(1.0)
-        holds = value >= bound if limit.quantity == "throughput" else value <= bound
-        is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
-        if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
-            doubtful.append(f"{limit.quantity} {text}, between {low:.3g} and {high:.3g}: the machine is too noisy to tell")
-        elif not holds:
-            missed.append(f"{limit.quantity} {text}, the limit is {_shown(limit)}")
-    allowed = budget.allowed_drop.allowed(before.quality) if before.quality is not None else budget.allowed_drop.value
-    if lost is not None:
-        judged = lost_interval[1] if budget.confidence is not None and lost_interval is not None else lost
-        if not judged <= allowed + 1e-12:
-            what = "the upper end of the drop's interval" if budget.confidence is not None else "the drop"
-            missed.append(f"{what} is {judged:.4g}, {allowed:.4g} is allowed")
-    if missed:
-        return "infeasible", "nothing found holds the budget; nearest: " + "; ".join(missed)
-    if doubtful:
-        return "undecided", "; ".join(doubtful)
-    if winner is None:
-        return "met", "the original itself: " + ("it holds every limit" if budget.limits else "nothing faster was found in this target")
-    if latency.median >= 1:
-        return "met", f"every limit holds; it takes {latency.median:.2f} times as long as the original in its quickest runtime"
-    return "met", f"{1 / latency.median:.2f} times as fast as the original in its quickest runtime" + (
-        f", drop {lost:.4g} of {allowed:.4g} allowed" if lost is not None else ""
-    )
-
-
-def _shown(limit: Limit) -> str:
-    return f"{limit.value:.3g}x" if limit.relative else f"{limit.value:.4g}"
-
-
-def _against(limit: Limit, before: Measurement, after: Measurement, latency: Estimate) -> tuple[float, float, float, str]:
-    """What a limit is held against: the figure, its interval, and how it reads; ratios for relative limits."""
-    absolute = after.latency_s
-    batch = after.batch
-    if limit.quantity == "latency":
-        e = latency if limit.relative else absolute
-        return e.median, e.low, e.high, f"{e.median:.3g}x" if limit.relative else f"{e.median * 1e3:.4g} ms"
-    if limit.quantity == "throughput":
-        if limit.relative:
-            return 1 / latency.median, 1 / latency.high, 1 / latency.low, f"{1 / latency.median:.3g}x"
-        return batch / absolute.median, batch / absolute.high, batch / absolute.low, f"{batch / absolute.median:.4g}/s"
-    pairs = {
-        "size": (after.size_bytes, before.size_bytes),
-        "memory": (after.peak_memory_bytes or 0, before.peak_memory_bytes or 0),
-        "macs": (after.macs / batch, before.macs / batch),
-    }
-    if limit.quantity not in pairs:
-        raise BudgetError("energy: this machine cannot tell what a call uses, so nothing can be promised; give a latency")
-    now, then = pairs[limit.quantity]
-    value = now / then if limit.relative and then else float(now)
-    return value, value, value, f"{value:.3g}x" if limit.relative else f"{value:.4g}"
-
-
-def _nearest(pursuit: Pursuit) -> tuple[int, ...]:
-    """The fastest trial, the smallest, and the one that loses least, of those that were measured."""
-    picks: list[int] = []
-    trials = pursuit.trials
-    keys: tuple[Any, ...] = (
-        lambda t: t.latency_ratio.median if t.latency_ratio else math.inf,
-        lambda t: t.size_bytes or math.inf,
-        lambda t: t.drop if t.drop is not None and t.stage != "trial" else math.inf,
-    )
-    for key in keys:
-        index = min(range(len(trials)), key=lambda i: key(trials[i]), default=None)
-        if index is not None and key(trials[index]) < math.inf and index not in picks:
-            picks.append(index)
-    return tuple(picks)
-
-
-def _rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None) -> tuple[OperatorRow, ...]:
-    """Every operator before and after, with the table's seconds where the target has a table."""
-    costs = pursuit.costs
-    seconds_before: Mapping[str, float] = {}
-    seconds_after: Mapping[str, float] = {}
-    if costs is not None and costs.effort == "latency":
-        seconds_before = costs.shares(costs.space.identity)
-        if winner is not None:
-            seconds_after = costs.shares(costs.space.assignment(winner.plan.replace(recovery=costs.space.template.recovery)))
-    rows = []
-    for name, operator in bench.analysis.operators.items():
-        after = winner.analysis.operators.get(name) if winner else operator
-        width = _width(operator)
-        precision = "fp32"
-        if winner is not None and after is None:
-            precision = "removed"
-        elif winner is not None and name not in winner.skipped:
-            precision = winner.plan.precisions.get(name, "fp32")
-        new_width = None if after is None else _width(after)
-        rows.append(
-            OperatorRow(
-                name=name,
-                kind=operator.kind,
-                width_before=width,
-                width_after=new_width,
-                precision=precision,
-                time_before_s=seconds_before.get(name),
-                time_after_s=0.0 if precision == "removed" else seconds_after.get(name),
-                why=_why(bench, pursuit, winner, name, precision, width, new_width),
-            )
-        )
-    return tuple(rows)
-
-
-def _width(operator: Any) -> int | None:
-    if operator.kind not in ("conv", "linear", "lstm", "gru", "embedding"):
-        return None
-    axis = 1 if operator.kind == "conv" else len(operator.output) - 1
-    return int(operator.output[axis].full)
-
-
-def _why(
-    bench: Workbench, pursuit: Pursuit, winner: Winner | None, name: str, precision: str, before: int | None, after: int | None
-) -> str:
-    """Why an operator was not made faster: everything that holds it back, or ""."""
-    if precision == "removed":
-        return ""
-    operator = bench.analysis.operators[name]
-    reasons = []
-    offered = {(o.technique, o.subject) for o in pursuit.options}
-    if winner is not None and name in winner.skipped:
-        reasons.append(f"int8: {winner.skipped[name]}")
-    elif precision == "fp32" and operator.kind in ("conv", "linear", "matmul", "attention"):
-        if ("precision", name) not in offered:
-            reasons.append("int8 is not offered here")
-        else:
-            reasons.append("int8 would lose more than its time is worth")
-    if before is not None and after == before:
-        why = bench.analysis.reasons.get(operator.weight or "", "")
-        if why:
-            reasons.append(f"width: {why}")
-        elif not any(technique == "width" for technique, _ in offered):
-            reasons.append("width: pruning was not asked for, or offers no multiple of what the target likes")
-        else:
-            reasons.append("width: narrower would lose more than its time is worth")
-    return "; ".join(reasons)
-
-
-def _groups(bench: Workbench, winner: Winner | None) -> dict[str, tuple[int, int]]:
-    out = {}
-    for name, group in bench.analysis.groups.items():
-        width = group.units if winner is None else winner.plan.widths.get(name, group.units)
-        out[name] = (group.units, 0 if winner is not None and name not in winner.analysis.groups and width == group.units else width)
-    return out
-
-
-def _search(pursuit: Pursuit) -> Search:
-    method = pursuit.search
-    if method is None:
-        return Search(method="none")
-    solution = getattr(method, "solution", None)
-    ledger = getattr(method, "ledger", None)
-    fit = ledger.correction("latency") if ledger is not None and "latency" in pursuit.original and pursuit.costs is not None else None
-    counts = {stage: sum(t.stage == stage for t in pursuit.trials) for stage in ("candidate", "trial")}
-    return Search(
-        method=type(method).__name__.lower(),
-        candidates=counts["candidate"],
-        trials=counts["trial"],
-        gap=_number(getattr(solution, "gap", None)),
-        kkt_residual=_number(getattr(solution, "kkt", None)),
-        affine=(fit.offset, fit.slope) if fit is not None else None,
-    )
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _with_control(bench: Workbench, request: Request, summary: Summary, winner: Winner) -> Summary:

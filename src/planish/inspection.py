@@ -14,7 +14,7 @@ from planish.graph.macs import macs, operator_macs
 from planish.quantize.placement import unsupported
 
 if TYPE_CHECKING:
-    from planish.flow import Request
+    from planish.request import Request
     from planish.workload import Workload
 
 

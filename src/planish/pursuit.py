@@ -28,7 +28,7 @@ from planish.trial import Compressed, Exported, Judged, carry_out, export_and_me
 from planish.workbench import Baseline, Workbench, width_step
 
 if TYPE_CHECKING:
-    from planish.flow import Request
+    from planish.request import Request
 
 _SEARCH_SHARE = 0.25
 _RECOVERED_SHARE = 0.25

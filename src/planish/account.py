@@ -1,0 +1,128 @@
+"""The account of a run, for its reader: every operator before and after, why it is not faster, and what the search says of itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from planish.pursuit import Pursuit
+from planish.result import OperatorRow, Search
+from planish.winners import Winner
+from planish.workbench import Workbench
+
+
+def nearest(pursuit: Pursuit) -> tuple[int, ...]:
+    """The fastest trial, the smallest, and the one that loses least, of those that were measured."""
+    picks: list[int] = []
+    trials = pursuit.trials
+    keys: tuple[Any, ...] = (
+        lambda t: t.latency_ratio.median if t.latency_ratio else math.inf,
+        lambda t: t.size_bytes or math.inf,
+        lambda t: t.drop if t.drop is not None and t.stage != "trial" else math.inf,
+    )
+    for key in keys:
+        index = min(range(len(trials)), key=lambda i: key(trials[i]), default=None)
+        if index is not None and key(trials[index]) < math.inf and index not in picks:
+            picks.append(index)
+    return tuple(picks)
+
+
+def operator_rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None) -> tuple[OperatorRow, ...]:
+    """Every operator before and after, with the table's seconds where the target has a table."""
+    costs = pursuit.costs
+    seconds_before: Mapping[str, float] = {}
+    seconds_after: Mapping[str, float] = {}
+    if costs is not None and costs.effort == "latency":
+        seconds_before = costs.shares(costs.space.identity)
+        if winner is not None:
+            seconds_after = costs.shares(costs.space.assignment(winner.plan.replace(recovery=costs.space.template.recovery)))
+    rows = []
+    for name, operator in bench.analysis.operators.items():
+        after = winner.analysis.operators.get(name) if winner else operator
+        width = _width(operator)
+        precision = "fp32"
+        if winner is not None and after is None:
+            precision = "removed"
+        elif winner is not None and name not in winner.skipped:
+            precision = winner.plan.precisions.get(name, "fp32")
+        new_width = None if after is None else _width(after)
+        rows.append(
+            OperatorRow(
+                name=name,
+                kind=operator.kind,
+                width_before=width,
+                width_after=new_width,
+                precision=precision,
+                time_before_s=seconds_before.get(name),
+                time_after_s=0.0 if precision == "removed" else seconds_after.get(name),
+                why=_why(bench, pursuit, winner, name, precision, width, new_width),
+            )
+        )
+    return tuple(rows)
+
+
+def _width(operator: Any) -> int | None:
+    if operator.kind not in ("conv", "linear", "lstm", "gru", "embedding"):
+        return None
+    axis = 1 if operator.kind == "conv" else len(operator.output) - 1
+    return int(operator.output[axis].full)
+
+
+def _why(
+    bench: Workbench, pursuit: Pursuit, winner: Winner | None, name: str, precision: str, before: int | None, after: int | None
+) -> str:
+    """Why an operator was not made faster: everything that holds it back, or ""."""
+    if precision == "removed":
+        return ""
+    operator = bench.analysis.operators[name]
+    reasons = []
+    offered = {(o.technique, o.subject) for o in pursuit.options}
+    if winner is not None and name in winner.skipped:
+        reasons.append(f"int8: {winner.skipped[name]}")
+    elif precision == "fp32" and operator.kind in ("conv", "linear", "matmul", "attention"):
+        if ("precision", name) not in offered:
+            reasons.append("int8 is not offered here")
+        else:
+            reasons.append("int8 would lose more than its time is worth")
+    if before is not None and after == before:
+        why = bench.analysis.reasons.get(operator.weight or "", "")
+        if why:
+            reasons.append(f"width: {why}")
+        elif not any(technique == "width" for technique, _ in offered):
+            reasons.append("width: pruning was not asked for, or offers no multiple of what the target likes")
+        else:
+            reasons.append("width: narrower would lose more than its time is worth")
+    return "; ".join(reasons)
+
+
+def group_widths(bench: Workbench, winner: Winner | None) -> dict[str, tuple[int, int]]:
+    """Units of every group before and after; 0 after where it went with a block."""
+    out = {}
+    for name, group in bench.analysis.groups.items():
+        width = group.units if winner is None else winner.plan.widths.get(name, group.units)
+        out[name] = (group.units, 0 if winner is not None and name not in winner.analysis.groups and width == group.units else width)
+    return out
+
+
+def search_account(pursuit: Pursuit) -> Search:
+    """What the search says of itself: how many plans it judged, its gap and residual, the correction of its tables."""
+    method = pursuit.search
+    if method is None:
+        return Search(method="none")
+    solution = getattr(method, "solution", None)
+    ledger = getattr(method, "ledger", None)
+    fit = ledger.correction("latency") if ledger is not None and "latency" in pursuit.original and pursuit.costs is not None else None
+    counts = {stage: sum(t.stage == stage for t in pursuit.trials) for stage in ("candidate", "trial")}
+    return Search(
+        method=type(method).__name__.lower(),
+        candidates=counts["candidate"],
+        trials=counts["trial"],
+        gap=_number(getattr(solution, "gap", None)),
+        kkt_residual=_number(getattr(solution, "kkt", None)),
+        affine=(fit.offset, fit.slope) if fit is not None else None,
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,144 @@
+"""What was asked for: the arguments of `optimize`, checked before anything heavy is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planish import registry
+from planish.artifact import default_folder, study_folder
+from planish.budget import Budget
+from planish.errors import BudgetError, UnknownName, UsageError
+from planish.measure.machine import usable_cores
+from planish.metrics import get_metric
+from planish.plan import TECHNIQUES
+from planish.target import parse_target
+
+if TYPE_CHECKING:
+    from planish.workload import Workload
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, checked.
+
+    Args:
+        target: as the user wrote it.
+        budget: limits and drop.
+        out: where the artifact goes.
+        search, saliency: registered names.
+        trials: candidates at most.
+        time_limit: seconds of the whole call; None: as long as the default recovery takes.
+        seed: of everything random.
+        techniques: which may be used.
+        keep: globs of parameters that must be left alone.
+        threads: of one call.
+        control, overwrite, accept_nearest: as `optimize` says.
+    """
+
+    target: str
+    budget: Budget
+    out: Path
+    search: str
+    saliency: str
+    trials: int
+    time_limit: float | None
+    seed: int
+    techniques: tuple[str, ...]
+    keep: tuple[str, ...]
+    threads: int
+    control: bool
+    overwrite: bool
+    accept_nearest: bool
+
+    @property
+    def study_folder(self) -> Path:
+        """Where the trials are kept: beside the artifact."""
+        return study_folder(self.out)
+
+    def identity(self) -> dict[str, Any]:
+        """What a study must have been started with to be carried on."""
+        return {
+            "target": self.target,
+            "search": self.search,
+            "saliency": self.saliency,
+            "trials": self.trials,
+            "techniques": list(self.techniques),
+            "keep": list(self.keep),
+            "threads": self.threads,
+            "control": self.control,
+        }
+
+
+def checked(
+    job: Workload,
+    *,
+    target: str = "cpu",
+    budget: Budget | None = None,
+    out: str | Path | None = None,
+    search: str = "solver",
+    trials: int = 20,
+    time_limit: float | None = None,
+    seed: int = 0,
+    techniques: Sequence[str] = TECHNIQUES,
+    keep: Sequence[str] = (),
+    threads: int | None = None,
+    control: bool = False,
+    overwrite: bool = False,
+    accept_nearest: bool = False,
+    saliency: str | None = None,
+) -> Request:
+    """The arguments of `optimize`, checked without touching data, model or disk.
+
+    Raises:
+        UsageError: the first that makes no sense.
+    """
+    parse_target(target, registry.names("runtime"))
+    for kind, name in (("search", search), ("saliency", saliency or "taylor")):
+        if name not in registry.names(kind):
+            raise UnknownName(kind, name, registry.names(kind))
+    chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
+    for technique in chosen:
+        if technique not in TECHNIQUES:
+            raise UnknownName("technique", str(technique), TECHNIQUES)
+    if not chosen:
+        raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}")
+    for what, number, least in (("trials", trials, 1), ("seed", seed, 0), ("threads", 1 if threads is None else threads, 1)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise UsageError(f"{what}: give a whole number of at least {least}; got {number!r}")
+    if time_limit is not None and not 0 < time_limit < float("inf"):
+        raise UsageError(f"time_limit: give seconds above zero; got {time_limit!r}")
+    wanted = budget or Budget()
+    if any(limit.quantity == "energy" for limit in wanted.limits):
+        raise BudgetError("energy: this machine cannot tell what a call uses, so nothing can be promised; give a latency")
+    if out is not None and Path(out).suffix == ".study":
+        raise UsageError(f"out: {out} is where the trials are kept; give another name, such as {Path(out).with_suffix('.planish')}")
+    if isinstance(job.metric, str) and job.evaluate is None:
+        metric = get_metric(job.metric)
+        wanted.allowed_drop.check(metric.name, metric.low, metric.high)
+    if job.evaluate is not None and wanted.confidence is not None:
+        raise UsageError("confidence: evaluate gives one figure and no interval, so there is no upper end to judge; leave --confidence out")
+    has_judge = job.evaluate is not None or job.validation is not None or job.train is not None
+    if not wanted.limits and not has_judge:
+        raise UsageError(
+            "budget: without a limit the quality that is lost is what ends the search, and there is no data to judge it on; "
+            "give validation data (or train, or evaluate), or a limit such as latency='0.5x'"
+        )
+    return Request(
+        target,
+        wanted,
+        Path(out) if out is not None else default_folder(job.name),
+        search,
+        saliency or "taylor",
+        trials,
+        time_limit,
+        seed,
+        chosen,
+        (keep,) if isinstance(keep, str) else tuple(keep),
+        threads or usable_cores(),
+        control,
+        overwrite,
+        accept_nearest,
+    )

@@ -1,0 +1,85 @@
+"""The verdict: a budget held against what was measured."""
+
+from __future__ import annotations
+
+from planish.budget import Budget, Limit
+from planish.errors import BudgetError
+from planish.measurement import Estimate, Measurement
+from planish.result import Verdict
+
+
+def judge_budget(
+    budget: Budget,
+    before: Measurement,
+    after: Measurement,
+    latency: Estimate,
+    lost: float | None,
+    lost_interval: tuple[float, float] | None,
+    *,
+    is_original: bool,
+) -> tuple[Verdict, str]:
+    """The verdict on what was measured, and one sentence that says why.
+
+    Args:
+        budget: limits and drop.
+        before, after: the original and the artifact, measured side by side.
+        latency: after ÷ before, paired.
+        lost: quality lost, positive is worse; None where nothing was judged.
+        lost_interval: its paired interval.
+        is_original: whether the artifact is the original itself.
+    """
+    missed: list[str] = []
+    doubtful: list[str] = []
+    for limit in budget.limits:
+        value, low, high, text = _against(limit, before, after, latency)
+        bound = limit.value if limit.relative else limit.bound(1.0)
+        holds = value >= bound if limit.quantity == "throughput" else value <= bound
+        is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
+        if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
+            doubtful.append(f"{limit.quantity} {text}, between {low:.3g} and {high:.3g}: the machine is too noisy to tell")
+        elif not holds:
+            missed.append(f"{limit.quantity} {text}, the limit is {_shown(limit)}")
+    allowed = budget.allowed_drop.allowed(before.quality) if before.quality is not None else budget.allowed_drop.value
+    if lost is not None:
+        judged = lost_interval[1] if budget.confidence is not None and lost_interval is not None else lost
+        if not judged <= allowed + 1e-12:
+            what = "the upper end of the drop's interval" if budget.confidence is not None else "the drop"
+            missed.append(f"{what} is {judged:.4g}, {allowed:.4g} is allowed")
+    if missed:
+        return "infeasible", "nothing found holds the budget; nearest: " + "; ".join(missed)
+    if doubtful:
+        return "undecided", "; ".join(doubtful)
+    if is_original:
+        return "met", "the original itself: " + ("it holds every limit" if budget.limits else "nothing faster was found in this target")
+    if latency.median >= 1:
+        return "met", f"every limit holds; it takes {latency.median:.2f} times as long as the original in its quickest runtime"
+    return "met", f"{1 / latency.median:.2f} times as fast as the original in its quickest runtime" + (
+        f", drop {lost:.4g} of {allowed:.4g} allowed" if lost is not None else ""
+    )
+
+
+def _shown(limit: Limit) -> str:
+    return f"{limit.value:.3g}x" if limit.relative else f"{limit.value:.4g}"
+
+
+def _against(limit: Limit, before: Measurement, after: Measurement, latency: Estimate) -> tuple[float, float, float, str]:
+    """What a limit is held against: the figure, its interval, and how it reads; ratios for relative limits."""
+    absolute = after.latency_s
+    batch = after.batch
+    if limit.quantity == "latency":
+        e = latency if limit.relative else absolute
+        return e.median, e.low, e.high, f"{e.median:.3g}x" if limit.relative else f"{e.median * 1e3:.4g} ms"
+    if limit.quantity == "throughput":
+        if limit.relative:
+            return 1 / latency.median, 1 / latency.high, 1 / latency.low, f"{1 / latency.median:.3g}x"
+        return batch / absolute.median, batch / absolute.high, batch / absolute.low, f"{batch / absolute.median:.4g}/s"
+    pairs = {
+        "size": (after.size_bytes, before.size_bytes),
+        "memory": (after.peak_memory_bytes or 0, before.peak_memory_bytes or 0),
+        "macs": (after.macs / batch, before.macs / batch),
+    }
+    if limit.quantity not in pairs:
+        raise BudgetError("energy: this machine cannot tell what a call uses, so nothing can be promised; give a latency")
+    now, then = pairs[limit.quantity]
+    value = now / then if limit.relative and then else float(now)
+    return value, value, value, f"{value:.3g}x" if limit.relative else f"{value:.4g}"
