@@ -27,6 +27,7 @@ from planish.workbench import outputs_of
 
 
 def main() -> None:
+    """Optimize, then measure everything side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with the data; PLANISH_DATA by default")
     parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
@@ -104,7 +105,7 @@ def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path
     if summary.control_drop is not None:
         print(f"dense control {summary.control_quality:.4f}; drop against it {summary.control_drop * 100:+.2f} points")
     print(f"seconds {summary.seconds['total']:.0f}; samples of recovery {summary.plan.recovery.samples if summary.plan else 0}")
-    print(json.dumps({name: seconds for name, seconds in summary.seconds.items()}))
+    print(json.dumps(summary.seconds))
 
 
 def _row(name: str, timings: dict[str, Timing], best: str, outputs: dict[str, list[NDArray[np.float32]]], labels: NDArray[np.int64]) -> str:
