@@ -25,7 +25,7 @@ from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
 from planish.result import Result, Summary
-from planish.study.store import Study
+from planish.study.store import CONCLUDED, LOOKED, Study
 from planish.trial import drop, module_outputs_of_example
 from planish.verdict import judge_budget
 from planish.winners import Winner
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 _SECONDS = 3.0
 _ATTEMPTS = 4
 _PAUSE_S = 5.0
-LOOKED = "looked at test"
-"""The event that counts a look at the test split."""
 _EXACT = 1
 
 
@@ -89,7 +87,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         summary = _timed(bench, _with_control(bench, request, summary, winner))
         if artifact is not None:
             artifact = _write(bench, request, study, summary, winner, outputs, replaces=True)
-    study.log("concluded", summary.verdict)
+    study.log(CONCLUDED, summary.verdict)
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
     module = as_module(winner.final if winner is not None else bench.graph)
     return Result(summary, module, artifact)
@@ -343,7 +341,8 @@ def _write(
         files=[file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path],
         result_json=msgspec.json.encode(summary),
         check=(bench.example, outputs),
-        test_looks=sum(kind == LOOKED for _, _, kind, _ in study.events()),
+        test_looks=study.count(LOOKED),
+        job=study.meta.fingerprint,
         notes=bench.notes,
         overwrite=request.overwrite or replaces,
     )

@@ -184,7 +184,8 @@ class Pursuit:
         end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - reserve) if math.isfinite(clock.left_s) else math.inf
         longest, told = 0.0, 0
         for plan in (*self.known_trials(), *self._left_over()):
-            search.tell(plan, self.candidate_evidence(plan))
+            if clock.elapsed_s < end:
+                search.tell(plan, self.candidate_evidence(plan))
         with clock.stage("candidates"):
             while told < request.trials and clock.elapsed_s + longest < end:
                 asked = search.ask(1)
@@ -212,12 +213,12 @@ class Pursuit:
     def _left_over(self) -> list[Plan]:
         """Plans that the study was given to try (those of the study that it was forked from), as far as this space offers them."""
         out = []
-        for stored in self.study.unfinished("candidate"):
+        for plan in self.study.given():
             try:
-                self.space.assignment(stored.plan)
+                self.space.assignment(plan)
             except PlanError:
                 continue
-            out.append(stored.plan)
+            out.append(plan)
         return out
 
     def known(self, plan: Plan, stage: Any) -> Kept | None:
