@@ -85,15 +85,17 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     if not any(winner.holds for winner in winners):
         tried = {_unrecovered(winner.plan) for winner in winners if not winner.plan.recovery.samples}
         for plan in pursuit.known_trials():
-            winner = None if _unrecovered(plan) in tried else recovery.run(plan, 0.0)
+            is_worth = _unrecovered(plan) not in tried and _is_within(pursuit, plan)
+            winner = recovery.run(plan, 0.0) if is_worth or not winners else None
             winners += [winner] if winner is not None else []
     return min(winners, key=lambda winner: _rank(pursuit, winner), default=None)
 
 
-def _rank(pursuit: Pursuit, winner: Winner) -> tuple[bool, float, float]:
+def _rank(pursuit: Pursuit, winner: Winner) -> tuple[bool, bool, float, float]:
+    """What is compared: costs above a limit come before quality, since the judged split decides on the drop and not validation."""
     latency = winner.exported.ratio.median if winner.exported.ratio else math.inf
-    over = max(0.0, (winner.drop or 0.0) - pursuit.allowed_drop)
-    return (not winner.holds, over, latency)
+    lost = winner.drop or 0.0
+    return (winner.outcome.kind == "mismatch", winner.outcome.kind == "over budget", max(0.0, lost - pursuit.allowed_drop), latency)
 
 
 def _unrecovered(plan: Plan) -> str:
