@@ -35,14 +35,15 @@ class Recovery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         samples: how many training samples it sees (an epoch or less of a large set, several of a small one); 0: none.
-        learning_rate: the peak; it decays linearly to zero.
+        learning_rate: the peak; it decays linearly to zero. ResNet-56 with 8 of 27 blocks gone lost 2.7 points before and, after a minute,
+            0.7 at 0.01 with 128 samples a step, 1.2 at 0.02 with 64, and 1.1 to 1.3 at 0.0025 to 0.005 with 64.
         batch_size: samples in a step.
         quantized_share: the share of the samples that is trained with fake quantization in place, in [0, 1].
     """
 
     samples: int = 0
-    learning_rate: float = 0.02
-    batch_size: int = 64
+    learning_rate: float = 0.01
+    batch_size: int = 128
     quantized_share: float = 0.25
 
 
