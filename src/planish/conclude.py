@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SECONDS = 3.0
-_ATTEMPTS = 4
-_PAUSE_S = 5.0
+_ATTEMPTS = 5
+_PAUSE_S = 8.0
 _EXACT = 1
 
 
@@ -132,13 +132,14 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
 
 
 def _settled(bench: Workbench, probes: dict[str, Probe]) -> dict[str, Timing]:
-    """The final timing: where the machine was too noisy to trust the ratio it is taken again, a few times, with a pause between.
+    """The final timing: taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed.
 
-    What counts is the first that can be trusted, else the last: never the one that looks best.
+    What counts is the first that is sound in both, else the last: never the one that looks best.
     """
     for attempt in range(_ATTEMPTS):
         timings = interleaved(probes, bench.example, seconds=_SECONDS)
-        if len(probes) < 2 or ratio(timings["optimized"], timings["original"]).trustworthy:
+        is_sure = len(probes) < 2 or ratio(timings["optimized"], timings["original"]).trustworthy
+        if is_sure and bench.is_as_before(timings["original"]):
             break
         if attempt + 1 < _ATTEMPTS:
             bench.events.say("the machine is noisy; measuring again")

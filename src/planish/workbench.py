@@ -42,6 +42,9 @@ RECOVERY_S = 1500.0
 _EAGER = ("torch", "torch-compile")
 _BATCH = 100
 _JUDGING = 2000
+_DRIFT = 0.1
+"""A machine that has become this much quicker or slower is in another state. On virtual machines the waking of a second thread alone
+takes 0 or 100 µs for minutes on end, which moves a short net's ratio by a fifth."""
 
 
 @dataclass
@@ -170,6 +173,11 @@ class Workbench:
         if key not in self._outputs:
             self._outputs[key] = compute()
         return self._outputs[key]
+
+    def is_as_before(self, original: Timing) -> bool:
+        """Whether the original is as quick now as when it was first measured: if not, the machine is in another state."""
+        first = self.best.timing
+        return first is None or abs(original.latency_s.median / first.latency_s.median - 1) <= _DRIFT
 
     def predict(self, baseline: Baseline, name: str, split: Split) -> list[Array]:
         """The original's own outputs on a split, computed by its artifact once."""
