@@ -69,7 +69,7 @@ def test_a_damaged_net_comes_back(labels: bool, tmp_path: Path) -> None:
     graph, job, data, teacher = setting(tmp_path, labels)
     student = damaged(graph)
     original = [t.clone() for t in graph.module.state_dict().values()]
-    report = recover(student, teacher, job, data, Recovery(samples=4096))
+    report = recover(student, teacher, job, data, Recovery(samples=4096, batch_size=64))
     assert report.norms == 2 and report.fit is not None and report.samples >= 4096 and not report.diverged
     assert report.loss_after < 0.3 * report.loss_before
     assert all(torch.equal(a, b) for a, b in zip(original, graph.module.state_dict().values(), strict=True))
@@ -130,7 +130,7 @@ def test_the_users_loss_is_added_in_the_models_structure(tmp_path: Path) -> None
 
     graph, job, data, teacher = setting(tmp_path, loss=loss)
     student = damaged(graph, 0.05)
-    recover(student, teacher, job, data, Recovery(samples=512))
+    recover(student, teacher, job, data, Recovery(samples=512, batch_size=64))
     assert {dtype for _, dtype in seen} == {torch.int64} and (64, 4) in {tuple(shape) for shape, _ in seen}
 
 
