@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _SEARCH_SHARE = 0.25
 _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
+RESERVE_S = 15.0
+"""Seconds kept for the final measurement, on top of four times what the dearest trial took."""
 MEASURED_MARGIN = 0.97
 """Plans aim this far below a limit on what varies from run to run: the final measurement must hold it too."""
 _SELECTION_MARGIN = 0.8
@@ -180,7 +182,7 @@ class Pursuit:
     def _search(self) -> None:
         request, clock, search = self.request, self.clock, self.search
         assert search is not None
-        reserve = 15.0 + 4 * max((trial.seconds for trial in self.trials), default=5.0)
+        reserve = RESERVE_S + 4 * max((trial.seconds for trial in self.trials), default=5.0)
         end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - reserve) if math.isfinite(clock.left_s) else math.inf
         longest, told = 0.0, 0
         for plan in (*self.known_trials(), *self._left_over()):

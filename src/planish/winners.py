@@ -17,7 +17,7 @@ from planish.measure.probe import Probe
 from planish.measurement import Outcome
 from planish.metrics import paired_interval
 from planish.plan import Plan, Recovery
-from planish.pursuit import Pursuit
+from planish.pursuit import MEASURED_MARGIN, RESERVE_S, Pursuit
 from planish.search.contract import Evidence, Kind
 from planish.trial import Compressed, Exported, drop, export_and_measure, quantized
 from planish.workbench import RECOVERY_S, Workbench, outputs_of, predictor
@@ -26,8 +26,6 @@ _EPOCHS = 5
 _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
 _LEAST_S = 5.0
-_RESERVE_S = 15.0
-"""Seconds kept for the final measurement, on top of four times what the dearest trial took."""
 _WORST_SQNR_DB = 20.0
 """A quantized export below this many decibels against its own module is wrong, not merely coarse."""
 
@@ -140,7 +138,7 @@ class _Recovery:
         if not math.isfinite(clock.left_s):
             return self.end - time.monotonic()
         dearest = max((trial.seconds for trial in self.pursuit.trials if trial.stage == "trial"), default=5.0)
-        return clock.left_s - _RESERVE_S - 4 * dearest
+        return clock.left_s - RESERVE_S - 4 * dearest
 
     def run(self, plan: Plan, share: float) -> Winner | None:
         """A plan carried out, trained for a share of the time left, exported and judged; None, and told so, where that failed."""
@@ -221,8 +219,6 @@ class _Recovery:
 
 def _slack(quantity: str) -> float:
     """What `Pursuit` aims below a limit on what varies: the winner is held against the limit itself."""
-    from planish.pursuit import MEASURED_MARGIN
-
     return MEASURED_MARGIN if quantity in ("latency", "memory") else 1.0
 
 
