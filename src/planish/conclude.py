@@ -88,6 +88,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         if artifact is not None:
             artifact = _write(bench, request, study, summary, winner, outputs, replaces=True)
     study.log(CONCLUDED, summary.verdict)
+    study.forget_checkpoints()
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
     module = as_module(winner.final if winner is not None else bench.graph)
     return Result(summary, module, artifact)

@@ -71,7 +71,7 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         axes: dict[str, int] = {}
         for spec, array in zip(self.inputs, flat, strict=True):
-            if str(array.dtype) != spec.dtype:
+            if array.dtype != np.dtype(spec.dtype):
                 raise DataError(f"{where}: {spec.name!r} must be {spec.dtype}; got {array.dtype}")
             if array.ndim != len(spec.shape):
                 raise DataError(f"{where}: {spec.name!r} must have shape {list(spec.shape)}; got {list(array.shape)}")

@@ -19,6 +19,7 @@ from planish.metrics import paired_interval
 from planish.plan import Plan, Recovery
 from planish.pursuit import MEASURED_MARGIN, RESERVE_S, Pursuit
 from planish.search.contract import Evidence, Kind
+from planish.train.checkpoint import Checkpoint
 from planish.trial import Compressed, Exported, drop, export_and_measure, quantized
 from planish.workbench import RECOVERY_S, Workbench, outputs_of, predictor
 
@@ -212,6 +213,7 @@ class _Recovery:
                     deadline=deadline,
                     progress=bench.events.progress,
                     should_stop=pursuit.settle,
+                    checkpoint=Checkpoint(pursuit.study.checkpoint(f"{_unrecovered(plan)}-{name.replace(' ', '-')}")),
                 )
             seen += report.samples
         return plan.replace(recovery=msgspec.structs.replace(settings, samples=seen)), graph, skipped

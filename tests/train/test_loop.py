@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from nets import MobileNet, Recurrent, ResNet, images, randomise_norms, tokens
 from planish.data import Split
 from planish.graph.capture import capture
 from planish.graph.graph import Graph
+from planish.train import loop
+from planish.train.checkpoint import Checkpoint
 from planish.train.loop import Batch, FitReport, Settings, fit
 from planish.train.norms import recalibrate_batch_norm
 
@@ -211,3 +214,59 @@ def test_a_view_that_channels_last_forbids_falls_back_to_the_plain_layout() -> N
     split = Split([inputs.numpy()], (np.arange(32) % 3), 32)
     report = fit(graph, split, labels, Settings(64, batch_size=16))
     assert report.steps == 4 and not report.arithmetic.channels_last
+
+
+class _Killed(BaseException):
+    """Ends training as a kill does."""
+
+
+def _killed_at(samples: int) -> Any:
+    def progress(done: int, _: int) -> None:
+        if done >= samples:
+            raise _Killed
+
+    return progress
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_CHECKPOINT_S", 0.0)
+    checkpoint = Checkpoint(tmp_path / "weights" / "phase.safetensors")
+    seen: list[int] = []
+
+    def noted(outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        seen.append(len(batch.rows))
+        return labels(outputs, batch)
+
+    settings = Settings(9600, learning_rate=0.1, average=0)
+    with pytest.raises(_Killed):
+        fit(mlp(), SPLIT, noted, settings, checkpoint=checkpoint, progress=_killed_at(6400))
+    saved = checkpoint.load(_state_of(mlp()))
+    assert saved is not None and saved.samples == 50 * 64 and saved.progress == pytest.approx(1 / 3, abs=0.01)
+    seen.clear()
+    graph = mlp()
+    report = fit(graph, SPLIT, noted, settings, judge=held(graph), checkpoint=checkpoint)
+    assert sum(seen) == 9600 - 3200 and report.samples == 9600 and report.ended == "finished"
+    assert accuracy(graph) > 0.95
+    seen.clear()
+    again = mlp()
+    report = fit(again, SPLIT, noted, settings, judge=held(again), checkpoint=checkpoint)
+    assert not seen and report.samples == 9600 and report.kept == "last"
+    for one, other in zip(_state_of(graph), _state_of(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def _state_of(graph: Graph) -> list[Tensor]:
+    return [t.detach() for t in [*(p for p in graph.module.parameters() if p.is_floating_point()), *graph.module.buffers()]]
+
+
+def test_a_checkpoint_of_something_else_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "phase.safetensors")
+    assert checkpoint.load([]) is None
+    checkpoint.save(64, 0.5, [torch.zeros(3)])
+    assert checkpoint.load([torch.zeros(4)]) is None and checkpoint.load([torch.zeros(3), torch.zeros(1)]) is None
+    found = checkpoint.load([torch.zeros(3)])
+    assert found is not None and (found.samples, found.progress) == (64, 0.5)
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:40])
+    assert checkpoint.load([torch.zeros(3)]) is None
+    report = fit(mlp(), SPLIT, labels, Settings(640), checkpoint=checkpoint)
+    assert report.samples == 640

@@ -55,7 +55,7 @@ class Deployed:
             outputs: list[Any] = list(self._session.run(arrays))
         if tensor is not None:
             torch = sys.modules["torch"]
-            outputs = [torch.from_numpy(np.array(value)).to(tensor.device) for value in outputs]
+            outputs = [torch.from_numpy(value if value.flags.writeable else value.copy()).to(tensor.device) for value in outputs]
         return self.artifact.signature.unflatten(outputs)
 
     def close(self) -> None:

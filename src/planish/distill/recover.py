@@ -14,6 +14,7 @@ from planish.distill.losses import distillation
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Graph
 from planish.plan import Recovery
+from planish.train.checkpoint import Checkpoint
 from planish.train.loop import Batch, FitReport, Settings, fit
 from planish.train.norms import recalibrate_batch_norm
 from planish.train.precision import has_fake_quantize
@@ -61,6 +62,7 @@ def recover(
     progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     keep_best: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -76,6 +78,7 @@ def recover(
         should_stop: asked before every step.
         keep_best: put the weights from before training back where it did not lower the held-out loss. Off for a dense control, which
             starts with no distance to its teacher at all.
+        checkpoint: saved now and then; where it holds something, training goes on from there.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
@@ -124,5 +127,6 @@ def recover(
         deadline=deadline,
         progress=progress,
         should_stop=should_stop,
+        checkpoint=checkpoint,
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)

@@ -31,6 +31,7 @@ CONCLUDED = "concluded"
 LOOKED = "looked at test"
 """The event that counts a look at the test split; a study that takes another's place inherits them."""
 _GIVEN = "given"
+_CHECKPOINTS = "checkpoints"
 _ATTEMPTS = 2
 
 
@@ -337,6 +338,14 @@ class Study:
         with self._begin() as connection:
             row = connection.execute(trials.select().where(trials.c.digest == digest, trials.c.stage == stage)).one_or_none()
         return None if row is None else self._stored(row)
+
+    def checkpoint(self, name: str) -> Path:
+        """The file in which a training of this study keeps what it would go on from."""
+        return self.folder / _CHECKPOINTS / f"{name}.safetensors"
+
+    def forget_checkpoints(self) -> None:
+        """Delete them: the run came to its end."""
+        shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
 
     def log(self, kind: str, detail: str = "") -> None:
         """Enter an event."""

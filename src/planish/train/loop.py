@@ -16,12 +16,14 @@ from planish.data import Split
 from planish.graph.graph import Graph
 from planish.graph.modes import set_mode, short_name
 from planish.train.averaging import Average, write_
+from planish.train.checkpoint import Checkpoint
 from planish.train.norms import has_batch_norm, recalibrate_batch_norm
 from planish.train.precision import Arithmetic, choose
 from planish.train.schedule import Schedule
 from planish.workload import settled_randomness
 
 _SNAPSHOT_STEPS = 50
+_CHECKPOINT_S = 20.0
 _PROBED_STEPS = 60  # from this many steps on, a probe of the arithmetic costs less than it can save
 _NORM_SAMPLES = 1024  # images: many thousand values per channel
 _AVERAGE_STEPS = 4  # the average takes in every fourth step
@@ -118,6 +120,7 @@ def fit(
     deadline: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FitReport:
     """Train `graph.module` in place on `split`; it is left in evaluation mode, in the plain memory layout.
 
@@ -133,6 +136,7 @@ def fit(
         deadline: `time.monotonic()` seconds by which the schedule has decayed to zero and the judge has decided.
         progress: called as `progress(samples done, samples in all)` after every step.
         should_stop: asked before every step; True ends training as the deadline does.
+        checkpoint: saved now and then and at the end; where it holds something, training goes on from there.
 
     References:
         Nesterov momentum: Sutskever et al. 2013. AdamW: Loshchilov and Hutter 2019.
@@ -140,7 +144,7 @@ def fit(
     if settings.samples < 1:
         raise ValueError(f"samples: must be at least 1; got {settings.samples}")
     with settled_randomness(settings.seed):
-        return _Run(graph, split, loss, settings, augment, judge, keep_best, deadline).run(progress, should_stop)
+        return _Run(graph, split, loss, settings, augment, judge, keep_best, deadline, checkpoint).run(progress, should_stop)
 
 
 class _Run:
@@ -156,9 +160,11 @@ class _Run:
         judge: Callable[[], float] | None,
         keep_best: bool,
         deadline: float | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.graph, self.split, self.loss, self.settings = graph, split, loss, settings
         self.augment, self.judge, self.keep_best, self.deadline = augment, judge, keep_best, deadline
+        self.checkpoint = checkpoint
         self.began = time.monotonic()
         self.batch_size = min(settings.batch_size, split.n)
         self.parameters = [p for p in graph.module.parameters() if p.is_floating_point()]
@@ -173,23 +179,34 @@ class _Run:
         try:
             before = self._state()
             judging = self._judge("before")
+            saved = self.checkpoint.load(before) if self.checkpoint is not None else None
+            if saved is not None:
+                self._restore(saved.state)
             steps = math.ceil(self.settings.samples / self.batch_size)
             self._train_mode()
-            if self.deadline is None or time.monotonic() < self.deadline:
+            is_over = saved is not None and saved.progress >= 1.0
+            if not is_over and (self.deadline is None or time.monotonic() < self.deadline):
                 self.arithmetic = choose(self.graph, self._probe, steps >= _PROBED_STEPS)
             self.arithmetic.arrange_parameters_(self.graph)
             # two more judgements come after the last step, each with a recalibration of the norms, which costs about as much
             deadline = None if self.deadline is None else self.deadline - 4 * judging
             schedule = Schedule(self.settings.samples, self.settings.warm_up, deadline)
+            if saved is not None:
+                schedule.resume(saved.samples, saved.progress)
             average = Average(self.parameters, 1 - 1 / max(2.0, self.settings.average * steps / _AVERAGE_STEPS))
             stepping = time.monotonic()
             ended, good = self._steps(schedule, average, before, progress, should_stop)
             stepping = time.monotonic() - stepping
-            if schedule.steps == 0:
+            if is_over:
+                kept = "last"
+                self._judge(kept)
+            elif schedule.done == 0:
                 kept = "before"
                 self._restore(before)
             else:
                 kept = self._keep(before, good if ended == "diverged" else None, average)
+            if self.checkpoint is not None and schedule.done:
+                self.checkpoint.save(schedule.done, 1.0, self._state())
         finally:
             Arithmetic().arrange_parameters_(self.graph)
             set_mode(self.graph, False)
@@ -219,8 +236,8 @@ class _Run:
     ) -> tuple[str, list[Tensor]]:
         optimizer = self._optimizer()
         peaks = [group["lr"] for group in optimizer.param_groups]
-        good = before
-        for batch in self._batches():
+        good, saved_at = before, time.monotonic()
+        for batch in self._batches(schedule.done):
             if schedule.is_finished:
                 return ("finished" if schedule.done >= schedule.planned else "deadline"), good
             if should_stop is not None and should_stop():
@@ -241,6 +258,9 @@ class _Run:
                 average.update()
             if schedule.steps % _SNAPSHOT_STEPS == 0:
                 good = self._state()
+                if self.checkpoint is not None and time.monotonic() - saved_at > _CHECKPOINT_S:
+                    self.checkpoint.save(schedule.done, schedule.progress, good)
+                    saved_at = time.monotonic()
             if progress is not None:
                 progress(schedule.done, schedule.done + schedule.remaining)
         raise AssertionError("the batches never end")
@@ -250,13 +270,17 @@ class _Run:
             outputs = self.graph.module(*arithmetic.arrange(batch.inputs))
         return self.loss(tuple(out.float() if out.is_floating_point() else out for out in outputs), batch)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, skipped: int) -> Iterator[Batch]:
+        """Batches without end, from where `skipped` samples were seen before."""
         generator = np.random.default_rng(self.settings.seed)
         rows = np.empty(0, np.int64)
         while True:
             while len(rows) < self.batch_size:
                 rows = np.concatenate([rows, generator.permutation(self.split.n)])
             picked, rows = rows[: self.batch_size], rows[self.batch_size :]
+            if skipped >= len(picked):
+                skipped -= len(picked)
+                continue
             yield self._batch(picked)
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:

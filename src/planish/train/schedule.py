@@ -36,10 +36,14 @@ class Schedule:
         self._began = clock()
         self._seconds_per_sample = 0.0
 
+    def resume(self, done: int, progress: float) -> None:
+        """Go on from where another schedule was left."""
+        self.done, self.progress = done, progress
+
     @property
     def remaining(self) -> int:
         """How many samples are still to come, as far as is known now."""
-        left = self.planned - self.done
+        left = 0 if self.progress >= 1.0 else self.planned - self.done
         if self.deadline is None:
             return max(0, left)
         seconds = self.deadline - self.clock()
