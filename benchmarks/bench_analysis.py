@@ -36,9 +36,11 @@ def main() -> None:
     if arguments.net:
         print(json.dumps(_measure(arguments.net)))
         return
-    print(f"{'net':10s} {'nodes':>6s} {'groups':>6s} {'blocks':>6s} {'capture':>9s} {'groups':>8s} {'surgery':>8s} {'total':>8s}  peak memory (model)")
+    print(
+        f"{'net':10s} {'nodes':>6s} {'groups':>6s} {'blocks':>6s} {'capture':>9s} {'groups':>8s} {'surgery':>8s} {'total':>8s}  peak memory (model)"
+    )
     for name in _NETS:
-        found = json.loads(subprocess.run([sys.executable, __file__, "--net", name], check=True, capture_output=True, text=True).stdout)  # noqa: S603
+        found = json.loads(subprocess.run([sys.executable, __file__, "--net", name], check=True, capture_output=True, text=True).stdout)
         seconds = found["capture"], found["analyse"], found["surgery"]
         print(
             f"{name:10s} {found['nodes']:6d} {found['groups']:6d} {found['blocks']:6d} {seconds[0]:7.2f} s {seconds[1]:6.2f} s "

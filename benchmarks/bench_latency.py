@@ -108,7 +108,7 @@ def _bench(name: str, graph: Graph, split: Split, target: Target, count: int) ->
         rows.append((costs.predict(space.identity)["latency"], base, 0))
         for number, plan in enumerate(_plans(space, whole, count), 1):
             smaller = apply(graph, analysis, plan, scores).graph
-            wanted = {key: scheme for key, scheme in plan.precisions.items()}
+            wanted = dict(plan.precisions)
             if wanted:
                 smaller = quantize(smaller, analyse(smaller), wanted, runtime, target, split).graph
             with Probe.open(target, _exported(runtime, smaller, work / str(number)), smaller.signature) as probe:
@@ -125,7 +125,7 @@ def _exported(runtime: Any, graph: Graph, folder: Path) -> Path:
 
 def _plans(space: Space, whole: dict[str, str], count: int) -> list[Plan]:
     """Half of them in floating point, half in int8 (all operators, or a random part), from barely to drastically smaller."""
-    draw = random.Random(0)  # noqa: S311 - repeatable, not secret
+    draw = random.Random(0)
     out: list[Plan] = []
     offered = {v.subject for v in space.variables if v.technique == "precision"}
     for number in range(count):

@@ -135,16 +135,20 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
 def _settled(bench: Workbench, probes: dict[str, Probe]) -> dict[str, Timing]:
     """The final timing: taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed.
 
-    What counts is the first that is sound in both, else the last: never the one that looks best.
+    It stays within the run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
     """
     for attempt in range(_ATTEMPTS):
+        began = bench.clock.elapsed_s
         timings = interleaved(probes, bench.example, seconds=_SECONDS)
         is_sure = len(probes) < 2 or ratio(timings["optimized"], timings["original"]).trustworthy
         if is_sure and bench.is_as_before(timings["original"]):
             break
-        if attempt + 1 < _ATTEMPTS:
+        taken = bench.clock.elapsed_s - began
+        if attempt + 1 < _ATTEMPTS and bench.clock.left_s > 2 * taken + _PAUSE_S:
             bench.events.say("the machine is noisy; measuring again")
             time.sleep(_PAUSE_S)
+        else:
+            break
     return timings
 
 

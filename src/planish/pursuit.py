@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 _SEARCH_SHARE = 0.25
 _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
-RESERVE_S = 15.0
-"""Seconds kept for the final measurement, on top of four times what the dearest trial took."""
-MEASURED_MARGIN = 0.97
-"""Plans aim this far below a limit on what varies from run to run: the final measurement must hold it too."""
+_RESERVE_S = 15.0
+_VARYING = ("latency", "memory")
+_AIMS = (0.75, 0.97)
+"""Of a limit on what varies from run to run: the final measurement must hold it too, perhaps in another state of the machine. The
+first is aimed at where it costs no more than `_COMFORT` of the drop that is allowed, the second elsewhere."""
+_COMFORT = 0.5
+_NEAR = 1.05
 _SELECTION_MARGIN = 0.8
 """Without limits the search goes to the edge of what it may lose on validation; this share of it leaves room for another split."""
 
@@ -70,6 +73,9 @@ class Pursuit:
         self.baseline: Baseline = bench.best
         self.search: Search | None = None
         self.costs: Costs | None = None
+        self.bounds: dict[str, float] = {}
+        self.is_relaxed = True
+        self._evidence: list[tuple[Plan, Evidence]] = []
 
     def search_plans(self) -> bool:
         """Options, tables, then candidates and trials until time or plans are used up; False where there is nothing to decide."""
@@ -84,18 +90,53 @@ class Pursuit:
             return False
         with self.clock.stage("latency tables"):
             self.costs = Costs(self.space, self._lookup())
-        bounds = ceilings(request.budget.limits, self.original, bench.batch, self.costs)
-        self.limits = Limits(
-            {quantity: bound * (MEASURED_MARGIN if quantity in ("latency", "memory") else 1.0) for quantity, bound in bounds.items()},
-            allowed * (1.0 if bounds else _SELECTION_MARGIN),
-            _RECOVERED_SHARE if "distill" in request.techniques else 1.0,
-        )
-        self.search = registry.get("search", request.search)(self.space, self.costs, self.limits, request.seed)
+        self.bounds = ceilings(request.budget.limits, self.original, bench.batch, self.costs)
+        self.is_relaxed = not ("latency" in self.bounds and allowed > 0 and bench.original_quality is not None)
         own = self.baseline.timing
         assert own is not None
-        self.search.tell(self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median}))
+        self._evidence.append((self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median})))
+        self._aim()
         self._search()
         return True
+
+    def _aim(self) -> None:
+        """A search under the limits as they are aimed at now, that knows all evidence."""
+        aim = _AIMS[self.is_relaxed]
+        assert self.costs is not None
+        self.limits = Limits(
+            {quantity: bound * (aim if quantity in _VARYING else 1.0) for quantity, bound in self.bounds.items()},
+            self.allowed_drop * (1.0 if self.bounds else _SELECTION_MARGIN),
+            _RECOVERED_SHARE if "distill" in self.request.techniques else 1.0,
+        )
+        self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
+        for plan, evidence in self._evidence:
+            self.search.tell(plan, evidence)
+
+    def relax(self) -> bool:
+        """Aim at the limits themselves, where less was aimed at; whether that is something new."""
+        if self.is_relaxed:
+            return False
+        self.is_relaxed = True
+        self._aim()
+        return True
+
+    def tell(self, plan: Plan, evidence: Evidence) -> None:
+        """Tell the search, and whichever follows it."""
+        assert self.search is not None
+        self._evidence.append((plan, evidence))
+        self.search.tell(plan, evidence)
+
+    def _is_comfortable(self) -> bool:
+        """Whether the most promising plan that was tried holds what is aimed at, and leaves much of the allowed drop."""
+        assert self.search is not None
+        for plan in self.search.best(1, "trial"):
+            candidate, tried = self.known(plan, "candidate"), self.known(plan, "trial")
+            if candidate is None or tried is None or candidate.evidence.quality_drop is None:
+                return False
+            costs = tried.evidence.costs
+            is_inside = all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self.limits.costs.items())
+            return is_inside and candidate.evidence.quality_drop * self.limits.recovered <= _COMFORT * self.allowed_drop
+        return False
 
     def settle(self) -> bool:
         """Adapt torch's threads to how busy the machine is now; asked before every training step, and never a reason to stop."""
@@ -180,27 +221,45 @@ class Pursuit:
     # Candidates and trials
 
     def _search(self) -> None:
-        request, clock, search = self.request, self.clock, self.search
-        assert search is not None
-        reserve = RESERVE_S + 4 * max((trial.seconds for trial in self.trials), default=5.0)
-        end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - reserve) if math.isfinite(clock.left_s) else math.inf
-        longest, told = 0.0, 0
+        request, clock = self.request, self.clock
+        end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
         for plan in (*self.known_trials(), *self._left_over()):
             if clock.elapsed_s < end:
-                search.tell(plan, self.candidate_evidence(plan))
+                self.tell(plan, self.candidate_evidence(plan))
         with clock.stage("candidates"):
-            while told < request.trials and clock.elapsed_s + longest < end:
-                asked = search.ask(1)
-                if not asked:
-                    break
-                began = time.monotonic()
-                search.tell(asked[0], self.candidate_evidence(asked[0]))
-                for plan in search.best(1):
-                    if plan.digest not in self.told:
-                        search.tell(plan, self.trial_evidence(plan))
-                told += 1
-                longest = max(longest, time.monotonic() - began)
-                self.events.progress(told, request.trials)
+            began, longest, asked = clock.elapsed_s, 0.0, 0
+            while asked < request.trials and clock.elapsed_s + longest < end:
+                is_half_way = asked >= request.trials / 2 or clock.elapsed_s >= (began + end) / 2
+                solution = getattr(self.search, "solution", None)
+                is_hopeless = solution is not None and not solution.feasible
+                if not self.is_relaxed and (is_hopeless or (is_half_way and not self._is_comfortable())):
+                    self.relax()
+                started = clock.elapsed_s
+                if not self._try_one():
+                    if not self.relax():
+                        break
+                    continue
+                asked += 1
+                longest = max(longest, clock.elapsed_s - started)
+                self.events.progress(asked, request.trials)
+            if not self._is_comfortable():
+                self.relax()
+
+    def _try_one(self) -> bool:
+        """One more candidate, and a trial of whatever is now the most promising; False where there is none left to propose."""
+        assert self.search is not None
+        for plan in self.search.ask(1):
+            self.tell(plan, self.candidate_evidence(plan))
+            for best in self.search.best(1):
+                if best.digest not in self.told:
+                    self.tell(best, self.trial_evidence(best))
+            return True
+        return False
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds that the end of the run needs: the winner's export, perhaps another's, and the final measurement."""
+        return _RESERVE_S + 6 * max((trial.seconds for trial in self.trials if trial.stage == "trial"), default=5.0)
 
     def known_trials(self) -> list[Plan]:
         """Plans of this space that were tried before the search began: int8 everywhere, as far as it is offered."""

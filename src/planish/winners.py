@@ -17,7 +17,7 @@ from planish.measure.probe import Probe
 from planish.measurement import Outcome
 from planish.metrics import paired_interval
 from planish.plan import Plan, Recovery
-from planish.pursuit import MEASURED_MARGIN, RESERVE_S, Pursuit
+from planish.pursuit import Pursuit
 from planish.search.contract import Evidence, Kind
 from planish.train.checkpoint import Checkpoint
 from planish.trial import Compressed, Exported, drop, export_and_measure, quantized
@@ -26,6 +26,8 @@ from planish.workbench import RECOVERY_S, Workbench, outputs_of, predictor
 _EPOCHS = 5
 _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
+_FIRST_SHARE = 0.7
+"""Of the time left, what a plan that leaves room below the limits may take: if it loses too much, a milder one gets the rest."""
 _LEAST_S = 5.0
 _WORST_SQNR_DB = 20.0
 """A quantized export below this many decibels against its own module is wrong, not merely coarse."""
@@ -63,16 +65,21 @@ class Winner:
 def best_winner(pursuit: Pursuit) -> Winner | None:
     """Recover the most promising plans, and give the best.
 
-    Under limits the plan that loses least takes all the time that is left. Without, up to three plans are recovered, each proposed
+    Under limits the plan that loses least takes all the time that is left; one that leaves room below them takes most of it, and a
+    milder one the rest, if it is needed. Without, up to three plans are recovered, each proposed
     after what the one before taught. Where none of them holds, int8 alone is tried as it is: it loses least.
 
     Returns:
         None where no plan could be exported.
     """
-    shares = (1.0,) if pursuit.limits.costs else _SHARES
+    shares = _SHARES if not pursuit.limits.costs else (1.0,) if pursuit.is_relaxed else (_FIRST_SHARE, 1.0)
     winners: list[Winner] = []
     recovery = _Recovery(pursuit)
     for share in shares:
+        if winners and pursuit.limits.costs:
+            if winners[-1].holds:
+                break
+            pursuit.relax()
         if winners and recovery.left_s < _LEAST_S:
             break
         plan = _next(pursuit, winners)
@@ -84,7 +91,7 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     if not any(winner.holds for winner in winners):
         tried = {_unrecovered(winner.plan) for winner in winners if not winner.plan.recovery.samples}
         for plan in pursuit.known_trials():
-            is_worth = _unrecovered(plan) not in tried and _is_within(pursuit, plan)
+            is_worth = _unrecovered(plan) not in tried and _is_within(pursuit, plan) and recovery.left_s > -0.5 * pursuit.reserve_s
             winner = recovery.run(plan, 0.0) if is_worth or not winners else None
             winners += [winner] if winner is not None else []
     return min(winners, key=lambda winner: _rank(pursuit, winner), default=None)
@@ -114,8 +121,8 @@ def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
     done = {_unrecovered(winner.plan) for winner in winners}
     if winners and not pursuit.limits.costs:
         for plan in pursuit.search.ask(1):
-            pursuit.search.tell(plan, pursuit.candidate_evidence(plan))
-            pursuit.search.tell(plan, pursuit.trial_evidence(plan))
+            pursuit.tell(plan, pursuit.candidate_evidence(plan))
+            pursuit.tell(plan, pursuit.trial_evidence(plan))
     kinds: tuple[Kind, ...] = ("trial", "candidate")
     for kind in kinds:
         for plan in pursuit.search.best(8, kind):
@@ -138,13 +145,11 @@ class _Recovery:
         clock = self.bench.clock
         if not math.isfinite(clock.left_s):
             return self.end - time.monotonic()
-        dearest = max((trial.seconds for trial in self.pursuit.trials if trial.stage == "trial"), default=5.0)
-        return clock.left_s - RESERVE_S - 4 * dearest
+        return clock.left_s - self.pursuit.reserve_s
 
     def run(self, plan: Plan, share: float) -> Winner | None:
         """A plan carried out, trained for a share of the time left, exported and judged; None, and told so, where that failed."""
         pursuit, bench = self.pursuit, self.bench
-        assert pursuit.search is not None
         began = time.monotonic()
         compressed = pursuit.carry_out(plan)
         pursuit.forget(plan)
@@ -161,16 +166,16 @@ class _Recovery:
             except RuntimeFailed as err:
                 failed = Evidence("winner", failed=True)
                 pursuit.record(plan, "winner", Outcome(err.kind, str(err)), failed, time.monotonic() - began)  # type: ignore[arg-type]
-                pursuit.search.tell(asked, failed)
+                pursuit.tell(asked, failed)
                 return None
             outcome = self._outcome(exported, evidence, worst)
             pursuit.record(plan, "winner", outcome, evidence, time.monotonic() - began, exported)
-            pursuit.search.tell(plan, evidence)
+            pursuit.tell(plan, evidence)
         return Winner(plan, compressed.graph, final, compressed.analysis, exported, lost, outcome, skipped)
 
     def _outcome(self, exported: Exported, evidence: Evidence, lost: float | None) -> Outcome:
-        limits, allowed = self.pursuit.limits.costs, self.pursuit.allowed_drop
-        over = [quantity for quantity, limit in limits.items() if evidence.costs.get(quantity, 0.0) > limit / _slack(quantity)]
+        bounds, allowed = self.pursuit.bounds, self.pursuit.allowed_drop
+        over = [quantity for quantity, bound in bounds.items() if evidence.costs.get(quantity, 0.0) > bound]
         if exported.sqnr_db is not None and exported.sqnr_db < _WORST_SQNR_DB:
             return Outcome("mismatch", f"the exported model agrees with its module to {exported.sqnr_db:.0f} dB only")
         if over:
@@ -217,11 +222,6 @@ class _Recovery:
                 )
             seen += report.samples
         return plan.replace(recovery=msgspec.structs.replace(settings, samples=seen)), graph, skipped
-
-
-def _slack(quantity: str) -> float:
-    """What `Pursuit` aims below a limit on what varies: the winner is held against the limit itself."""
-    return MEASURED_MARGIN if quantity in ("latency", "memory") else 1.0
 
 
 def _validation_drop(bench: Workbench, plan: Plan, exported: Exported, confidence: float | None) -> tuple[float | None, float | None]:

@@ -50,7 +50,7 @@ class Checkpoint:
         try:
             with safe_open(self.path, "pt") as file:
                 about = file.metadata() or {}
-                state = [file.get_tensor(name) for name in sorted(file.keys())]  # noqa: SIM118 - no mapping
+                state = [file.get_tensor(name) for name in sorted(file.keys())]
         except (FileNotFoundError, SafetensorError):
             return None
         if [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in like]:
