@@ -1,7 +1,8 @@
-"""CIFAR ResNets: planish against the best fp32 runtime, NNCF's int8 and ONNX Runtime's static int8, interleaved in one run.
+"""CIFAR ResNets: planish against the best fp32 runtime, NNCF's and ONNX Runtime's int8 and Torch-Pruning, interleaved in one run.
 
 python benchmarks/bench_resnet.py --data DIR --depth 56 --latency 0.36x --time-limit 1800
 python benchmarks/bench_resnet.py --data DIR --depth 20 --int8-only
+python benchmarks/bench_resnet.py --data DIR --depth 56 --latency 0.36x --time-limit 1800 --torch-pruning 0.5
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import peers
 from numpy.typing import NDArray
 
 import planish
+from planish.artifact import open_artifact
 from planish.console import Console
+from planish.data import Data
+from planish.distill.recover import recover
+from planish.distill.teacher import Teacher
+from planish.graph.capture import capture
+from planish.graph.graph import Graph
+from planish.graph.groups import analyse
+from planish.graph.macs import macs
 from planish.measure.latency import Timing, interleaved, ratio
 from planish.measure.machine import available_targets, machine
 from planish.measure.probe import Probe
@@ -38,6 +47,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--int8-only", action="store_true", help="post-training int8 alone: no pruning, no recovery")
     parser.add_argument("--no-control", action="store_true", help="leave the dense control out")
+    parser.add_argument(
+        "--torch-pruning", type=float, default=None, metavar="RATIO", help="also prune with Torch-Pruning, tuned on as many samples"
+    )
     parser.add_argument("--out", default=None, help="where the artifact goes; a temporary folder by default")
     arguments = parser.parse_args()
 
@@ -59,14 +71,11 @@ def main() -> None:
             accept_nearest=True,
             events=console,
         )
-    compare(job, result, out, work, arguments.threads)
+    compare(job, result, out, work, arguments.threads, arguments.torch_pruning)
 
 
-def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path, threads: int) -> None:
+def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path, threads: int, ratio_pruned: float | None) -> None:
     """Print latency, accuracy and agreement of every model, measured side by side."""
-    from planish.artifact import open_artifact
-    from planish.graph.capture import capture
-
     data = job.materialize(work / "data")
     split = data.test
     assert split is not None and split.targets is not None
@@ -83,6 +92,12 @@ def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path
     reduce_range = not targets["onnxruntime"].facts.has_int8_dot
     static = peers.onnxruntime_int8(source, samples, work / "static.onnx", entry, reduce_range)
     files["static int8 onnxruntime"] = (targets["onnxruntime"], static)
+    if ratio_pruned is not None:
+        pruned = _torch_pruned(job, result, data, graph, work, ratio_pruned)
+        (work / "pruned").mkdir()
+        path = get_runtime("openvino").export(pruned, work / "pruned")
+        files["Torch-Pruning fp32 openvino"] = (targets["openvino"], path)
+        files["Torch-Pruning + NNCF"] = (targets["openvino"], peers.nncf_int8(path, samples, work / "pruned.xml", entry))
     artifact = open_artifact(out)
     files["planish"] = (artifact.manifest.target, artifact.model_path)
 
@@ -108,12 +123,25 @@ def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path
     print(json.dumps(summary.seconds))
 
 
+def _torch_pruned(job: planish.Workload, result: planish.Result, data: Data, graph: Graph, work: Path, share: float) -> Graph:
+    """Torch-Pruning's net after as much distillation as planish's own plan got."""
+    model = job.model_module()
+    pruned = capture(peers.torch_pruned(model, job.example_inputs[0], share), job.example_inputs)
+    assert data.train is not None and result.summary.plan is not None
+    recovery = result.summary.plan.recovery
+    report = recover(pruned, Teacher(graph, data.train, work), job, data, recovery)
+    print(
+        f"Torch-Pruning at {share}: {macs(analyse(graph)) / macs(analyse(pruned)):.2f}x fewer MACs, {report.samples} samples of distillation"
+    )
+    return pruned
+
+
 def _row(name: str, timings: dict[str, Timing], best: str, outputs: dict[str, list[NDArray[np.float32]]], labels: NDArray[np.int64]) -> str:
     accuracy, agreement = get_metric("accuracy"), get_metric("agreement")
     faster = ratio(timings[best], timings[name])
     lost = paired_interval(accuracy, outputs[best], outputs[name], labels)
     return (
-        f"{name:26s} {timings[name].latency_s.median * 1e6:7.0f} µs  {faster.median:5.2f}x ({faster.low:.2f} to {faster.high:.2f})  "
+        f"{name:27s} {timings[name].latency_s.median * 1e6:7.0f} µs  {faster.median:5.2f}x ({faster.low:.2f} to {faster.high:.2f})  "
         f"accuracy {accuracy.score(outputs[name], labels):.4f}  drop {lost[0] * 100:+.2f} ({lost[1] * 100:+.2f} to {lost[2] * 100:+.2f})  "
         f"agreement {agreement.score(outputs[name], outputs[best]):.4f}"
     )

@@ -1,13 +1,16 @@
-"""Today's tools on the same net and data, for the benchmarks: NNCF's and ONNX Runtime's int8. They live in the extra `bench` only."""
+"""Today's tools on the same net and data: NNCF's and ONNX Runtime's int8, Torch-Pruning. They live in the extra `bench` only."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 
 def nncf_int8(model: Path, samples: NDArray[np.float32], out: Path, input_name: str) -> Path:
@@ -48,3 +51,17 @@ def onnxruntime_int8(model: Path, samples: NDArray[np.float32], out: Path, input
     )
     onnx.checker.check_model(str(out))
     return out
+
+
+def torch_pruned(model: nn.Module, example: torch.Tensor, ratio: float) -> nn.Module:
+    """Torch-Pruning's magnitude pruner on the channels inside the blocks; its groups of the padding shortcuts would corrupt the net."""
+    import torch_pruning
+
+    net = copy.deepcopy(model)
+    inner = {name for name, module in net.named_modules() if isinstance(module, nn.Conv2d) and "." in name and name.endswith("conv1")}
+    kept = [module for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in inner]
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        net, example, torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=kept, round_to=8
+    )
+    pruner.step()
+    return net.eval()

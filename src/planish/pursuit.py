@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SEARCH_SHARE = 0.25
+_SENSITIVITY_SHARE, _SENSITIVITY_S = 0.1, 180.0
 _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
 _RESERVE_S = 15.0
@@ -179,7 +180,20 @@ class Pursuit:
             saliency = registry.get("saliency", self.request.saliency)()
             self.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
             multiple = width_step(bench.best.target)
-            return sensitivities(bench.graph, bench.analysis, self.scores, bench.data.calibration, multiple, self.events.progress)
+            return sensitivities(
+                bench.graph,
+                bench.analysis,
+                self.scores,
+                bench.data.calibration,
+                multiple,
+                self.events.progress,
+                seconds=self._sensitivity_s,
+            )
+
+    @property
+    def _sensitivity_s(self) -> float:
+        """Seconds that measuring one technique's sensitivities may take."""
+        return _SENSITIVITY_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else _SENSITIVITY_S
 
     def _choose_runtime(self, options: list[Option]) -> tuple[Baseline, list[Option]]:
         """The runtime in which the original, or its int8 form, is quickest; and the options with that runtime's precisions."""
@@ -208,7 +222,13 @@ class Pursuit:
         with self.clock.stage("sensitivity of int8"):
             self.settle()
             found = precision_options(
-                bench.graph, bench.analysis, baseline.runtime, baseline.target, bench.data.calibration, progress=self.events.progress
+                bench.graph,
+                bench.analysis,
+                baseline.runtime,
+                baseline.target,
+                bench.data.calibration,
+                progress=self.events.progress,
+                seconds=self._sensitivity_s,
             )
         return baseline, [*options, *found]
 

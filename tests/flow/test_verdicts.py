@@ -14,7 +14,7 @@ import pytest
 import planish
 import replaying
 import small_jobs
-from planish import cli
+from planish import cli, pursuit, winners
 from planish.result import Result
 
 TESTS = Path(__file__).parents[1]
@@ -167,3 +167,28 @@ def test_bad_arguments_are_refused_before_any_work(
     with pytest.raises(planish.PlanishError, match=text):
         planish.optimize(small_jobs.stripes_job(build), **{"out": "net.planish"} | changes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("comfort", "low", "high"), [(0.5, 0.0, 0.75 * 1.05), (-1.0, 0.76, 1.0)])
+def test_a_limit_is_undercut_where_that_costs_little(tmp_path: Path, put: Any, comfort: float, low: float, high: float) -> None:
+    """A plan that just holds its limit in one state of the machine misses it in another."""
+    replaying.install(put)
+    put(pursuit, "_COMFORT", comfort)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"), trials=6, techniques=("prune", "distill"))
+    assert result.verdict == "met", result.reason
+    assert low <= result.ratios["latency"].median / 0.6 <= high
+
+
+def test_a_winner_that_loses_too_much_is_followed_by_a_milder_one(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    judged: list[float] = []
+    before = winners._validation_drop
+
+    def first_is_bad(bench: Any, plan: Any, exported: Any, confidence: Any) -> Any:
+        judged.append(exported.ratio.median)
+        return (0.5, 0.5) if len(judged) == 1 else before(bench, plan, exported, confidence)
+
+    put(winners, "_validation_drop", first_is_bad)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"), trials=6, techniques=("prune", "distill"))
+    assert result.verdict == "met", result.reason
+    assert judged[0] <= 0.75 * 1.05 * 0.6 < judged[1] == result.ratios["latency"].median <= 0.6

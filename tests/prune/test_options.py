@@ -89,3 +89,15 @@ def test_units_that_must_stay_limit_the_levels() -> None:
     scores["layer2.0.conv1"][:20] = np.nan
     options = sensitivities(graph, analysis, scores, split, 8)
     assert [o.value for o in options if o.technique == "width" and o.subject == "layer2.0.conv1"] == [24]
+
+
+def test_little_time_means_fewer_samples_and_the_same_options() -> None:
+    graph, analysis = captured(*nets.resnet())
+    split = calibration(graph, 96)
+    scores = Magnitude().scores(graph, analysis, split, 0)
+    hurried = sensitivities(graph, analysis, scores, split, 4, seconds=1e-6)
+    patient = sensitivities(graph, analysis, scores, split, 4, seconds=1e6)
+    assert [(o.subject, o.value) for o in hurried] == [(o.subject, o.value) for o in patient]
+    assert hurried != patient
+    assert hurried == sensitivities(graph, analysis, scores, split, 4, samples=24)
+    assert patient == sensitivities(graph, analysis, scores, split, 4)

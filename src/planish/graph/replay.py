@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from planish.graph.modes import set_mode
 Environment = dict[Node, Any]
 
 _LIVE_BYTES = 2**30
+_TIMED = 8
 
 
 @contextmanager
@@ -129,6 +131,27 @@ class Replay:
             if shifts is not None and node in shifts and node in environment:
                 environment[node] = environment[node] + shifts[node]
         raise AssertionError("a module ends in an output node")
+
+
+def samples_within(replay: Replay, flat: list[Tensor], passes: float, seconds: float | None, least: int) -> int:
+    """How many of the samples can go through `passes` runs in so many seconds: from the time of one run over a few of them.
+
+    Args:
+        flat: inputs, samples first.
+        passes: runs over all samples that are planned; a part of a run counts as a part.
+        seconds: None: no limit.
+        least: samples that are used whatever it takes.
+    """
+    count = len(flat[0])
+    if seconds is None or count <= least:
+        return count
+    few = min(count, _TIMED)
+    with torch.inference_mode():
+        replay.run(replay.start([value[:1] for value in flat]))
+        began = time.monotonic()
+        replay.run(replay.start([value[:few] for value in flat]))
+        each = (time.monotonic() - began) / few
+    return max(least, min(count, int(seconds / max(passes * each, 1e-9))))
 
 
 def affordable(replay: Replay, graph: Graph, samples: int) -> int:

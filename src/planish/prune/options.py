@@ -16,7 +16,7 @@ from torch.fx import Node
 from planish.data import Split
 from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph, Group
-from planish.graph.replay import Replay, affordable, evaluating, take
+from planish.graph.replay import Replay, affordable, evaluating, samples_within, take
 from planish.plan import Option
 from planish.prune.blocks import block_losses
 from planish.prune.contract import Scores
@@ -27,6 +27,8 @@ from planish.prune.units import indices_of, lowest
 _MOMENT_BYTES = 2**29  # of Gram matrices; consumers beyond that are not compensated
 _STRENGTH = 1e-3
 _CHUNK = 64
+_LEAST_SAMPLES = 24
+_PASSES_PER_BLOCK = 3.0  # of the whole net: half a run without the block, and the refits behind it
 
 
 @dataclass
@@ -51,6 +53,7 @@ def sensitivities(
     progress: Callable[[int, int], None] | None = None,
     samples: int = 384,
     kind: str | None = None,
+    seconds: float | None = None,
 ) -> list[Option]:
     """The loss of each width below full of each group, and of each bypassed block, alone.
 
@@ -69,13 +72,18 @@ def sensitivities(
         progress: called with (trials done, trials), where a trial counts once per batch.
         samples: how many samples to use.
         kind: "logits" or "values"; None guesses from the outputs.
+        seconds: about what it may take; fewer samples are used where they would take longer, but never fewer than 24.
 
     Returns:
         Options with finite losses of at least 0; in each group a narrower width never loses less than a wider one.
     """
     replay = Replay(graph.module)
     flat = take(split, affordable(replay, graph, samples))
-    count = len(flat[0])
+    with evaluating(graph):
+        levels = sum(len(width_levels(group, multiple)) - 1 for group in analysis.groups.values())
+        passes = 0.5 * levels + _PASSES_PER_BLOCK * len(analysis.blocks) + 2
+        count = samples_within(replay, flat, passes, seconds, _LEAST_SAMPLES)
+    flat = take(split, count)
     size = min(_CHUNK, -(-count // 3))  # three batches at least, since blocks are repaired on two thirds and judged on the rest
     chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]
     with evaluating(graph):

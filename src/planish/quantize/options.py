@@ -17,7 +17,7 @@ from planish.graph.divergence import divergence
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
-from planish.graph.replay import Environment, Replay, affordable, take
+from planish.graph.replay import Environment, Replay, affordable, samples_within, take
 from planish.plan import Option
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
 from planish.quantize.insert import watch, weight_quantizer, why_not
@@ -26,6 +26,7 @@ from planish.runtimes.contract import Runtime
 from planish.target import Target
 
 _CHUNK = 64
+_LEAST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def precision_options(
     samples: int = 256,
     kind: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    seconds: float | None = None,
 ) -> list[Option]:
     """An int8 option for each operator that can be quantized, with what the outputs lose when it is the only one.
 
@@ -65,6 +67,7 @@ def precision_options(
         samples: at most this many are used.
         kind: "logits" or "values"; None guesses from the outputs.
         progress: called with (runs done, runs in all).
+        seconds: about what it may take; fewer samples are used where they would take longer, but never fewer than 16.
 
     Returns:
         Options in the order of the program; losses are finite and at least 0. `float_reasons` says why others are missing.
@@ -76,6 +79,7 @@ def precision_options(
     set_mode(folded, False)
     replay = Replay(folded.module)
     flat = take(split, affordable(replay, folded, samples))
+    flat = take(split, samples_within(replay, flat, 0.5 * len(analysis.operators) + 2, seconds, _LEAST_SAMPLES))
     alone, _ = _candidates(folded, analysis, runtime, target, flat, observer)
     chunks = [[value[start : start + _CHUNK] for value in flat] for start in range(0, len(flat[0]), _CHUNK)]
     reference = [replay.run(replay.start(chunk)) for chunk in chunks]
