@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("comfort", "low", "high"), [(0.5, 0.0, 0.75 * 1.05), (-1.0, 0.76, 1.0)])
+@pytest.mark.parametrize(("comfort", "low", "high"), [(0.7, 0.0, 0.75 * 1.05), (-1.0, 0.76, 1.0)])
 def test_a_limit_is_undercut_where_that_costs_little(tmp_path: Path, put: Any, comfort: float, low: float, high: float) -> None:
     """A plan that just holds its limit in one state of the machine misses it in another."""
     replaying.install(put)
