@@ -10,6 +10,7 @@ import torch
 
 import making
 import planish
+from planish.measure.latency import Timing
 from planish.verification import Verification, verify
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -21,6 +22,7 @@ PARTS = {"parameters", "data", "functions", "version"}
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.verification._SECONDS", 0.02)
+    monkeypatch.setattr("planish.verification._PAUSE_S", 0.0)
     monkeypatch.setattr("planish.verification.peak_memory_bytes", lambda *_: 1)
 
 
@@ -104,3 +106,24 @@ def test_another_job_is_named_and_not_held_against_the_artifact(tmp_path: Path) 
     assert found.quality == 1.0
     assert said(found) == ["another job: parameters differ", "quality was not compared: it is claimed for another job"]
     assert said(verified(tmp_path, job(version="2"), made_from))[0] == "another job: version differs"
+
+
+@pytest.mark.parametrize(
+    ("slower", "attempts", "holds", "said"), [(1.1, 1, True, ""), (1.4, 3, True, "virtual"), (2.0, 3, False, "ms are claimed")]
+)
+def test_a_slower_latency_is_taken_again_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, attempts: int, holds: bool, said: str
+) -> None:
+    calls = []
+
+    def interleaved(probes: dict[str, Any], *_: Any, **__: Any) -> dict[str, Timing]:
+        calls.append(1)
+        now = planish.Estimate(0.01 * slower, 0.01 * slower, 0.01 * slower, 9)
+        return {"artifact": Timing(now, now, 1, (0.01 * slower,) * 9)}
+
+    monkeypatch.setattr("planish.verification.interleaved", interleaved)
+    claimed = planish.Estimate(0.01, 0.01, 0.01, 9)
+    found = verified(tmp_path, job(), latency_s=claimed)
+    assert len(calls) == attempts
+    assert found.holds is holds, found.findings
+    assert any(said in finding for finding in found.findings) or not said

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from planish.measure.machine import machine, usable_cores
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.probe import Probe
 from planish.measurement import Estimate, Measurement
+from planish.runtimes.contract import Array
 from planish.signature import Signature
 from planish.target import Target
 
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 
 LEAST_SQNR_DB = 30.0
 _SECONDS = 2.0
+_ATTEMPTS, _PAUSE_S = 3, 4.0
+_SLOWER = 1.2
+_OTHER_STATE = 1.5
+"""How much slower than claimed it may be without being refuted: waking a second thread alone moves short calls by 1.45 on virtual machines."""
 _BATCH = 100
 _SAME_QUALITY = 1e-3
 """Of the claimed quality: what rounding in another build of a runtime may change."""
@@ -110,11 +117,13 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
             if noise is not None and noise < LEAST_SQNR_DB:
                 holds = False
                 findings.append(f"its outputs agree to {noise:.0f} dB only with those of when it was made")
-        timing = interleaved({"artifact": probe}, flat, seconds=_SECONDS)["artifact"]
-        if same and timing.latency_s.trustworthy and timing.latency_s.low > 1.2 * claimed.latency_s.high:
-            holds = False
+        timing = _timed(probe, flat, _SLOWER * claimed.latency_s.high if same else math.inf)
+        if same and timing.latency_s.trustworthy and timing.latency_s.low > _SLOWER * claimed.latency_s.high:
+            is_other_state = timing.latency_s.low <= _OTHER_STATE * claimed.latency_s.high
+            holds = holds and is_other_state
             findings.append(
                 f"it takes {timing.latency_s.median * 1e3:.4g} ms here and now, {claimed.latency_s.median * 1e3:.4g} ms are claimed"
+                + ("; a busy or virtual machine may be that much slower for minutes" if is_other_state else "")
             )
         if not timing.latency_s.trustworthy:
             findings.append("the latency is not trustworthy: the machine is too noisy")
@@ -137,6 +146,17 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
         split=judged.split,
         same_machine=same,
     )
+
+
+def _timed(probe: Probe, flat: list[Array], limit_s: float) -> Timing:
+    """The latency now: taken again, after a pause, while it is above `limit_s`, since a machine's speed changes for a while."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE_S)
+        timing = interleaved({"artifact": probe}, flat, seconds=_SECONDS)["artifact"]
+        if timing.latency_s.low <= limit_s:
+            break
+    return timing
 
 
 def _target(artifact: Artifact, threads: int | None) -> Target:
