@@ -42,7 +42,7 @@ class Recovery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     samples: int = 0
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     batch_size: int = 128
     quantized_share: float = 0.25
 

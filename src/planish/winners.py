@@ -116,10 +116,10 @@ def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
 
 
 def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
-    """The most promising plan that was not recovered yet; without limits a new one is asked for after each winner."""
+    """The most promising plan that was not recovered yet; after a winner, what it taught is first asked for a new one."""
     assert pursuit.search is not None
     done = {_unrecovered(winner.plan) for winner in winners}
-    if winners and not pursuit.limits.costs:
+    if winners:
         for plan in pursuit.search.ask(1):
             pursuit.tell(plan, pursuit.candidate_evidence(plan))
             pursuit.tell(plan, pursuit.trial_evidence(plan))

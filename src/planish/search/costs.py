@@ -45,25 +45,27 @@ class Affine:
 
     @classmethod
     def fit(cls, predicted: Sequence[float], measured: Sequence[float], near: float | None = None) -> Affine:
-        """Weighted least squares of relative errors; measurements close to `near` (in the measured unit) weigh most.
+        """Least squares of relative errors, then scaled so that it is right about `near` (in the measured unit).
 
-        Predictions that differ by less than 5 % among each other fix the slope alone.
+        The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
+        was slow would turn it. Predictions that differ by less than 5 % among each other fix the slope alone.
         """
         p, m = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
         good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
         p, m = p[good], m[good]
         if not len(p):
             return cls()
-        weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
-        weights /= weights.sum()
-        offset, slope = 0.0, float((weights * p / m).sum() / (weights * (p / m) ** 2).sum())
+        offset, slope = 0.0, float((p / m).sum() / ((p / m) ** 2).sum())
         if np.ptp(p) > 0.05 * p.max():
-            root = np.sqrt(weights)
-            both, _ = nnls(np.stack([root / m, root * p / m], axis=1) * m.mean(), root)
+            both, _ = nnls(np.stack([1 / m, p / m], axis=1) * m.mean(), np.ones(len(p)))
             if both[1] > 0:
                 offset, slope = (float(value) * float(m.mean()) for value in both)
-        errors = (offset + slope * p) / m - 1.0
-        return cls(offset, slope, len(p), float(np.sqrt((weights * errors**2).sum())))
+        shares = m / (offset + slope * p)
+        weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
+        weights /= weights.sum()
+        scale = 1.0 if near is None else float((weights * shares).sum())
+        errors = scale / shares - 1.0
+        return cls(scale * offset, scale * slope, len(p), float(np.sqrt((weights * errors**2).sum())))
 
 
 Lookup = Callable[[Sequence[Kernel]], NDArray[np.float64]]
