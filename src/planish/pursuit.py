@@ -36,11 +36,13 @@ _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
 _RESERVE_S = 15.0
 _VARYING = ("latency", "memory")
-_AIMS = (0.72, 0.97)
-"""Of a limit on what varies from run to run: the final measurement must hold it too, perhaps in another state of the machine. The
-first is aimed at where it costs no more than `_COMFORT` of the drop that is allowed, the second elsewhere."""
+_AIMS = (0.75, 0.85, 0.97)
+"""Of a limit on what varies from run to run: the final measurement must hold it too, perhaps in another state of the machine. Each is
+aimed at where the one before is expected to cost more than `_COMFORT` of the drop that is allowed."""
 _COMFORT = 0.9
-_NEAR = 1.05
+_NEAR = 1.03
+_PATIENCE = 8
+"""Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
 """Without limits the search goes to the edge of what it may lose on validation; this share of it leaves room for another split."""
 
@@ -75,7 +77,7 @@ class Pursuit:
         self.search: Search | None = None
         self.costs: Costs | None = None
         self.bounds: dict[str, float] = {}
-        self.is_relaxed = True
+        self._level = len(_AIMS) - 1
         self._evidence: list[tuple[Plan, Evidence]] = []
 
     def search_plans(self) -> bool:
@@ -92,7 +94,8 @@ class Pursuit:
         with self.clock.stage("latency tables"):
             self.costs = Costs(self.space, self._lookup())
         self.bounds = ceilings(request.budget.limits, self.original, bench.batch, self.costs)
-        self.is_relaxed = not ("latency" in self.bounds and allowed > 0 and bench.original_quality is not None)
+        if "latency" in self.bounds and allowed > 0 and bench.original_quality is not None:
+            self._level = 0
         own = self.baseline.timing
         assert own is not None
         self._evidence.append((self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median})))
@@ -102,7 +105,7 @@ class Pursuit:
 
     def _aim(self) -> None:
         """A search under the limits as they are aimed at now, that knows all evidence."""
-        aim = _AIMS[self.is_relaxed]
+        aim = _AIMS[self._level]
         assert self.costs is not None
         self.limits = Limits(
             {quantity: bound * (aim if quantity in _VARYING else 1.0) for quantity, bound in self.bounds.items()},
@@ -113,11 +116,16 @@ class Pursuit:
         for plan, evidence in self._evidence:
             self.search.tell(plan, evidence)
 
+    @property
+    def is_relaxed(self) -> bool:
+        """Whether what is aimed at are the limits themselves."""
+        return self._level == len(_AIMS) - 1
+
     def relax(self) -> bool:
-        """Aim at the limits themselves, where less was aimed at; whether that is something new."""
+        """Aim closer to the limits; False where they are aimed at already."""
         if self.is_relaxed:
             return False
-        self.is_relaxed = True
+        self._level += 1
         self._aim()
         return True
 
@@ -242,28 +250,33 @@ class Pursuit:
 
     def _search(self) -> None:
         request, clock = self.request, self.clock
+        assert self.search is not None
         end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
         for plan in (*self.known_trials(), *self._left_over()):
             if clock.elapsed_s < end:
                 self.tell(plan, self.candidate_evidence(plan))
         with clock.stage("candidates"):
-            began, longest, asked = clock.elapsed_s, 0.0, 0
-            while asked < request.trials and clock.elapsed_s + longest < end:
-                is_half_way = asked >= request.trials / 2 or clock.elapsed_s >= (began + end) / 2
+            began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
+            while asked < request.trials and clock.elapsed_s + longest < end and waited < _PATIENCE:
+                share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
                 solution = getattr(self.search, "solution", None)
                 is_hopeless = solution is not None and not solution.feasible
-                if not self.is_relaxed and (is_hopeless or (is_half_way and not self._is_comfortable())):
-                    self.relax()
+                is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
+                if (is_hopeless or (is_time and not self._is_comfortable())) and self.relax():
+                    waited = 0
+                    continue
                 started = clock.elapsed_s
                 if not self._try_one():
                     if not self.relax():
                         break
                     continue
                 asked += 1
+                most_promising = next((plan.digest for plan in self.search.best(1)), "")
+                waited, best = (waited + 1 if most_promising == best else 0), most_promising
                 longest = max(longest, clock.elapsed_s - started)
                 self.events.progress(asked, request.trials)
-            if not self._is_comfortable():
-                self.relax()
+            while not self._is_comfortable() and self.relax():
+                pass
 
     def _try_one(self) -> bool:
         """One more candidate, and a trial of whatever is now the most promising; False where there is none left to propose."""

@@ -26,7 +26,7 @@ from planish.workbench import RECOVERY_S, Workbench, outputs_of, predictor
 _EPOCHS = 5
 _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
-_FIRST_SHARE = 0.7
+_FIRST_SHARE = 0.85
 """Of the time left, what a plan that leaves room below the limits may take: if it loses too much, a milder one gets the rest."""
 _LEAST_S = 5.0
 _WORST_SQNR_DB = 20.0
@@ -72,7 +72,7 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     Returns:
         None where no plan could be exported.
     """
-    shares = _SHARES if not pursuit.limits.costs else (1.0,) if pursuit.is_relaxed else (_FIRST_SHARE, 1.0)
+    shares = _SHARES if not pursuit.limits.costs else (1.0,) if pursuit.is_relaxed else (_FIRST_SHARE, 0.7, 1.0)
     winners: list[Winner] = []
     recovery = _Recovery(pursuit)
     for share in shares:
