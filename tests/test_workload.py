@@ -361,3 +361,37 @@ def test_scores_take_the_models_structure() -> None:
 def test_importing_a_workload_loads_no_torch() -> None:
     code = "import sys, planish.workload, planish.metrics, planish.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def f1(outputs: Any, targets: Any) -> float:
+    """A user's own metric that bears the name of a built-in one: several labels to a sample."""
+    return float(((outputs > 0) == (targets > 0)).float().mean())
+
+
+def test_a_users_metric_is_not_checked_as_the_one_of_that_name(tmp_path: Path) -> None:
+    workload = job(test=[(X, torch.randint(0, 2, (23, 4)))], metric=f1)
+    data = workload.materialize(tmp_path)
+    workload.check_targets(data, [np.zeros((1, 4), np.float32)])
+
+
+class Doubled(TensorDataset):
+    """A sample is not what the tensors hold."""
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = super().__getitem__(index)
+        return 2 * x, y
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, list(range(len(data))))])
+def test_a_subclass_of_a_dataset_is_asked_for_its_samples(wrap: Any, tmp_path: Path) -> None:
+    data = job(train=wrap(Doubled(X, Y)), validation=[(X, Y)]).materialize(tmp_path)
+    assert data.train is not None
+    np.testing.assert_array_equal(data.train.inputs[0], 2 * X.numpy())
+
+
+@pytest.mark.parametrize("judged", ["validation", "test"])
+def test_recovery_on_the_judged_inputs_is_said(judged: str, tmp_path: Path) -> None:
+    notes = job(**{judged: [(X, Y)]}).materialize(tmp_path / "a").notes
+    assert any(f"inputs of {judged}, on which the drop is judged" in note for note in notes)
+    notes = job(train=[(X, Y)], **{judged: [(X, Y)]}).materialize(tmp_path / "b").notes
+    assert not any("on which the drop is judged" in note for note in notes)

@@ -103,13 +103,16 @@ def _keeps_original(bench: Workbench, request: Request, summary: Summary) -> boo
     """Whether the original may be the better answer: the winner is no faster, loses too much, or misses what the original holds."""
     if summary.verdict == "infeasible":
         return not request.budget.limits or all(not limit.relative for limit in request.budget.limits)
-    return not request.budget.limits and summary.ratios["latency"].median >= 1.0
+    return not request.budget.limits and summary.ratios["latency"].high >= 1.0
 
 
 def _why_kept(summary: Summary) -> str:
     if summary.verdict == "infeasible":
         return summary.reason.removeprefix("nothing found holds the budget; nearest: ")
-    return f"the best plan takes {summary.ratios['latency'].median:.2f} times as long in this target"
+    ratio = summary.ratios["latency"]
+    if ratio.median < 1.0:
+        return f"that the best plan is faster cannot be told ({ratio.median:.2f}x, between {ratio.low:.2f} and {ratio.high:.2f})"
+    return f"the best plan takes {ratio.median:.2f} times as long in this target"
 
 
 def _home(bench: Workbench, winner: Winner) -> Baseline:
@@ -158,8 +161,10 @@ def _compare(
     probes = {"original": original.probe} | ({"optimized": optimized.probe} if optimized else {})
     timings = _settled(bench, probes)
     name, split = bench.data.judged
-    before = _measurement(bench, original, timings["original"], name)
-    after = _measurement(bench, optimized, timings["optimized"], name) if optimized else before
+    first = bench.predict(original.baseline, name, split) if split is not None and bench.job.evaluate is None else None
+    second = outputs_of(optimized.probe, split) if first is not None and split is not None and optimized else first
+    before = _measurement(bench, original, timings["original"], name, first)
+    after = _measurement(bench, optimized, timings["optimized"], name, second) if optimized else before
     latency = ratio(timings["optimized"], timings["original"]) if optimized else Estimate(1.0, 1.0, 1.0, before.latency_s.n)
     lost: float | None = None
     lost_interval: tuple[float, float] | None = None
@@ -167,9 +172,7 @@ def _compare(
         assert before.quality is not None and after.quality is not None
         lost = before.quality - after.quality if bench.metric.higher_is_better else after.quality - before.quality
         lost = lost if math.isfinite(lost) else math.inf
-    elif split is not None:
-        first = bench.predict(original.baseline, name, split)
-        second = outputs_of(optimized.probe, split) if optimized else first
+    elif first is not None and second is not None and split is not None:
         found_interval = paired_interval(
             bench.metric, first, second, split.targets, confidence=request.budget.confidence or 0.95, seed=request.seed
         )
@@ -218,9 +221,9 @@ def _exact(after: float | None, before: float | None) -> Estimate:
     return Estimate(share, share, share, _EXACT)
 
 
-def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str) -> Measurement:
+def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str, outputs: list[Array] | None) -> Measurement:
     target, graph = side.baseline.target, side.graph
-    quality, quality_interval = _quality(bench, side, name)
+    quality, quality_interval = _quality(bench, side, outputs)
     total = macs(side.analysis)
     int8 = sum(operator_macs(operator) for key, operator in side.analysis.operators.items() if key in side.int8)
     size = size_bytes(side.path)
@@ -250,13 +253,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _quality(bench: Workbench, side: _Side, name: str) -> tuple[float | None, tuple[float, float] | None]:
-    _, split = bench.data.judged
+def _quality(bench: Workbench, side: _Side, outputs: list[Array] | None) -> tuple[float | None, tuple[float, float] | None]:
+    name, split = bench.data.judged
     if bench.job.evaluate is not None:
         return float(bench.job.evaluate(predictor(side.probe))), None
-    if split is None:
+    if split is None or outputs is None:
         return None, None
-    outputs = bench.predict(side.baseline, name, split) if side.probe is side.baseline.probe else outputs_of(side.probe, split)
     reference = split.targets if bench.metric.needs_labels else bench.predict(bench.best, name, split)
     score, low, high = interval(bench.metric, outputs, reference)[:3]
     return float(score), (float(low), float(high))

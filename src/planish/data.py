@@ -376,6 +376,8 @@ def is_read_once(source: Any) -> bool:
 
 def _bulk(source: Any) -> tuple[tuple[Any, ...], Any] | None:
     """The tensors of a TensorDataset, and the index that a Subset (of a Subset ...) of one selects; None for anything else."""
+    if not type(source).__module__.startswith("torch."):
+        return None  # a subclass may change what a sample is
     if _is_a(source, "TensorDataset"):
         return tuple(source.tensors), None
     if _is_a(source, "Subset"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,7 +22,7 @@ from planish.quantize.options import precision_options
 from planish.quantize.placement import unsupported
 from planish.result import Trial
 from planish.search.contract import Evidence, Limits, Search
-from planish.search.costs import Costs, ceilings
+from planish.search.costs import Affine, Costs, ceilings
 from planish.search.space import Space
 from planish.study.store import Study
 from planish.trial import Compressed, Exported, Judged, carry_out, export_and_measure, judge
@@ -41,6 +42,7 @@ _AIMS = (0.75, 0.85, 0.97)
 aimed at where the one before is expected to cost more than `_COMFORT` of the drop that is allowed."""
 _COMFORT = 0.9
 _NEAR = 1.03
+_FEW = 4
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
@@ -93,7 +95,7 @@ class Pursuit:
             return False
         with self.clock.stage("latency tables"):
             self.costs = Costs(self.space, self._lookup())
-        self.bounds = ceilings(request.budget.limits, self.original, bench.batch, self.costs)
+        self.bounds = ceilings(request.budget.limits, self.original, bench.batch)
         if "latency" in self.bounds and allowed > 0 and bench.original_quality is not None:
             self._level = 0
         own = self.baseline.timing
@@ -105,16 +107,34 @@ class Pursuit:
 
     def _aim(self) -> None:
         """A search under the limits as they are aimed at now, that knows all evidence."""
-        aim = _AIMS[self._level]
         assert self.costs is not None
+        bounds = self._aimed()
+        if self._is_by_macs:
+            latency = bounds.pop("latency")
+            measured = [(e.costs["macs"], e.costs["latency"]) for _, e in self._evidence if "macs" in e.costs and "latency" in e.costs]
+            fit = Affine.fit([m for m, _ in measured], [s for _, s in measured], near=latency)
+            bounds["macs"] = min(max(fit.inverse(latency), 1.0), bounds.get("macs", math.inf))
         self.limits = Limits(
-            {quantity: bound * (aim if quantity in _VARYING else 1.0) for quantity, bound in self.bounds.items()},
+            bounds,
             self.allowed_drop * (1.0 if self.bounds else _SELECTION_MARGIN),
             _RECOVERED_SHARE if "distill" in self.request.techniques else 1.0,
         )
         self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
         for plan, evidence in self._evidence:
             self.search.tell(plan, evidence)
+
+    def _aimed(self) -> dict[str, float]:
+        """The bounds of the budget, less what is left for a machine that changes its speed."""
+        return {quantity: bound * (_AIMS[self._level] if quantity in _VARYING else 1.0) for quantity, bound in self.bounds.items()}
+
+    @property
+    def _is_by_macs(self) -> bool:
+        """Whether a limit on latency is searched as one on MACs, by what trials say of both: the target has no tables."""
+        return "latency" in self.bounds and self.costs is not None and self.costs.effort == "macs"
+
+    def over(self, costs: Mapping[str, float], share: float = 1.0) -> list[str]:
+        """Which measured costs are above `share` of what the budget allows."""
+        return [quantity for quantity, bound in self.bounds.items() if costs.get(quantity, 0.0) > share * bound]
 
     @property
     def is_relaxed(self) -> bool:
@@ -133,7 +153,10 @@ class Pursuit:
         """Tell the search, and whichever follows it."""
         assert self.search is not None
         self._evidence.append((plan, evidence))
-        self.search.tell(plan, evidence)
+        if self._is_by_macs and "latency" in evidence.costs:
+            self._aim()
+        else:
+            self.search.tell(plan, evidence)
 
     def _is_comfortable(self) -> bool:
         """Whether the most promising plan that was tried holds what is aimed at, and leaves much of the allowed drop."""
@@ -143,7 +166,7 @@ class Pursuit:
             if candidate is None or tried is None or candidate.evidence.quality_drop is None:
                 return False
             costs = tried.evidence.costs
-            is_inside = all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self.limits.costs.items())
+            is_inside = all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
             return is_inside and candidate.evidence.quality_drop * self.limits.recovered <= _COMFORT * self.allowed_drop
         return False
 
@@ -186,6 +209,8 @@ class Pursuit:
         with self.clock.stage("sensitivity of groups and blocks"):
             self.settle()
             saliency = registry.get("saliency", self.request.saliency)()
+            if bench.output_kind is not None and hasattr(saliency, "kind"):
+                saliency.kind = bench.output_kind
             self.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
             multiple = width_step(bench.best.target)
             return sensitivities(
@@ -195,6 +220,7 @@ class Pursuit:
                 bench.data.calibration,
                 multiple,
                 self.events.progress,
+                kind=bench.output_kind,
                 seconds=self._sensitivity_s,
             )
 
@@ -209,6 +235,7 @@ class Pursuit:
         if "quantize" not in self.request.techniques:
             return bench.best, options
         best: tuple[float, Baseline, bool] = (1.0, bench.best, False)
+        wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
         nodes = {node.name: node for node in bench.graph.module.graph.nodes}
         whole = {name: "int8" for name, operator in bench.analysis.operators.items() if not unsupported(nodes[operator.node])}
         with self.clock.stage("int8 in each runtime"):
@@ -220,11 +247,9 @@ class Pursuit:
                 if ratio is not None and ratio.median < best[0]:
                     best = (ratio.median, baseline, True)
                 if ratio is not None and ratio.median >= 1.0:
-                    bench.notes.append(
-                        f"int8 is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32), so it is not used there"
-                    )
+                    unused = "" if wants_small else ", so it is not used there"
+                    bench.notes.append(f"int8 is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32){unused}")
         _, baseline, is_faster = best
-        wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
         if not (is_faster or wants_small) or "int8" not in baseline.runtime.schemes:
             return baseline, options
         with self.clock.stage("sensitivity of int8"):
@@ -236,6 +261,7 @@ class Pursuit:
                 baseline.target,
                 bench.data.calibration,
                 progress=self.events.progress,
+                kind=bench.output_kind,
                 seconds=self._sensitivity_s,
             )
         return baseline, [*options, *found]
@@ -257,14 +283,17 @@ class Pursuit:
                 self.tell(plan, self.candidate_evidence(plan))
         with clock.stage("candidates"):
             began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
-            while asked < request.trials and clock.elapsed_s + longest < end and waited < _PATIENCE:
+            while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
                 share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
                 solution = getattr(self.search, "solution", None)
                 is_hopeless = solution is not None and not solution.feasible
                 is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
-                if (is_hopeless or (is_time and not self._is_comfortable())) and self.relax():
+                is_stuck = waited >= _PATIENCE
+                if (is_hopeless or ((is_time or is_stuck) and not self._is_comfortable())) and self.relax():
                     waited = 0
                     continue
+                if is_stuck:
+                    break
                 started = clock.elapsed_s
                 if not self._try_one():
                     if not self.relax():
@@ -277,6 +306,9 @@ class Pursuit:
                 self.events.progress(asked, request.trials)
             while not self._is_comfortable() and self.relax():
                 pass
+        if math.isfinite(end) and asked < min(_FEW, request.trials) and clock.elapsed_s >= end:
+            said = "one plan" if asked == 1 else f"{asked} plans"
+            self.bench.notes.append(f"the time limit left time to try {said} only; a longer --time-limit may find better ones")
 
     def _try_one(self) -> bool:
         """One more candidate, and a trial of whatever is now the most promising; False where there is none left to propose."""
@@ -291,8 +323,15 @@ class Pursuit:
 
     @property
     def reserve_s(self) -> float:
-        """Seconds that the end of the run needs: the winner's export, perhaps another's, and the final measurement."""
-        return _RESERVE_S + 6 * max((trial.seconds for trial in self.trials if trial.stage == "trial"), default=5.0)
+        """Seconds that the end of the run needs: the winner's export, perhaps another's, and judging and measuring both nets."""
+        data, timing = self.bench.data, self.bench.best.timing
+        assert timing is not None
+        judged = sum(split.n for split in (data.validation, data.judged[1], data.judged[1]) if split is not None)
+        return (
+            timing.latency_s.median / self.bench.batch * judged
+            + _RESERVE_S
+            + 6 * max((trial.seconds for trial in self.trials if trial.stage == "trial"), default=5.0)
+        )
 
     def known_trials(self) -> list[Plan]:
         """Plans of this space that were tried before the search began: int8 everywhere, as far as it is offered."""

@@ -116,7 +116,7 @@ def judge(bench: Workbench, graph: Graph) -> Judged:
     reference = bench.cached("calibration", lambda: module_outputs(bench.graph, bench.data.calibration))
     tensors = [as_tensor(array) for array in reference]
     outputs = module_outputs(graph, bench.data.calibration)
-    loss = float(divergence(tensors).per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
+    loss = float(divergence(tensors, bench.output_kind).per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
     if bench.job.evaluate is not None:
         return Judged(loss, bench.lost(float(bench.job.evaluate(module_predictor(graph)))))
     split = bench.judging

@@ -28,6 +28,8 @@ _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
 _FIRST_SHARE = 0.85
 """Of the time left, what a plan that leaves room below the limits may take: if it loses too much, a milder one gets the rest."""
+_WORTH = 1.07
+"""A plan that measured up to this share of a limit may hold it when it is measured longer."""
 _LEAST_S = 5.0
 _WORST_SQNR_DB = 20.0
 """A quantized export below this many decibels against its own module is wrong, not merely coarse."""
@@ -112,7 +114,7 @@ def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
     """Whether what a plan costs, where that was measured, is near enough to the limits for its recovery to be worth the time."""
     known = pursuit.known(plan, "trial")
     measured = known.evidence.costs if known is not None else {}
-    return all(measured.get(quantity, 0.0) <= 1.1 * limit for quantity, limit in pursuit.limits.costs.items())
+    return not pursuit.over(measured, _WORTH)
 
 
 def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
@@ -174,8 +176,7 @@ class _Recovery:
         return Winner(plan, compressed.graph, final, compressed.analysis, exported, lost, outcome, skipped)
 
     def _outcome(self, exported: Exported, evidence: Evidence, lost: float | None) -> Outcome:
-        bounds, allowed = self.pursuit.bounds, self.pursuit.allowed_drop
-        over = [quantity for quantity, bound in bounds.items() if evidence.costs.get(quantity, 0.0) > bound]
+        allowed, over = self.pursuit.allowed_drop, self.pursuit.over(evidence.costs)
         if exported.sqnr_db is not None and exported.sqnr_db < _WORST_SQNR_DB:
             return Outcome("mismatch", f"the exported model agrees with its module to {exported.sqnr_db:.0f} dB only")
         if over:

@@ -40,6 +40,7 @@ LEAST_SQNR_DB = 50.0
 RECOVERY_S = 1500.0
 """Seconds of recovery at most, where no time limit was given."""
 _EAGER = ("torch", "torch-compile")
+_VALUE_METRICS = ("rmse", "mae", "spearman", "cosine")
 _BATCH = 100
 _JUDGING = 2000
 _DRIFT = 0.1
@@ -116,6 +117,11 @@ class Workbench:
 
     def __post_init__(self) -> None:
         self._example = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in self.graph.example]
+
+    @property
+    def output_kind(self) -> str | None:
+        """What the outputs are to a label-free loss: "values" where the metric says so; None leaves it to their shapes."""
+        return "values" if self.metric.name in _VALUE_METRICS and isinstance(self.job.metric, str) else None
 
     @property
     def batch(self) -> int:

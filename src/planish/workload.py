@@ -178,6 +178,8 @@ class Workload:
         Raises:
             DataError: names the split and the sample.
         """
+        if not isinstance(self.metric, str) or self.evaluate is not None:
+            return
         metric = self.metric_object()
         flat = [_data.as_array(value, "outputs") for value in outputs]
         for name, split in data.splits().items():
@@ -360,6 +362,10 @@ def _calibration(train: Split | None, validation: Split | None, test: Split | No
         count = min(_CALIBRATION, split.n)
         if name == "test":
             notes.append("calibration: only test was given, so statistics are taken on inputs of test (without labels).")
+        if name == ("test" if test is not None else "validation"):
+            notes.append(
+                f"recovery follows the original on {count} inputs of {name}, on which the drop is judged: it is optimistic; give `train`"
+            )
         if _data.shows_every_class(split, slice(0, count)):
             return Split([array[:count] for array in split.inputs], None, count)
         notes.append(f"calibration: {count} samples of {name}, evenly spaced, since the first ones lack some of the classes.")

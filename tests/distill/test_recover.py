@@ -189,3 +189,22 @@ def test_a_net_that_gives_nan_ends_as_diverged(tmp_path: Path) -> None:
         student.module.get_parameter("fc.bias")[0] = np.nan
     report = recover(student, teacher, job, data, Recovery(samples=512))
     assert report.diverged and report.fit is not None and report.fit.steps == 0
+
+
+def test_the_users_loss_waits_for_labels_and_odd_labels_teach_nothing(tmp_path: Path) -> None:
+    """Calibration inputs have no targets; integers that are no class of the output (counts, -1) are left out of the loss."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    graph, job, data, _ = setting(tmp_path, labels=False, loss=loss)
+    bare = Data(None, None, None, data.calibration, tmp_path)
+    recover(damaged(graph), Teacher(graph, bare.calibration, tmp_path), job, bare, Recovery(samples=256))
+
+    def error(outputs: Tensor, targets: Tensor) -> float:
+        return float((outputs.mean(1) - targets).abs().mean())
+
+    counts = (X, torch.arange(len(X)))
+    graph, job, data, teacher = setting(tmp_path / "counts", train=counts, metric=error)
+    report = recover(damaged(graph), teacher, job, data, Recovery(samples=2048))
+    assert report.loss_after < 0.5 * report.loss_before

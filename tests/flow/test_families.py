@@ -49,7 +49,7 @@ def job_of(model: nn.Module, example: Any, name: str) -> planish.Workload:
 @pytest.mark.parametrize("target", ["cpu", "onnxruntime:cpu", "torch:cpu"])
 def test_a_family_comes_out_whole(tmp_path: Path, net: str, target: str) -> None:
     model, example = WIDE[net]()
-    budget = planish.Budget(latency="0.8x" if target != "torch:cpu" else None, size="0.9x" if target == "torch:cpu" else None, drop="60pt")
+    budget = planish.Budget(latency="0.8x", drop="60pt")
     result = planish.optimize(
         job_of(model, example, net), target, budget, tmp_path / "net.planish", time_limit=60, accept_nearest=True, threads=2
     )

@@ -9,12 +9,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import planish
 import replaying
 import small_jobs
-from planish import cli, pursuit, winners
+from planish import cli, conclude, pursuit, winners
 from planish.result import Result
 
 TESTS = Path(__file__).parents[1]
@@ -192,3 +193,43 @@ def test_a_winner_that_loses_too_much_is_followed_by_a_milder_one(tmp_path: Path
     result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"), trials=6, techniques=("prune", "distill"))
     assert result.verdict == "met", result.reason
     assert judged[0] <= 0.75 * 1.03 * 0.6 < judged[1] == result.ratios["latency"].median <= 0.6
+
+
+def test_more_trials_never_leave_the_limit_itself_unsearched(tmp_path: Path, put: Any) -> None:
+    """However long nothing becomes more promising at what is aimed at first, plans at the limit are proposed in the end."""
+    replaying.install(put)
+    put(pursuit, "_COMFORT", -1.0)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"), trials=40, techniques=("prune",))
+    assert result.verdict == "met", result.reason
+    assert 0.85 * 0.6 < result.ratios["latency"].median <= 0.6
+
+
+def test_a_target_without_tables_learns_from_trials_what_its_macs_cost(tmp_path: Path, put: Any) -> None:
+    """Latency follows the file's size here and not the MACs: half of the MACs is not half of the latency."""
+    replaying.install(put)
+    result = planish.optimize(
+        small_jobs.stripes_job(),
+        "torch:cpu",
+        planish.Budget(latency="0.5x", drop="40pt"),
+        tmp_path / "stripes.planish",
+        trials=6,
+        threads=1,
+        techniques=("prune",),
+    )
+    assert result.verdict == "met", result.reason
+    assert result.ratios["latency"].median <= 0.5
+
+
+@pytest.mark.parametrize(("high", "kept"), [(0.99, False), (1.02, True)])
+def test_a_gain_that_cannot_be_told_from_noise_is_none(tmp_path: Path, put: Any, high: float, kept: bool) -> None:
+    replaying.install(put)
+    before = conclude.ratio
+
+    def ratio(a: Any, b: Any) -> Any:
+        return msgspec.structs.replace(before(a, b), median=0.97, low=0.95, high=high)
+
+    put(conclude, "ratio", ratio)
+    result = run(tmp_path / "stripes.planish", planish.Budget())
+    assert result.verdict == "met"
+    assert (result.plan is None) == kept
+    assert any("cannot be told" in note for note in result.notes) == kept

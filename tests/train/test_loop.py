@@ -271,3 +271,10 @@ def test_a_checkpoint_of_something_else_or_a_damaged_one_is_not_used(tmp_path: P
     assert checkpoint.load([torch.zeros(3)]) is None
     report = fit(mlp(), SPLIT, labels, Settings(640), checkpoint=checkpoint)
     assert report.samples == 640
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    checkpoint = Checkpoint(tmp_path / "file" / "phase.safetensors")
+    assert fit(mlp(), SPLIT, labels, Settings(640), checkpoint=checkpoint).samples == 640
+    assert checkpoint.load([]) is None

@@ -100,7 +100,8 @@ class Distillation:
             if targets.is_floating_point() or targets.dtype == torch.bool or targets.numel() != np.prod(positions):
                 return None
             labels = targets.reshape(positions).long()
-            if bool((labels == IGNORED_LABEL).all()):
+            counts = labels != IGNORED_LABEL
+            if not bool(counts.any()) or bool((counts & ((labels < 0) | (labels >= out.shape[axis]))).any()):
                 return None
             return F.cross_entropy(out.movedim(axis, 1), labels, ignore_index=IGNORED_LABEL)
         return None

@@ -88,7 +88,7 @@ def recover(
 
     def total(outputs: Sequence[Tensor], wanted: Sequence[Tensor], targets: Tensor | None) -> Tensor:
         value = loss(outputs, wanted, targets)
-        if job.loss is not None:
+        if job.loss is not None and targets is not None:
             value = value + job.loss(graph.signature.unflatten(list(outputs)), targets)
         return value
 

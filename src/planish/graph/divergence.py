@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from planish.errors import DataError
+from planish.metrics import class_axis
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Divergence:
         total = torch.zeros(reference[0].shape[0])
         for kind, scale, new, old in zip(self.kinds, self.scales, outputs, reference, strict=True):
             if kind == "logits":
-                target = old.float().log_softmax(-1)
-                each = (target.exp() * (target - new.float().log_softmax(-1))).sum(-1)
+                axis = class_axis(old.shape)
+                target = old.float().log_softmax(axis)
+                each = (target.exp() * (target - new.float().log_softmax(axis))).sum(axis)
             elif kind == "values":
                 each = _last_axis(new - old).square().sum(-1) / scale
             else:
@@ -64,7 +66,7 @@ class Divergence:
         for kind, scale, value in zip(self.kinds, self.scales, outputs, strict=True):
             if not kind:
                 continue
-            value = _last_axis(value)
+            value = _last_axis(value.movedim(class_axis(value.shape), -1) if kind == "logits" else value)
             positions = value[0].numel() // value.shape[-1]
             noise = torch.randn(value.shape, generator=generator)
             if kind == "logits":
@@ -85,7 +87,7 @@ def divergence(outputs: Sequence[Tensor], kind: str | None = None) -> Divergence
 
     Args:
         outputs: flat outputs of the original on some calibration samples, sample axis 0.
-        kind: "logits" or "values" for all outputs; None guesses for each: "logits" where the last axis has at least two entries
+        kind: "logits" or "values" for all outputs; None guesses for each: "logits" where the axis of classes has at least two entries
             and its rows are not normalised to length one, "values" otherwise. Integer outputs are left out.
 
     Raises:
@@ -102,7 +104,7 @@ def divergence(outputs: Sequence[Tensor], kind: str | None = None) -> Divergence
             raise DataError(
                 f"calibration: the original's outputs must be finite; output {index} is not; check the calibration data and the weights"
             )
-        flat = _last_axis(value).float()
+        flat = _last_axis(value.movedim(class_axis(value.shape), -1) if value.dim() > 1 else value).float()
         norms = flat.norm(dim=-1)
         guess = "values" if flat.shape[-1] < 2 or value.dim() < 2 or bool(((norms - 1).abs() < 1e-3).all()) else "logits"
         chosen = kind or guess

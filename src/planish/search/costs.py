@@ -137,18 +137,16 @@ def reachable_kernels(space: Space, most: int = 600) -> tuple[Kernel, ...]:
     return tuple(dict.fromkeys(kernel for term in terms for kernel in term.kernels(grid)))
 
 
-def ceilings(limits: Sequence[Limit], original: Mapping[str, float], batch: int, costs: Costs) -> dict[str, float]:
-    """Upper bounds of predicted quantities from a budget's limits.
+def ceilings(limits: Sequence[Limit], original: Mapping[str, float], batch: int) -> dict[str, float]:
+    """Upper bounds of measured quantities from a budget's limits.
 
-    Throughput becomes a latency; energy, which no table predicts, is taken to fall as latency does; latency becomes MACs where the
-    target has no tables.
+    Throughput becomes a latency; energy, which no table predicts, is taken to fall as latency does.
 
     Args:
         limits: of the budget.
         original: what the uncompressed model measures in the same target: "latency" (seconds), "size", "memory" (bytes), "macs" of
             one call, and "energy" if known.
         batch: samples in the call that latency is measured at.
-        costs: what can be predicted.
 
     Raises:
         BudgetError: a relative limit on something that the original has no figure for.
@@ -168,7 +166,5 @@ def ceilings(limits: Sequence[Limit], original: Mapping[str, float], batch: int,
             bound = limit.bound(original[quantity])
         else:
             bound = limit.value * (batch if quantity == "macs" else 1)
-        if quantity == "latency" and costs.effort == "macs":
-            bound, quantity = bound / original["latency"] * original["macs"], "macs"
         out[quantity] = min(bound, out.get(quantity, np.inf))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,12 +39,16 @@ class Checkpoint:
         self.path = path
 
     def save(self, samples: int, progress: float, state: Sequence[Tensor]) -> None:
-        """Replace what was saved before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Replace what was saved before; where the disk is full, what was saved before stays, and training goes on."""
         fresh = self.path.with_suffix(".new")
         about = {"samples": str(samples), "progress": repr(progress)}
-        save_file({f"{i:06d}": tensor.contiguous() for i, tensor in enumerate(state)}, fresh, metadata=about)
-        os.replace(fresh, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({f"{i:06d}": tensor.contiguous() for i, tensor in enumerate(state)}, fresh, metadata=about)
+            os.replace(fresh, self.path)
+        except (OSError, SafetensorError):
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
 
     def load(self, like: Sequence[Tensor]) -> Saved | None:
         """What was saved, where it fits tensors like these; None where there is nothing, or it belongs to something else."""
@@ -51,7 +56,7 @@ class Checkpoint:
             with safe_open(self.path, "pt") as file:
                 about = file.metadata() or {}
                 state = [file.get_tensor(name) for name in sorted(file.keys())]
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
         if [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in like]:
             return None
