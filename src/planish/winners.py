@@ -28,6 +28,7 @@ _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
 _FIRST_SHARE = 0.85
 """Of the time left, what a plan that leaves room below the limits may take: if it loses too much, a milder one gets the rest."""
+_LOOKS = 3
 _WORTH = 1.07
 """A plan that measured up to this share of a limit may hold it when it is measured longer."""
 _LEAST_S = 5.0
@@ -84,7 +85,7 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
             pursuit.relax()
         if winners and recovery.left_s < _LEAST_S:
             break
-        plan = _next(pursuit, winners)
+        plan = _confirmed(pursuit, winners)
         if plan is None:
             break
         winner = recovery.run(plan, share if _is_within(pursuit, plan) else 0.0)
@@ -117,14 +118,27 @@ def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
     return not pursuit.over(measured, _WORTH)
 
 
-def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
-    """The most promising plan that was not recovered yet; after a winner, what it taught is first asked for a new one."""
+def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
+    """The plan to recover next: under a limit on latency one that held it when it was measured a second time, if there is one."""
     assert pursuit.search is not None
-    done = {_unrecovered(winner.plan) for winner in winners}
     if winners:
         for plan in pursuit.search.ask(1):
             pursuit.tell(plan, pursuit.candidate_evidence(plan))
             pursuit.tell(plan, pursuit.trial_evidence(plan))
+    looked: set[str] = set()
+    while True:
+        chosen = _next(pursuit, winners)
+        if chosen is None or "latency" not in pursuit.bounds or chosen.digest in looked or len(looked) == _LOOKS:
+            return chosen
+        looked.add(chosen.digest)
+        if not pursuit.look_again(chosen):
+            pursuit.try_one()
+
+
+def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
+    """The most promising plan that was not recovered yet."""
+    assert pursuit.search is not None
+    done = {_unrecovered(winner.plan) for winner in winners}
     kinds: tuple[Kind, ...] = ("trial", "candidate")
     for kind in kinds:
         for plan in pursuit.search.best(8, kind):

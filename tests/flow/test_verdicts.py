@@ -170,7 +170,7 @@ def test_bad_arguments_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("comfort", "low", "high"), [(0.9, 0.0, 0.75 * 1.03), (-1.0, 0.86, 1.0)])
+@pytest.mark.parametrize(("comfort", "low", "high"), [(0.9, 0.0, 0.72 * 1.03), (-1.0, 0.86, 1.0)])
 def test_a_limit_is_undercut_where_that_costs_little(tmp_path: Path, put: Any, comfort: float, low: float, high: float) -> None:
     """A plan that just holds its limit in one state of the machine misses it in another."""
     replaying.install(put)
@@ -192,7 +192,7 @@ def test_a_winner_that_loses_too_much_is_followed_by_a_milder_one(tmp_path: Path
     put(winners, "_validation_drop", first_is_bad)
     result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"), trials=6, techniques=("prune", "distill"))
     assert result.verdict == "met", result.reason
-    assert judged[0] <= 0.75 * 1.03 * 0.6 < judged[1] == result.ratios["latency"].median <= 0.6
+    assert judged[0] <= 0.72 * 1.03 * 0.6 < judged[1] == result.ratios["latency"].median <= 0.6
 
 
 def test_more_trials_never_leave_the_limit_itself_unsearched(tmp_path: Path, put: Any) -> None:
