@@ -68,5 +68,5 @@ def test_a_family_comes_out_whole(tmp_path: Path, net: str, target: str) -> None
 
 
 def _flat(outputs: Any) -> list[Any]:
-    values = outputs.values() if hasattr(outputs, "values") else outputs if isinstance(outputs, tuple) else [outputs]
+    values = [outputs] if isinstance(outputs, torch.Tensor) else outputs if isinstance(outputs, tuple) else outputs.values()
     return [value.detach().numpy() for value in values]
