@@ -55,7 +55,7 @@ class ReplayingTable:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def seconds(self, kernels: Sequence[Kernel], progress: Callable[[float], None] | None = None) -> np.ndarray:
+    def seconds(self, kernels: Sequence[Kernel], progress: Any = None, deadline: float | None = None) -> np.ndarray:
         """Four bytes a weight, one in int8."""
         sizes = [sum(math.prod(shape) for shape in kernel.weights) * (1 if kernel.precision == "int8" else 4) for kernel in kernels]
         return 1e-8 * np.array(sizes, dtype=np.float64) + 1e-9

@@ -69,9 +69,10 @@ class Drop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     "give the drop in the metric's own unit ('0.01') or as a share of the original ('1%')"
                 )
             return
-        if self.unit != "relative" and self.value > high - low:
+        if self.unit != "relative" and self.value >= high - low:
             raise BudgetError(
-                f"drop: {self.value:g} exceeds the range of {metric!r}, which is [{low:g}, {high:g}]; give '1pt', '0.01' or '1%'"
+                f"drop: {self.value:g} exceeds the range of {metric!r}, which is [{low:g}, {high:g}], or is all of it; "
+                "give '1pt', '0.01' or '1%'"
             )
 
     def __str__(self) -> str:

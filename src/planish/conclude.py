@@ -87,6 +87,10 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         summary = _timed(bench, _with_control(bench, request, summary, winner))
         if artifact is not None:
             artifact = _write(bench, request, study, summary, winner, outputs, replaces=True)
+    if clock.limit_s is not None and not request.control and clock.elapsed_s > 1.05 * clock.limit_s:
+        bench.events.say(
+            f"it took {clock.elapsed_s:.0f} s, longer than the time limit of {clock.limit_s:.0f} s: exporting and measuring alone take that long here"
+        )
     study.log(CONCLUDED, summary.verdict)
     study.forget_checkpoints()
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))

@@ -128,12 +128,14 @@ def resume(
     if not folder.exists():
         raise MissingFile(f"resume: there is no study at {folder}; `planish optimize --out {path}` starts one")
     with Study.open(folder, shared=True) as study:
-        kept = study.meta
+        kept, is_over = study.meta, study.count(CONCLUDED) > 0
     if job is None:
         raise UsageError(f"resume: a study holds no code, so the job is needed again: planish resume {path} JOB.PY")
+    if is_over and path.exists() and not overwrite and not fork:
+        raise OutputExists(f"resume: {path} is finished; look at it with `planish report {path}`, or give --overwrite to conclude it anew")
     known = dict(kept.arguments)
     if threads is not None and threads != known["threads"]:
-        raise StudyError(f"resume: the run was started with {known['threads']} threads; got {threads}; leave --threads out")
+        raise StudyError(f"resume: the run was started with --threads {known['threads']}; got {threads}; leave --threads out")
     request = checked(
         job,
         budget=kept.budget,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from planish.quantize.placement import unsupported
 if TYPE_CHECKING:
     from planish.request import Request
     from planish.workload import Workload
+
+_SEARCH_SHARE, _SENSITIVITY_SHARE, _TABLES_SHARE = 0.25, 0.1, 0.15  # of the time limit, as `pursuit` has them
 
 
 def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, Any]:
@@ -63,6 +66,12 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
     }
 
 
+def _too_short(total_s: float, limit_s: float | None) -> list[str]:
+    if limit_s is None or total_s <= limit_s:
+        return []
+    return [f"--time-limit {limit_s:.0f} leaves no time for recovery, and may be exceeded: the other steps take about {total_s:.0f} s"]
+
+
 def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]:
     """What `optimize` would do, stage by stage, with seconds estimated from one timed pass of the model; nothing is written.
 
@@ -90,13 +99,14 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     blocks = len(found.blocks) if "prune" in request.techniques else 0
     nodes = {node.name: node for node in graph.module.graph.nodes}
     int8 = sum(not unsupported(nodes[o.node]) for o in found.operators.values()) if "quantize" in request.techniques else 0
+    limit = request.time_limit or math.inf
     stages = {
         "capture and groups": capturing,
         "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
-        "sensitivity of groups and blocks": 0.6 * (levels + blocks) * 256 * sample,
-        "sensitivity of int8": 0.6 * int8 * 256 * sample,
-        "latency tables": 0.15 * (levels * 4 + int8),
-        "candidates": request.trials * (8 * 512 * sample + capturing + 5.0),
+        "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, _SENSITIVITY_SHARE * limit),
+        "sensitivity of int8": min(0.6 * int8 * 256 * sample, _SENSITIVITY_SHARE * limit),
+        "latency tables": min(0.15 * (levels * 4 + int8), _TABLES_SHARE * limit),
+        "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), _SEARCH_SHARE * limit),
         "final measurement": 25.0,
     }
     total = sum(stages.values())
@@ -110,6 +120,6 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "blocks": blocks,
         "options": levels + blocks + int8,
         "stages": stages,
-        "seconds": min(sum(stages.values()), request.time_limit or float("inf")),
-        "notes": graph.notes,
+        "seconds": sum(stages.values()),
+        "notes": [*graph.notes, *_too_short(total, request.time_limit)],
     }

@@ -88,7 +88,8 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
         plan = _confirmed(pursuit, winners)
         if plan is None:
             break
-        winner = recovery.run(plan, share if _is_within(pursuit, plan) else 0.0)
+        is_worth_it = recovery.left_s >= _LEAST_S and _is_within(pursuit, plan)
+        winner = recovery.run(plan, share if is_worth_it else 0.0)
         if winner is not None:
             winners.append(winner)
     if not any(winner.holds for winner in winners):
@@ -128,7 +129,13 @@ def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
     looked: set[str] = set()
     while True:
         chosen = _next(pursuit, winners)
-        if chosen is None or "latency" not in pursuit.bounds or chosen.digest in looked or len(looked) == _LOOKS:
+        if (
+            chosen is None
+            or "latency" not in pursuit.bounds
+            or pursuit.clock.left_s < pursuit.reserve_s
+            or chosen.digest in looked
+            or len(looked) == _LOOKS
+        ):
             return chosen
         looked.add(chosen.digest)
         if not pursuit.look_again(chosen):

@@ -293,3 +293,9 @@ def test_layer_names_that_would_be_code_are_refused(name: str, tmp_path: Path) -
 def test_names_that_leave_their_folder_are_refused(name: str) -> None:
     with pytest.raises(planish.PlanishError, match="name: "):
         small_jobs.stripes_job(name=name)
+
+
+def test_a_drop_of_everything_is_refused(tmp_path: Path) -> None:
+    """Who types 1 means a point: a whole 1 of accuracy would be no limit at all."""
+    with pytest.raises(planish.PlanishError, match="or is all of it; give '1pt'"):
+        planish.optimize(small_jobs.stripes_job(), budget=planish.Budget(latency="0.5x", drop=1), out=tmp_path / "net.planish")

@@ -107,6 +107,8 @@ def test_kill_and_resume_reach_the_same_choice(undisturbed: Result, tmp_path: Pa
     assert choice(result) == choice(undisturbed)
     assert finished <= {(trial.stage, trial.plan.digest) for trial in result.trials}
     assert planish.load(out, threads=1) is not None
+    with pytest.raises(OutputExists, match="is finished; look at it with `planish report"):
+        flow.resume(out, small_jobs.stripes_job())
     assert sorted(path.name for path in tmp_path.iterdir() if "job" not in path.name and path.name != "__pycache__") == [
         "stripes.planish",
         "stripes.study",
@@ -176,7 +178,7 @@ def test_another_job_is_refused_by_what_differs(interrupted: Path) -> None:
     for what, job in cases.items():
         with pytest.raises(StudyError, match=f"belongs to another job: {what}"):
             flow.resume(interrupted, job)
-    with pytest.raises(StudyError, match="started with 1 threads; got 2"):
+    with pytest.raises(StudyError, match="started with --threads 1; got 2"):
         flow.resume(interrupted, small_jobs.stripes_job(), threads=2)
     with pytest.raises(StudyError, match="budget"), Study.open(study_folder(interrupted), shared=True) as study:
         Study.open(study_folder(interrupted), _with_budget(study.meta, planish.Budget(latency="0.9x")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import msgspec
 import numpy as np
@@ -258,3 +259,10 @@ def test_process_and_models_agree_on_what_is_measured(tmp_path):
     finally:
         process.close()
     assert (proof["int8_kernels"], proof["float_kernels"]) == (3, 0)
+
+
+def test_after_the_deadline_nothing_more_is_measured(fake):
+    table = Table(Target("onnxruntime"), fake / "cache")
+    assert np.isnan(table.seconds([CONV], deadline=0.0)).all()
+    assert np.isfinite(table.seconds([CONV], deadline=math.inf)).all()
+    assert np.isfinite(table.seconds([CONV], deadline=0.0)).all()

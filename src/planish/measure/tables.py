@@ -68,18 +68,26 @@ class Table:
             if isinstance(value, float) and math.isfinite(value):
                 self._known.setdefault(key, value)
 
-    def seconds(self, kernels: Sequence[Kernel], progress: Callable[[float], None] | None = None) -> NDArray[np.float64]:
+    def seconds(
+        self, kernels: Sequence[Kernel], progress: Callable[[float], None] | None = None, deadline: float | None = None
+    ) -> NDArray[np.float64]:
         """Seconds of each kernel, at least 0; NaN where it cannot be measured (`failures` says why).
 
         Args:
             kernels: any; those that are not known yet are measured, about 0.1 s each.
             progress: called now and then with the share that is done.
+            deadline: `time.monotonic()` seconds after which nothing more is measured; what is then unknown is NaN.
         """
         recipes = [self._recipe(kernel) for kernel in kernels]
         wanted = {key: model for terms in recipes for _, key, model in terms if key not in self._known and key not in self._failed}
         saved = time.monotonic()
         try:
-            for i, (key, model) in enumerate(wanted.items()):
+            waiting = list(wanted.items())
+            if deadline is not None:  # some of every kind come first, since the others are guessed from them
+                waiting = [waiting[i] for i in np.random.default_rng(0).permutation(len(waiting))]
+            for i, (key, model) in enumerate(waiting):
+                if deadline is not None and time.monotonic() > deadline:
+                    break
                 self._measure(key, model)
                 if progress is not None:
                     progress((i + 1) / len(wanted))

@@ -191,10 +191,15 @@ def doctor_text(data: dict[str, Any]) -> str:
 def work_plan_text(data: dict[str, Any]) -> str:
     """What `optimize --dry-run` found: the stages with their estimated seconds."""
     rows = [(name, figures.duration(seconds)) for name, seconds in data["stages"].items()]
-    return folded(
-        f"{data['name']}: {data['groups']} groups, {data['blocks']} blocks, {data['options']} options in {', '.join(data['targets'])}; "
-        f"about {figures.duration(data['seconds'])} in all"
-    ) + table(("stage", "about"), rows, right=(1,))
+    said = "".join(folded(note, "- ") for note in data["notes"])
+    return (
+        folded(
+            f"{data['name']}: {data['groups']} groups, {data['blocks']} blocks, {data['options']} options in "
+            f"{', '.join(data['targets'])}; about {figures.duration(data['seconds'])} in all"
+        )
+        + table(("stage", "about"), rows, right=(1,))
+        + said
+    )
 
 
 def inspection_text(data: dict[str, Any]) -> str:
