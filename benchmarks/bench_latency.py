@@ -69,12 +69,12 @@ def _net(arguments: argparse.Namespace) -> tuple[Graph, Split]:
         folder = cifar.data_folder(arguments.data)
         x, _ = cifar.images(folder / "cifar10_test.tar.xz")
         graph = capture(cifar.resnet(20, folder), (x[:1],))
-        split = Split([x[:256].numpy()])
+        split = Split([x[:256].numpy()], None, 256)
     else:
         net, origin = minilm.minilm()
         print(f"MiniLM-L6: {origin}")
         graph = capture(net, minilm.tokens(arguments.length))
-        split = Split([array.numpy() for array in minilm.tokens(arguments.length, 32)])
+        split = Split([array.numpy() for array in minilm.tokens(arguments.length, 32)], None, 32)
     set_mode(graph, False)
     return graph, split
 

@@ -287,7 +287,10 @@ class Pursuit:
         request, clock = self.request, self.clock
         assert self.search is not None
         end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
-        for plan in (*self.known_trials(), *self._left_over()):
+        for plan in self.known_trials():  # however little time there is: int8 everywhere is often the best that there is
+            self.tell(plan, self.candidate_evidence(plan))
+            self.tell(plan, self.trial_evidence(plan))
+        for plan in self._left_over():
             if clock.elapsed_s < end:
                 self.tell(plan, self.candidate_evidence(plan))
         with clock.stage("candidates"):
