@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.groups import analyse
@@ -17,8 +18,6 @@ from planish.quantize.placement import unsupported
 if TYPE_CHECKING:
     from planish.request import Request
     from planish.workload import Workload
-
-_SEARCH_SHARE, _SENSITIVITY_SHARE, _TABLES_SHARE = 0.25, 0.1, 0.15  # of the time limit, as `pursuit` has them
 
 
 def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, Any]:
@@ -103,10 +102,10 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     stages = {
         "capture and groups": capturing,
         "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
-        "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, _SENSITIVITY_SHARE * limit),
-        "sensitivity of int8": min(0.6 * int8 * 256 * sample, _SENSITIVITY_SHARE * limit),
-        "latency tables": min(0.15 * (levels * 4 + int8), _TABLES_SHARE * limit),
-        "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), _SEARCH_SHARE * limit),
+        "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, SENSITIVITY_SHARE * limit),
+        "sensitivity of int8": min(0.6 * int8 * 256 * sample, SENSITIVITY_SHARE * limit),
+        "latency tables": min(0.15 * (levels * 4 + int8), TABLES_SHARE * limit),
+        "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),
         "final measurement": 25.0,
     }
     total = sum(stages.values())

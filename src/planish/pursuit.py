@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from planish import registry
+from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.errors import BudgetError, PlanError, RuntimeFailed
 from planish.graph.macs import macs
 from planish.measure.machine import machine
@@ -31,9 +32,7 @@ from planish.workbench import Baseline, Workbench, width_step
 if TYPE_CHECKING:
     from planish.request import Request
 
-_SEARCH_SHARE = 0.25
-_SENSITIVITY_SHARE, _SENSITIVITY_S = 0.1, 180.0
-_TABLES_SHARE = 0.15
+_SENSITIVITY_S = 180.0
 _RECOVERED_SHARE = 0.25
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
 _RESERVE_S = 15.0
@@ -228,7 +227,7 @@ class Pursuit:
     @property
     def _sensitivity_s(self) -> float:
         """Seconds that measuring one technique's sensitivities may take."""
-        return _SENSITIVITY_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else _SENSITIVITY_S
+        return SENSITIVITY_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else _SENSITIVITY_S
 
     def _choose_runtime(self, options: list[Option]) -> tuple[Baseline, list[Option]]:
         """The runtime in which the original, or its int8 form, is quickest; and the options with that runtime's precisions."""
@@ -271,7 +270,7 @@ class Pursuit:
         if self.baseline.target.runtime.startswith("torch"):
             return None
         table = Table(self.baseline.target)
-        deadline = time.monotonic() + _TABLES_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else None
+        deadline = time.monotonic() + TABLES_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else None
 
         def seconds(kernels: Any) -> Any:
             found = table.seconds(kernels, lambda share: self.events.progress(round(share * 1000), 1000), deadline)
@@ -286,7 +285,7 @@ class Pursuit:
     def _search(self) -> None:
         request, clock = self.request, self.clock
         assert self.search is not None
-        end = clock.elapsed_s + _SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
+        end = clock.elapsed_s + SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
         for plan in self.known_trials():  # however little time there is: int8 everywhere is often the best that there is
             self.tell(plan, self.candidate_evidence(plan))
             self.tell(plan, self.trial_evidence(plan))

@@ -133,24 +133,25 @@ class Replay:
         raise AssertionError("a module ends in an output node")
 
 
-def samples_within(replay: Replay, flat: list[Tensor], passes: float, seconds: float | None, least: int) -> int:
-    """How many of the samples can go through `passes` runs in so many seconds: from the time of one run over a few of them.
+def samples_within(replay: Replay, split: Split, samples: int, passes: float, seconds: float | None, least: int) -> int:
+    """How many of at most `samples` can go through `passes` runs in so many seconds: from the time of one run over a few of them.
 
     Args:
-        flat: inputs, samples first.
+        split: calibration samples.
+        samples: at most.
         passes: runs over all samples that are planned; a part of a run counts as a part.
         seconds: None: no limit.
         least: samples that are used whatever it takes.
     """
-    count = len(flat[0])
+    count = min(samples, split.n)
     if seconds is None or count <= least:
         return count
-    few = min(count, _TIMED)
+    few = take(split, min(count, _TIMED))
     with torch.inference_mode():
-        replay.run(replay.start([value[:1] for value in flat]))
+        replay.run(replay.start([value[:1] for value in few]))
         began = time.monotonic()
-        replay.run(replay.start([value[:few] for value in flat]))
-        each = (time.monotonic() - began) / few
+        replay.run(replay.start(few))
+        each = (time.monotonic() - began) / len(few[0])
     return max(least, min(count, int(seconds / max(passes * each, 1e-9))))
 
 

@@ -78,11 +78,10 @@ def sensitivities(
         Options with finite losses of at least 0; in each group a narrower width never loses less than a wider one.
     """
     replay = Replay(graph.module)
-    flat = take(split, affordable(replay, graph, samples))
     with evaluating(graph):
         levels = sum(len(width_levels(group, multiple)) - 1 for group in analysis.groups.values())
         passes = 0.5 * levels + _PASSES_PER_BLOCK * len(analysis.blocks) + 2
-        count = samples_within(replay, flat, passes, seconds, _LEAST_SAMPLES)
+        count = samples_within(replay, split, affordable(replay, graph, samples), passes, seconds, _LEAST_SAMPLES)
     flat = take(split, count)
     size = min(_CHUNK, -(-count // 3))  # three batches at least, since blocks are repaired on two thirds and judged on the rest
     chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]

@@ -78,8 +78,8 @@ def precision_options(
     folded = fold_batch_norm(graph)
     set_mode(folded, False)
     replay = Replay(folded.module)
-    flat = take(split, affordable(replay, folded, samples))
-    flat = take(split, samples_within(replay, flat, 0.5 * len(analysis.operators) + 2, seconds, _LEAST_SAMPLES))
+    passes = 0.5 * len(analysis.operators) + 2
+    flat = take(split, samples_within(replay, split, affordable(replay, folded, samples), passes, seconds, _LEAST_SAMPLES))
     alone, _ = _candidates(folded, analysis, runtime, target, flat, observer)
     chunks = [[value[start : start + _CHUNK] for value in flat] for start in range(0, len(flat[0]), _CHUNK)]
     reference = [replay.run(replay.start(chunk)) for chunk in chunks]
