@@ -67,7 +67,7 @@ class Distillation:
     kinds: tuple[Kind, ...]
     scales: tuple[float, ...]
     temperature: float = 6.0
-    label_weight: float = 0.1
+    label_weight: float = 0.3
 
     def __call__(self, outputs: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor | None = None) -> Tensor:
         """The mean loss over samples, summed over outputs (scalar); targets: [batch, ...] or None."""

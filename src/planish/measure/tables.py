@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,22 @@ from planish.target import Target
 
 __all__ = ["Kernel", "Table"]
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's file name: raise it whenever `kernel_models.py` builds other models for the same kernel."""
 _SECONDS, _CALLS, _TIMEOUT_S, _SAVE_EVERY_S = 0.03, 15, 60.0, 5.0
 _PERCENTILE = 15
+_VISITS, _MOST_VISITS = 2, 5
+_AGREE = 1.06
+"""Two visits that differ by less agree on what a kernel takes on a quiet machine."""
 
 
 class Table:
     """Seconds of kernels in one target, on this machine. Figures that are not in the cache are measured in one child process.
 
     With one thread a figure is CPU time, so that other processes disturb it less; with more it is wall time, since idle workers burn
-    CPU too. It is a low percentile of at least 15 calls: what the kernel takes when nothing comes between.
+    CPU too. A kernel is visited at least twice, with all others in between, and up to five times until its two lowest figures agree; a
+    visit's figure is a low percentile of at least 15 calls. The lowest counts: what the kernel takes when nothing comes between.
+    Virtual machines have slow states that last for seconds: figures of one visit were up to 1.8 times too high in a quarter of cases.
 
     Args:
         target: an ONNX runtime; its threads count.
@@ -74,34 +79,42 @@ class Table:
         """Seconds of each kernel, at least 0; NaN where it cannot be measured (`failures` says why).
 
         Args:
-            kernels: any; those that are not known yet are measured, about 0.1 s each.
+            kernels: any; those that are not known yet are measured, about 0.2 s each.
             progress: called now and then with the share that is done.
             deadline: `time.monotonic()` seconds after which nothing more is measured; what is then unknown is NaN.
         """
         recipes = [self._recipe(kernel) for kernel in kernels]
         wanted = {key: model for terms in recipes for _, key, model in terms if key not in self._known and key not in self._failed}
-        saved = time.monotonic()
-        try:
-            waiting = list(wanted.items())
-            if deadline is not None:  # some of every kind come first, since the others are guessed from them
-                waiting = [waiting[i] for i in np.random.default_rng(0).permutation(len(waiting))]
-            for i, (key, model) in enumerate(waiting):
-                if deadline is not None and time.monotonic() > deadline:
-                    break
-                self._measure(key, model)
-                if progress is not None:
-                    progress((i + 1) / len(wanted))
-                if time.monotonic() - saved > _SAVE_EVERY_S:
-                    self._save()
-                    saved = time.monotonic()
-        finally:
-            if self._process is not None:
-                self._process.close()
-                self._process = None
-            if wanted:
+        if wanted:
+            try:
+                self._visit_all(wanted, progress or (lambda share: None), math.inf if deadline is None else deadline)
+            finally:
+                if self._process is not None:
+                    self._process.close()
+                    self._process = None
                 self._save()
         figures = [sum(f * self._known.get(key, math.nan) for f, key, _ in terms) if terms else math.nan for terms in recipes]
         return np.maximum(np.array(figures, dtype=np.float64), 0.0)
+
+    def _visit_all(self, wanted: Mapping[str, Kernel], progress: Callable[[float], None], deadline: float) -> None:
+        """Visit after visit in a new order each, the first to all kernels: where time runs out, some of every kind are known."""
+        generator = np.random.default_rng(0)
+        visits: dict[str, list[float]] = {key: [] for key in wanted}
+        done, saved = 0, time.monotonic()
+        for _ in range(_MOST_VISITS):
+            waiting = [key for key, figures in visits.items() if key not in self._failed and not _is_settled(figures)]
+            for key in generator.permutation(np.array(waiting, dtype=object)):
+                if time.monotonic() > deadline:
+                    return
+                figure = self._measure(key, wanted[key])
+                if figure is not None:
+                    visits[key].append(figure)
+                    self._known[key] = min(visits[key])
+                done += 1
+                progress(min(1.0, done / (_VISITS * len(wanted))))
+                if time.monotonic() - saved > _SAVE_EVERY_S:
+                    self._save()
+                    saved = time.monotonic()
 
     def failures(self) -> dict[str, str]:
         """Kernel (as JSON) -> why it could not be measured in this process's life."""
@@ -114,12 +127,13 @@ class Table:
             self._failed[_key(kernel)] = str(err)
             return []
 
-    def _measure(self, key: str, model: Kernel) -> None:
+    def _measure(self, key: str, model: Kernel) -> float | None:
+        """Seconds of one visit; None, and told in `failures`, where there can be none."""
         try:
             blob, signature = build(model, *self._placement, self._target.weight_range)
         except (UsageError, ValueError, IndexError) as err:
             self._failed[key] = f"{model.kind}: no model can be built for it ({err})"
-            return
+            return None
         process = self._process = self._process or Process(self._target, f"latency table of {self._target.name}")
         path = process.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
         try:
@@ -139,13 +153,18 @@ class Table:
             if err.kind != "unsupported":
                 process.close()
                 self._process = None
-            return
+            return None
         counted: Any = times["cpu"] if self._target.threads == 1 else times["wall"]
-        self._known[key] = float(np.percentile(counted, _PERCENTILE))
+        return float(np.percentile(counted, _PERCENTILE))
 
     def _save(self) -> None:
         self._merge()
         cache.write(self.path, self._known)
+
+
+def _is_settled(figures: Sequence[float]) -> bool:
+    lowest = sorted(figures)[:2]
+    return len(figures) >= _VISITS and lowest[1] <= _AGREE * lowest[0]
 
 
 def _key(kernel: Kernel) -> str:
