@@ -13,6 +13,7 @@ from planish import registry
 from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.errors import BudgetError, PlanError, RuntimeFailed
 from planish.graph.macs import macs
+from planish.measure.latency import middle
 from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
@@ -43,6 +44,9 @@ aimed at where the one before is expected to cost more than `_COMFORT` of the dr
 _COMFORT = 0.9
 _NEAR = 1.03
 _FEW = 4
+_SURPRISE = 1.1
+"""A trial this far from what tables and other trials say is measured again, twice at most, while other work lies between."""
+_VISITS = 3
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
@@ -81,6 +85,8 @@ class Pursuit:
         self.bounds: dict[str, float] = {}
         self._level = len(_AIMS) - 1
         self._evidence: list[tuple[Plan, Evidence]] = []
+        self._visits: dict[str, list[Estimate]] = {}
+        self._surprising: list[Plan] = []
 
     def search_plans(self) -> bool:
         """Options, tables, then candidates and trials until time or plans are used up; False where there is nothing to decide."""
@@ -326,28 +332,58 @@ class Pursuit:
         assert self.search is not None
         for plan in self.search.ask(1):
             self.tell(plan, self.candidate_evidence(plan))
+            while self._surprising:
+                self._visit(self._surprising.pop())
             for best in self.search.best(1):
                 if best.digest not in self.told:
                     self.tell(best, self.trial_evidence(best))
+                    if self._is_surprising(best):
+                        self._surprising.append(best)
             return True
         return False
 
     def look_again(self, plan: Plan) -> bool:
-        """Measure a tried plan a second time, and count the slower of both; whether it still holds what is aimed at.
+        """Measure a tried plan once more; whether it still holds what is aimed at.
 
         The one that is chosen among many noisy figures is likely to be one that looked better than it is.
         """
+        latency = self._visit(plan)
+        if latency is not None and self._is_surprising(plan) and len(self._visits[plan.digest]) < _VISITS:
+            latency = self._visit(plan)
+        return latency is None or latency <= _NEAR * self._aimed()["latency"]
+
+    def _visit(self, plan: Plan) -> float | None:
+        """Measure a tried plan once more: the median of all its visits counts from now on. Its seconds, or None where it cannot be."""
         before = self.known(plan, "trial")
         if before is None or before.ratio is None:
-            return True
+            return None
+        began = time.monotonic()
         compressed = self.carry_out(plan)
-        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest, seconds=2.0)
+        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
         if exported.ratio is None:
-            return True
-        latency = max(before.ratio.median, exported.ratio.median) * self.original["latency"]
-        costs = {**before.evidence.costs, "latency": latency}
-        self.tell(plan, msgspec.structs.replace(before.evidence, costs=costs))
-        return latency <= _NEAR * self._aimed()["latency"]
+            return None
+        visits = self._visits.setdefault(plan.digest, [before.ratio])
+        visits.append(exported.ratio)
+        ratio = middle(visits)
+        latency = ratio.median * self.original["latency"]
+        evidence = msgspec.structs.replace(before.evidence, costs={**before.evidence.costs, "latency": latency})
+        self.trials = [trial for trial in self.trials if not (trial.plan.digest == plan.digest and trial.stage == "trial")]
+        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, ratio, again=True)
+        self.tell(plan, evidence)
+        return latency
+
+    def _is_surprising(self, plan: Plan) -> bool:
+        """Whether a trial is far from what the tables, corrected by all other trials, say of its latency."""
+        if self.costs is None or "latency" not in self.costs.quantities:
+            return False
+        seconds = {known.digest: evidence.costs["latency"] for known, evidence in self._evidence if "latency" in evidence.costs}
+        plans = {known.digest: known for known, _ in self._evidence}
+        measured = seconds.pop(plan.digest, None)
+        if measured is None or len(seconds) < 2:
+            return False
+        predicted = {key: self.costs.predict(self.space.assignment(plans[key]))["latency"] for key in (*seconds, plan.digest)}
+        expected = Affine.fit([predicted[key] for key in seconds], list(seconds.values()))(predicted[plan.digest])
+        return not 1 / _SURPRISE <= measured / expected <= _SURPRISE
 
     @property
     def reserve_s(self) -> float:
@@ -432,7 +468,7 @@ class Pursuit:
         except RuntimeFailed as err:
             exported = Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
             evidence = Evidence("trial", failed=True)
-        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, exported)
+        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, exported.ratio)
         return exported.ratio, evidence
 
     def costs_of(self, runtime: str, total_macs: int, exported: Exported, kind: Any, lost: float | None = None) -> Evidence:
@@ -455,10 +491,17 @@ class Pursuit:
         return self.carried[plan.digest]
 
     def record(
-        self, plan: Plan, stage: Any, outcome: Outcome, evidence: Evidence, seconds: float, exported: Exported | None = None
+        self,
+        plan: Plan,
+        stage: Any,
+        outcome: Outcome,
+        evidence: Evidence,
+        seconds: float,
+        ratio: Estimate | None = None,
+        *,
+        again: bool = False,
     ) -> None:
-        ratio = exported.ratio if exported else None
-        self.study.record(plan, stage, outcome, Kept(evidence, ratio, self._place(plan)), None, seconds)
+        self.study.record(plan, stage, outcome, Kept(evidence, ratio, self._place(plan)), None, seconds, again=again)
         self._list(plan, stage, outcome, evidence, seconds, ratio)
 
     def _list(self, plan: Plan, stage: Any, outcome: Outcome, evidence: Evidence, seconds: float, ratio: Estimate | None) -> None:

@@ -192,7 +192,7 @@ class _Recovery:
                 pursuit.tell(asked, failed)
                 return None
             outcome = self._outcome(exported, evidence, worst)
-            pursuit.record(plan, "winner", outcome, evidence, time.monotonic() - began, exported)
+            pursuit.record(plan, "winner", outcome, evidence, time.monotonic() - began, exported.ratio)
             pursuit.tell(plan, evidence)
         return Winner(plan, compressed.graph, final, compressed.analysis, exported, lost, outcome, skipped)
 

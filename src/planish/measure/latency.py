@@ -85,6 +85,15 @@ def ratio(a: Timing, b: Timing) -> Estimate:
     return msgspec.structs.replace(found, trustworthy=is_sure)
 
 
+def middle(visits: Sequence[Estimate]) -> Estimate:
+    """Several estimates of one figure, taken at different times: their median, within the range of all."""
+    if len(visits) == 1:
+        return visits[0]
+    median = float(np.median([visit.median for visit in visits]))
+    low, high = min(visit.low for visit in visits), max(visit.high for visit in visits)
+    return Estimate(median, low, high, sum(visit.n for visit in visits), high - low <= WIDEST * median)
+
+
 def interleaved(
     probes: Mapping[str, Probe],
     flat: list[Array] | Mapping[str, list[Array]],

@@ -19,6 +19,10 @@ from planish.search.memory import memory_rows, size_rows
 from planish.search.space import Space
 
 
+_LINE_WEIGHT = 50.0
+"""Of the line through all measurements, against those close to a limit: one at the limit has 100, one 4 % away 50."""
+
+
 @dataclass(frozen=True)
 class Affine:
     """A correction of a predicted cost: `measured = offset + slope * predicted`.
@@ -48,7 +52,8 @@ class Affine:
         """Least squares of relative errors, then scaled so that it is right about `near` (in the measured unit).
 
         The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
-        was slow would turn it. Predictions that differ by less than 5 % among each other fix the slope alone.
+        was slow would turn it. The scale counts the line itself as one measurement close to the limit. Predictions that differ by less
+        than 5 % among each other fix the slope alone.
         """
         p, m = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
         good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
@@ -62,8 +67,8 @@ class Affine:
                 offset, slope = (float(value) * float(m.mean()) for value in both)
         shares = m / (offset + slope * p)
         weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
+        scale = 1.0 if near is None else float((weights @ shares + _LINE_WEIGHT) / (weights.sum() + _LINE_WEIGHT))
         weights /= weights.sum()
-        scale = 1.0 if near is None else float((weights * shares).sum())
         errors = scale / shares - 1.0
         return cls(scale * offset, scale * slope, len(p), float(np.sqrt((weights * errors**2).sum())))
 

@@ -287,6 +287,8 @@ class Study:
         evidence: Any = None,
         measurement: Measurement | None = None,
         seconds: float = 0.0,
+        *,
+        again: bool = False,
     ) -> bool:
         """Store how a plan ended at a stage, without a lease; False, and nothing stored, where that was already known.
 
@@ -299,12 +301,13 @@ class Study:
             evidence: what the search is told: anything that msgspec writes as a JSON object.
             measurement: what was measured.
             seconds: what it took.
+            again: it was measured once more: what was known is replaced.
         """
         with self._begin() as connection:
             number = self._add(connection, plan, stage)
             values = _ended(outcome, evidence, measurement, seconds)
             found = connection.execute(trials.select().where(trials.c.id == number)).one()
-            if found.state == "finished" and self._place(found.evidence) == self._place(values["evidence"]):
+            if not again and found.state == "finished" and self._place(found.evidence) == self._place(values["evidence"]):
                 return False
             connection.execute(trials.update().where(trials.c.id == number).values(token=trials.c.token + 1, **values))
             return True
