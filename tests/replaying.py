@@ -98,3 +98,8 @@ def die_after(number: int, how: int = signal.SIGKILL, put: Callable[[Any, str, A
         return answer
 
     put(Study, "record", record)
+
+
+def path_of(probe: Probe) -> Path:
+    """The model that a probe was opened with."""
+    return _opened[probe]

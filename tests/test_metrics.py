@@ -198,3 +198,8 @@ def test_weighted_ranks_are_those_of_scipy(values: list[int], seed: int) -> None
         assert found == 0
     else:
         assert found == pytest.approx(scipy.stats.spearmanr(scores[index], targets[index]).statistic)
+
+
+def test_one_hot_labels_are_named() -> None:
+    with pytest.raises(DataError, match=r"shape \[\]; got \[5\]; for one-hot labels give their argmax over axis 1"):
+        check_targets(get_metric("accuracy"), [LOGITS], np.eye(5, dtype=np.int64)[LABELS], "test")

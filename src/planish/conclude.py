@@ -40,6 +40,7 @@ _SECONDS = 3.0
 _ATTEMPTS = 5
 _PAUSE_S = 8.0
 _EXACT = 1
+_GROWN, _SMALL_BYTES = 2.0, 2**26
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ def _compare(
             bench.notes.append(
                 "selection-biased: there is no test split, so the drop is judged on the validation split that guided the search"
             )
+    needs, needed = after.peak_memory_bytes or 0, before.peak_memory_bytes or 0
+    if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
+        bench.notes.append(f"it needs {needs / needed:.1f} times the memory of the original while it runs; `--memory 1x` forbids that")
     verdict, reason = judge_budget(request.budget, before, after, latency, lost, lost_interval, is_original=winner is None)
     summary = Summary(
         name=bench.job.name,

@@ -157,6 +157,8 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
     from planish.workbench import prepare, targets_for
 
     clock = Clock(request.time_limit, events)
+    if request.time_limit is None and "distill" in request.techniques:
+        events.say("no time limit: recovery may take half an hour; `--time-limit SECONDS` bounds the whole call")
     targets = targets_for(request.target, request.threads)
     work = request.study_folder.with_name(f".{request.study_folder.stem}.work")
     try:
@@ -174,6 +176,9 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
                 job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint, request.out.name
             )
             with _study(request, meta, resuming, fork) as study:
+                if resuming:
+                    kept = [f"{len(study.finished(stage))} {stage}s" for stage in ("candidate", "trial", "winner")]
+                    events.say(f"carrying on from {request.study_folder}: {', '.join(kept)} are kept")
                 pursuit = Pursuit(bench, request, study)
                 winner = best_winner(pursuit) if pursuit.search_plans() else None
                 return conclude(bench, request, study, pursuit, winner)

@@ -130,7 +130,9 @@ def check_targets(metric: Metric, outputs: Outputs, targets: NDArray[Any] | None
             raise DataError(f"{wanted}; sample {off[0][0]} has {targets[tuple(off[0])]:g}; for a continuous target use metric='rmse'")
     found = labels(out[:1].repeat(len(targets), 0) if targets.dtype.kind == "f" and targets.shape[1:] == out.shape[1:] else out, targets)
     if found.shape[1:] != positions:
-        raise DataError(f"{where}: the target of a sample must have shape {list(positions)}; got {list(targets.shape[1:])}")
+        is_one_hot = targets.shape[1:] == out.shape[1:] and targets.dtype.kind in "iub"
+        hint = f"; for one-hot labels give their argmax over axis {axis}" if is_one_hot else ""
+        raise DataError(f"{where}: the target of a sample must have shape {list(positions)}; got {list(targets.shape[1:])}{hint}")
     bad = np.argwhere(((found < 0) | (found >= classes)) & (found != IGNORED_LABEL))
     if len(bad):
         raise DataError(f"{wanted}, or {IGNORED_LABEL} to be ignored; sample {bad[0][0]} has {found[tuple(bad[0])]}")

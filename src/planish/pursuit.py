@@ -45,7 +45,7 @@ _COMFORT = 0.9
 _NEAR = 1.03
 _FEW = 4
 _SURPRISE = 1.1
-"""A trial this far from what tables and other trials say is measured again, twice at most, while other work lies between."""
+"""A trial this far from what tables and other trials say, or not trustworthy, is measured again, twice at most, with other work between."""
 _VISITS = 3
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
@@ -250,6 +250,8 @@ class Pursuit:
                     continue
                 plan = Plan(baseline.target.name, precisions=whole, saliency=self.request.saliency, seed=self.request.seed)
                 ratio, _ = self._trial(plan)
+                if ratio is not None and not (ratio.trustworthy and ratio.median < 1.0) and self._visit(plan) is not None:
+                    ratio, _ = self._trial(plan)  # a runtime is not ruled out by one noisy figure
                 if ratio is not None and ratio.median < best[0]:
                     best = (ratio.median, baseline, True)
                 if ratio is not None and ratio.median >= 1.0:
@@ -332,13 +334,14 @@ class Pursuit:
         assert self.search is not None
         for plan in self.search.ask(1):
             self.tell(plan, self.candidate_evidence(plan))
-            while self._surprising:
-                self._visit(self._surprising.pop())
+            waiting, self._surprising = self._surprising, []
+            for tried in waiting:
+                self._visit(tried)
+                self._queue(tried)
             for best in self.search.best(1):
                 if best.digest not in self.told:
                     self.tell(best, self.trial_evidence(best))
-                    if self._is_surprising(best):
-                        self._surprising.append(best)
+                    self._queue(best)
             return True
         return False
 
@@ -348,7 +351,7 @@ class Pursuit:
         The one that is chosen among many noisy figures is likely to be one that looked better than it is.
         """
         latency = self._visit(plan)
-        if latency is not None and self._is_surprising(plan) and len(self._visits[plan.digest]) < _VISITS:
+        if latency is not None and self._is_worth_a_visit(plan):
             latency = self._visit(plan)
         return latency is None or latency <= _NEAR * self._aimed()["latency"]
 
@@ -369,11 +372,22 @@ class Pursuit:
         evidence = msgspec.structs.replace(before.evidence, costs={**before.evidence.costs, "latency": latency})
         self.trials = [trial for trial in self.trials if not (trial.plan.digest == plan.digest and trial.stage == "trial")]
         self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, ratio, again=True)
-        self.tell(plan, evidence)
+        if self.search is not None:
+            self.tell(plan, evidence)
         return latency
 
-    def _is_surprising(self, plan: Plan) -> bool:
-        """Whether a trial is far from what the tables, corrected by all other trials, say of its latency."""
+    def _queue(self, plan: Plan) -> None:
+        """Have a trial measured again after the next candidate, where its figure is in doubt."""
+        if self._is_worth_a_visit(plan):
+            self._surprising.append(plan)
+
+    def _is_worth_a_visit(self, plan: Plan) -> bool:
+        """Whether a trial that was not visited too often is not trustworthy, or far from what tables and all other trials say of it."""
+        found = self.known(plan, "trial")
+        if found is None or found.ratio is None or len(self._visits.get(plan.digest, ())) >= _VISITS:
+            return False
+        if not found.ratio.trustworthy:
+            return True
         if self.costs is None or "latency" not in self.costs.quantities:
             return False
         seconds = {known.digest: evidence.costs["latency"] for known, evidence in self._evidence if "latency" in evidence.costs}

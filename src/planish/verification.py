@@ -49,7 +49,7 @@ class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         holds: whether everything that must agree does.
         findings: sentences: what differs, and what does not hold.
         latency_s: measured now, in a fresh process; claimed_latency_s: when it was made.
-        size_bytes, peak_memory_bytes: measured now.
+        size_bytes, peak_memory_bytes: measured now; claimed_size_bytes, claimed_peak_memory_bytes: when it was made.
         sqnr_db: its outputs now against those of when it was made (None: infinite, they are equal).
         quality: on `split`, measured now; claimed_quality: when it was made; None without the job.
         split: "test" or "validation"; "" without the job.
@@ -69,6 +69,8 @@ class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     claimed_quality: float | None = None
     split: str = ""
     same_machine: bool = True
+    claimed_size_bytes: int | None = None
+    claimed_peak_memory_bytes: int | None = None
 
     @property
     def exit_code(self) -> int:
@@ -145,6 +147,8 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
         claimed_quality=claimed.quality,
         split=judged.split,
         same_machine=same,
+        claimed_size_bytes=claimed.size_bytes,
+        claimed_peak_memory_bytes=claimed.peak_memory_bytes,
     )
 
 
@@ -301,8 +305,9 @@ def bench(
         clock = Clock(None, events)
         with prepare(job, targets_for("cpu", count), (), Path(folder), 0, events, clock, compiled=False) as stand:
             name, split = stand.data.judged
-            probes: dict[str, Probe] = {f"original {b.target.name}": b.probe for b in stand.baselines.values()}
-            sizes = {f"original {b.target.name}": size_bytes(b.path) for b in stand.baselines.values()}
+            originals = (*stand.baselines.values(), *stand.eager.values())
+            probes = {f"original {b.target.name}": b.living_probe(stand.graph.signature) for b in originals}
+            sizes = {f"original {b.target.name}": size_bytes(b.path) for b in originals}
             best = f"original {stand.best.target.name}"
             opened: list[Probe] = []
             try:

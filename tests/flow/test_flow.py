@@ -171,3 +171,4 @@ def test_bench_puts_the_original_and_artifacts_in_one_table(met: Result) -> None
     by_name = {row.name: row for row in rows if row.target == "onnxruntime:cpu"}
     assert by_name[str(met.path)].ratio.median < 1 <= by_name["original"].ratio.median + 0.05
     assert by_name["original"].quality == met.original.quality
+    assert "torch:cpu" in {row.target for row in rows}, "what the user has today stands beside it"

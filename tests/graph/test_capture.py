@@ -354,3 +354,9 @@ def test_graph_copies_train_alone() -> None:
     assert not graph.module.training and twin.module.training
     mine, its = dict(graph.module.named_buffers()), dict(twin.module.named_buffers())
     assert not torch.equal(mine["bn1.running_mean"], its["bn1.running_mean"])
+
+
+def test_a_single_sample_without_a_batch_axis_is_named():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    with pytest.raises(CaptureError, match=r"takes these inputs with a batch axis in front: give images\[:1\], not images\[0\]"):
+        capture(net, (torch.zeros(3, 8, 8),))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from planish.errors import UsageError
-from planish.measure.latency import Timing, estimate, interleaved, ratio, warm_up
+from planish.measure.latency import Timing, estimate, interleaved, middle, ratio, warm_up
 from planish.measure.probe import Sample
+from planish.measurement import Estimate
 
 
 @pytest.mark.parametrize(
@@ -118,3 +119,13 @@ def test_each_probe_may_have_its_own_inputs_and_progress_is_told():
     found = interleaved(probes, {"a": [], "b": []}, seconds=0.01, min_rounds=7, block_s=0.01, progress=shares.append)
     assert shares[-1] == 1.0
     assert len(shares) == len(found["a"].rounds) == 7
+
+
+def test_visits_at_different_times_give_their_median_and_their_range():
+    visits = [Estimate(0.4, 0.39, 0.41, 20), Estimate(0.6, 0.5, 0.7, 20), Estimate(0.42, 0.4, 0.43, 20)]
+    assert middle(visits) == Estimate(0.42, 0.39, 0.7, 60, False)
+    assert middle(visits[:1]) == visits[0]
+    noisy = Estimate(0.5, 0.4, 0.6, 20, trustworthy=False)
+    assert middle([noisy, visits[0], noisy]) == visits[0], "what is not trustworthy counts where nothing else does"
+    assert middle([noisy, noisy]).median == 0.5
+    assert middle([visits[0], Estimate(0.41, 0.4, 0.42, 10)]).trustworthy

@@ -111,14 +111,16 @@ def test_verification_and_bench() -> None:
             "latency_s": estimate,
             "claimed_latency_s": estimate,
             "size_bytes": 812_000,
+            "claimed_size_bytes": 911_000,
             "peak_memory_bytes": None,
+            "claimed_peak_memory_bytes": 3_200_000,
             "sqnr_db": 12.0,
             "quality": 0.89,
             "claimed_quality": 0.9,
             "split": "test",
         }
     )
-    for part in ("does not hold", "1.40 ms (1.30 – 1.50 ms)", "12 dB", "quality on test", "0.8900", "- its outputs agree"):
+    for part in ("does not hold", "1.40 ms (1.30 – 1.50 ms)", "12 dB", "quality on test", "0.8900", "812 kB", "911 kB", "3.20 MB", "- its outputs agree"):
         assert part in text
     row = {
         "name": "original",
@@ -139,3 +141,13 @@ def test_nothing_changed_and_nothing_measured_are_said() -> None:
     assert "None" not in text
     read = msgspec.json.decode(msgspec.json.encode(making.summary()), type=Summary)
     assert terminal.result_text(read) == terminal.result_text(making.summary())
+
+
+def test_a_table_in_a_pipe_is_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row stays one line for grep, however long a path is; only a terminal's width breaks it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(terminal.os, "get_terminal_size", lambda _: (_ for _ in ()).throw(OSError))
+    row = ("x" * 200, "openvino:cpu", "a note that is long enough to be folded", "end")
+    assert len(terminal.table(("model", "target", "note", ""), [row]).splitlines()) == 3
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "\n  target openvino:cpu, note a" in terminal.table(("model", "target", "note", ""), [row])

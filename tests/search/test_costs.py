@@ -199,3 +199,11 @@ def test_ceilings_from_a_budget():
     assert bounds(macs=100) == {"macs": 400.0}
     with pytest.raises(BudgetError, match="this machine cannot tell"):
         ceilings(Budget(energy="0.5x").limits, {**original, "energy": 0.0}, 1)
+
+
+def test_one_slow_measurement_at_the_limit_does_not_turn_the_correction():
+    predicted = np.array([0.5e-3, 1.0e-3, 2.0e-3, 4e-3])
+    measured = predicted * [1.0, 1.4, 1.0, 1.0]
+    fit = Affine.fit(predicted, measured, near=1.4e-3)
+    assert 1.0 < fit(1e-3) / 1e-3 < 1.3
+    assert fit.inverse(1.4e-3) > 1.05e-3

@@ -73,13 +73,14 @@ def _reason(error: BaseException, line: str) -> tuple[str, str]:
     return f"{type(error).__name__}: {first[:300]}", "rewrite this line so that torch.export can trace it"
 
 
-def blame(model: nn.Module, error: BaseException, traced: bool) -> CaptureError:
+def blame(model: nn.Module, error: BaseException, traced: bool, hint: str = "") -> CaptureError:
     """The error to raise instead of `error`: one sentence with file, line, reason and remedy.
 
     Args:
         model: the user's; its class stands in where no frame of the traceback is the user's.
         error: what its forward, or tracing it, raised.
         traced: whether it came from tracing; otherwise the model itself refused its example inputs.
+        hint: what is wrong with them, where that is known.
     """
     place = _place(error)
     if place is None:
@@ -94,7 +95,7 @@ def blame(model: nn.Module, error: BaseException, traced: bool) -> CaptureError:
         message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
         return CaptureError(
             f"capture: the model must run on its example_inputs; {where} raised {type(error).__name__}: {message[:300]}; "
-            "give example_inputs as the tuple or dict that the model takes"
+            + (hint or "give example_inputs as the tuple or dict that the model takes")
         )
     reason, remedy = _reason(error, source)
     return CaptureError(f"capture: the model must be traceable by torch.export; {where}: {reason}; {remedy}")

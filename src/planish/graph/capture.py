@@ -68,7 +68,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
             try:
                 call(*whole)
             except FORWARD_ERRORS as error:
-                raise blame(model, error, traced=False) from error
+                raise blame(model, error, traced=False, hint=_batch_hint(call, whole)) from error
         if not call.outputs:
             raise CaptureError(f"capture: {type(model).__name__} must give at least one tensor; it gives none")
         notes += call.notes
@@ -88,6 +88,15 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
     captured = Graph(graph, signature, tuple(tensor.clone() for tensor in inputs.values()), notes)
     set_mode(captured, training=False)
     return captured
+
+
+def _batch_hint(call: FlatCall, inputs: Sequence[Tensor]) -> str:
+    """What to say where the model takes these inputs once they have a batch axis in front: a single sample was given."""
+    try:
+        call(*[tensor[None] for tensor in inputs])
+    except FORWARD_ERRORS:
+        return ""
+    return "it takes these inputs with a batch axis in front: give images[:1], not images[0]"
 
 
 def _check_names(model: nn.Module) -> None:

@@ -86,7 +86,10 @@ def ratio(a: Timing, b: Timing) -> Estimate:
 
 
 def middle(visits: Sequence[Estimate]) -> Estimate:
-    """Several estimates of one figure, taken at different times: their median, within the range of all."""
+    """Several estimates of one figure, taken at different times: the median of those that are trustworthy (of all, where none is),
+    within their range.
+    """
+    visits = [visit for visit in visits if visit.trustworthy] or visits
     if len(visits) == 1:
         return visits[0]
     median = float(np.median([visit.median for visit in visits]))

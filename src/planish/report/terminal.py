@@ -20,19 +20,24 @@ if TYPE_CHECKING:
 _LEAST_FOLDED = 24
 
 
-def width() -> int:
-    """Columns of the terminal; 120 where the answer goes to a file or a pipe and nobody said otherwise."""
+def _columns() -> int | None:
+    """Columns of the terminal; None where the answer goes to a file or a pipe and nobody said otherwise."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdigit() and int(columns) > 0:
         return max(40, int(columns))
     try:
         return max(40, os.get_terminal_size(1).columns)
     except OSError:
-        return 120
+        return None
+
+
+def width() -> int:
+    """Columns to fold to: the terminal's, or 120 in a file or a pipe, where only tables may be wider."""
+    return _columns() or 120
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """A table whose last column is folded if it must be; records under each other where even that does not fit.
+    """A table whose last column is folded if it must be; records under each other where even that does not fit a terminal.
 
     Control codes are written only to a terminal that wants them.
 
@@ -44,7 +49,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
     shown = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, (name, *(row[i] for row in shown)))) for i, name in enumerate(columns)]
     last = min(widths[-1], max(_LEAST_FOLDED, len(columns[-1])))
-    if sum(widths[:-1]) + last + 3 * (len(columns) - 1) > width():
+    least = sum(widths[:-1]) + last + 3 * (len(columns) - 1)
+    if least > width() and (_columns() is not None):
         return _records(columns, shown)
     from rich import box
     from rich.console import Console
@@ -59,7 +65,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
     bare = sys.stdout is None or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     buffer = io.StringIO()
     console = Console(
-        file=buffer, force_terminal=not bare, color_system=None if bare else "standard", highlight=False, markup=False, width=width()
+        file=buffer, force_terminal=not bare, color_system=None if bare else "standard", highlight=False, markup=False, width=max(width(), least)
     )
     console.print(out)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
@@ -239,8 +245,8 @@ def verification_text(data: dict[str, Any]) -> str:
     now, then = data["latency_s"], data["claimed_latency_s"]
     rows = [
         ("latency", _span(then), _span(now)),
-        ("size", NOTHING, figures.size(data["size_bytes"])),
-        ("peak memory", NOTHING, figures.size(data["peak_memory_bytes"])),
+        ("size", figures.size(data["claimed_size_bytes"]), figures.size(data["size_bytes"])),
+        ("peak memory", figures.size(data["claimed_peak_memory_bytes"]), figures.size(data["peak_memory_bytes"])),
         ("outputs", NOTHING, "equal" if data["sqnr_db"] is None else f"{data['sqnr_db']:.0f} dB"),
         (
             f"quality on {data['split']}" if data["split"] else "quality",
