@@ -147,7 +147,13 @@ def _budget_options(function: F) -> F:
 @click.option("--out", type=click.Path(path_type=Path), help="Where the artifact goes; NAME.planish by default.")
 @click.option("--search", default="solver", show_default=True, help="How plans are found.")
 @click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="Plans that are exported and measured at most.")
-@click.option("--time-limit", type=float, callback=_finite, metavar="SECONDS", help="For the whole call; without it recovery alone may take half an hour.")
+@click.option(
+    "--time-limit",
+    type=float,
+    callback=_finite,
+    metavar="SECONDS",
+    help="For the whole call; without it recovery alone may take half an hour.",
+)
 @click.option("--techniques", default=",".join(TECHNIQUES), show_default=True, help="Which may be used.")
 @keep_option
 @click.option("--saliency", help="Which units go first: magnitude or taylor.")

@@ -84,7 +84,7 @@ class Pursuit:
         self.costs: Costs | None = None
         self.bounds: dict[str, float] = {}
         self._level = len(_AIMS) - 1
-        self._evidence: list[tuple[Plan, Evidence]] = []
+        self._evidence: dict[tuple[str, str], tuple[Plan, Evidence]] = {}
         self._visits: dict[str, list[Estimate]] = {}
         self._surprising: list[Plan] = []
 
@@ -106,7 +106,7 @@ class Pursuit:
             self._level = 0
         own = self.baseline.timing
         assert own is not None
-        self._evidence.append((self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median})))
+        self._note(self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median}))
         self._aim()
         self._search()
         return True
@@ -117,7 +117,9 @@ class Pursuit:
         bounds = self._aimed()
         if self._is_by_macs:
             latency = bounds.pop("latency")
-            measured = [(e.costs["macs"], e.costs["latency"]) for _, e in self._evidence if "macs" in e.costs and "latency" in e.costs]
+            measured = [
+                (e.costs["macs"], e.costs["latency"]) for _, e in self._evidence.values() if "macs" in e.costs and "latency" in e.costs
+            ]
             fit = Affine.fit([m for m, _ in measured], [s for _, s in measured], near=latency)
             bounds["macs"] = min(max(fit.inverse(latency), 1.0), bounds.get("macs", math.inf))
         self.limits = Limits(
@@ -126,7 +128,7 @@ class Pursuit:
             _RECOVERED_SHARE if "distill" in self.request.techniques else 1.0,
         )
         self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
-        for plan, evidence in self._evidence:
+        for plan, evidence in self._evidence.values():
             self.search.tell(plan, evidence)
 
     def _aimed(self) -> dict[str, float]:
@@ -158,11 +160,14 @@ class Pursuit:
     def tell(self, plan: Plan, evidence: Evidence) -> None:
         """Tell the search, and whichever follows it."""
         assert self.search is not None
-        self._evidence.append((plan, evidence))
+        self._note(plan, evidence)
         if self._is_by_macs and "latency" in evidence.costs:
             self._aim()
         else:
             self.search.tell(plan, evidence)
+
+    def _note(self, plan: Plan, evidence: Evidence) -> None:
+        self._evidence[plan.digest, evidence.kind] = plan, evidence
 
     def _is_comfortable(self) -> bool:
         """Whether the most promising plan that was tried holds what is aimed at, and leaves much of the allowed drop."""
@@ -390,14 +395,20 @@ class Pursuit:
             return True
         if self.costs is None or "latency" not in self.costs.quantities:
             return False
-        seconds = {known.digest: evidence.costs["latency"] for known, evidence in self._evidence if "latency" in evidence.costs}
-        plans = {known.digest: known for known, _ in self._evidence}
-        measured = seconds.pop(plan.digest, None)
-        if measured is None or len(seconds) < 2:
+        others = [
+            (self._predicted(known), evidence.costs["latency"])
+            for known, evidence in self._evidence.values()
+            if "latency" in evidence.costs and known.digest != plan.digest
+        ]
+        if len(others) < 2:
             return False
-        predicted = {key: self.costs.predict(self.space.assignment(plans[key]))["latency"] for key in (*seconds, plan.digest)}
-        expected = Affine.fit([predicted[key] for key in seconds], list(seconds.values()))(predicted[plan.digest])
-        return not 1 / _SURPRISE <= measured / expected <= _SURPRISE
+        expected = Affine.fit([p for p, _ in others], [m for _, m in others])(self._predicted(plan))
+        return not 1 / _SURPRISE <= found.evidence.costs["latency"] / expected <= _SURPRISE
+
+    def _predicted(self, plan: Plan) -> float:
+        """Seconds that the tables say, uncorrected."""
+        assert self.costs is not None
+        return self.costs.predict(self.space.assignment(plan))["latency"]
 
     @property
     def reserve_s(self) -> float:
@@ -521,7 +532,7 @@ class Pursuit:
     def _list(self, plan: Plan, stage: Any, outcome: Outcome, evidence: Evidence, seconds: float, ratio: Estimate | None) -> None:
         predicted = None
         if self.costs is not None and "latency" in self.costs.quantities:
-            predicted = self.costs.predict(self.space.assignment(plan)).get("latency")
+            predicted = self._predicted(plan)
         self.trials.append(
             Trial(
                 plan=plan,

@@ -120,7 +120,17 @@ def test_verification_and_bench() -> None:
             "split": "test",
         }
     )
-    for part in ("does not hold", "1.40 ms (1.30 – 1.50 ms)", "12 dB", "quality on test", "0.8900", "812 kB", "911 kB", "3.20 MB", "- its outputs agree"):
+    for part in (
+        "does not hold",
+        "1.40 ms (1.30 – 1.50 ms)",
+        "12 dB",
+        "quality on test",
+        "0.8900",
+        "812 kB",
+        "911 kB",
+        "3.20 MB",
+        "- its outputs agree",
+    ):
         assert part in text
     row = {
         "name": "original",

@@ -65,7 +65,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
     bare = sys.stdout is None or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     buffer = io.StringIO()
     console = Console(
-        file=buffer, force_terminal=not bare, color_system=None if bare else "standard", highlight=False, markup=False, width=max(width(), least)
+        file=buffer,
+        force_terminal=not bare,
+        color_system=None if bare else "standard",
+        highlight=False,
+        markup=False,
+        width=max(width(), least),
     )
     console.print(out)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

@@ -18,7 +18,6 @@ from planish.search.lagrangian import Problem
 from planish.search.memory import memory_rows, size_rows
 from planish.search.space import Space
 
-
 _LINE_WEIGHT = 50.0
 """Of the line through all measurements, against those close to a limit: one at the limit has 100, one 4 % away 50."""
 
