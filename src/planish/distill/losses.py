@@ -15,7 +15,7 @@ from torch import Tensor
 from planish.data import IGNORED_LABEL
 from planish.metrics import class_axis
 
-Kind = Literal["classes", "embedding", "values", "none"]
+Kind = Literal["classes", "embedding", "values", "representation", "none"]
 _CLASS_METRICS = ("accuracy", "f1", "agreement", "perplexity")
 
 
@@ -56,18 +56,23 @@ class Distillation:
         scales: what the squared error of each output is divided by: the teacher's mean variance over samples.
         temperature: of the softmax in "classes"; the loss is multiplied by its square, so that gradients keep their size.
         label_weight: share of the loss on labels, in [0, 1], where there are labels that fit the first output.
+        representation_weight: of what the last operator reads, where it is among the outputs; 1 where no output is "classes".
 
     Measured on ResNet-20 with its inner widths halved (77.98 % after compensation), 6400 images, rate 0.02, on 4500 images (standard error
     0.55 points, less between pairs): temperature 1, 2, 4 with label weight 0.3: 80.6, 81.0, 82.5; 4 without labels 82.6; 6 with 0.1: 83.1.
 
+    The same net with 130,000 images: weight 0.3 1.06 and 0.38, and with what the last operator reads weighing 1, 5 and 20: 0.94 and 0.30,
+    0.70 and 0.38, 0.80 and -0.02.
+
     References:
-        Hinton, Vinyals and Dean 2015 for "classes"; Sanh et al. 2019 (DistilBERT) for the cosine term of "embedding".
+        Hinton, Vinyals and Dean 2015 for "classes"; Romero et al. 2015 (FitNets) for "representation"; Sanh et al. 2019 (DistilBERT) for the cosine term of "embedding".
     """
 
     kinds: tuple[Kind, ...]
     scales: tuple[float, ...]
     temperature: float = 6.0
     label_weight: float = 0.3
+    representation_weight: float = 10.0
 
     def __call__(self, outputs: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor | None = None) -> Tensor:
         """The mean loss over samples, summed over outputs (scalar); targets: [batch, ...] or None."""
@@ -76,6 +81,9 @@ class Distillation:
             if kind == "none":
                 continue
             loss = self._follow(kind, scale, out, wanted)
+            if kind == "representation":
+                total = total + loss * (self.representation_weight if "classes" in self.kinds else 1.0)
+                continue
             labels = self._labels(kind, out, targets) if i == 0 and targets is not None and self.label_weight > 0 else None
             if labels is not None:
                 loss = (1 - self.label_weight) * loss + self.label_weight * labels
@@ -107,13 +115,21 @@ class Distillation:
         return None
 
 
-def distillation(metric: str, teacher_outputs: Sequence[Tensor], targets: NDArray[np.generic] | None, **changes: float) -> Distillation:
+def distillation(
+    metric: str,
+    teacher_outputs: Sequence[Tensor],
+    targets: NDArray[np.generic] | None,
+    *,
+    has_representation: bool = False,
+    **changes: float,
+) -> Distillation:
     """The default loss for a job.
 
     Args:
         metric: its name, or anything else for a user's function.
         teacher_outputs: the teacher's flat outputs on calibration samples; they set the scales.
         targets: of the split that is trained on, or None.
+        has_representation: whether the last of the outputs is what the last operator reads.
         changes: `temperature` and `label_weight`.
     """
     scales = []
@@ -124,4 +140,6 @@ def distillation(metric: str, teacher_outputs: Sequence[Tensor], targets: NDArra
         varying = out.double().var(0, correction=0).mean().item() if len(out) > 1 else 0.0
         level = varying if varying > 0 else out.double().square().mean().item()
         scales.append(level if np.isfinite(level) and level > 0 else 1.0)
-    return Distillation(guess_kinds(metric, teacher_outputs, targets), tuple(scales), **changes)
+    own = teacher_outputs[:-1] if has_representation else teacher_outputs
+    kinds = guess_kinds(metric, own, targets) + (("representation",) if has_representation else ())
+    return Distillation(kinds, tuple(scales), **changes)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from planish.data import Data
 from planish.distill.losses import distillation
+from planish.distill.representation import with_representation
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Graph
 from planish.plan import Recovery
@@ -84,19 +85,21 @@ def recover(
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
-    loss = distillation(metric, reference, split.targets)
+    student, taught = _student(graph, teacher, reference)
+    loss = distillation(metric, reference[:taught], split.targets, has_representation=student is not graph)
+    own = len(graph.signature.outputs)
 
     def total(outputs: Sequence[Tensor], wanted: Sequence[Tensor], targets: Tensor | None) -> Tensor:
-        value = loss(outputs, wanted, targets)
+        value = loss(outputs, wanted[:taught], targets)
         if job.loss is not None and targets is not None:
-            value = value + job.loss(graph.signature.unflatten(list(outputs)), targets)
+            value = value + job.loss(graph.signature.unflatten(list(outputs[:own])), targets)
         return value
 
     def judge() -> float:
         value = 0.0
         with torch.no_grad():
             for start, (inputs, targets) in enumerate(held.batches(_JUDGED_BATCH)):
-                outputs = graph.module(*[torch.from_numpy(array) for array in inputs])
+                outputs = student.module(*[torch.from_numpy(array) for array in inputs])
                 rows = slice(start * _JUDGED_BATCH, (start + 1) * _JUDGED_BATCH)
                 wanted = [out[rows] for out in reference]
                 value += total(outputs, wanted, None if targets is None else torch.from_numpy(targets)).item() * len(inputs[0])
@@ -117,7 +120,7 @@ def recover(
 
     rate = settings.learning_rate * (_QUANTIZED_RATE if has_fake_quantize(graph) else 1.0)
     report = fit(
-        graph,
+        student,
         split,
         objective,
         Settings(samples=settings.samples, learning_rate=rate, batch_size=settings.batch_size, seed=seed),
@@ -130,3 +133,15 @@ def recover(
         checkpoint=checkpoint,
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
+
+
+def _student(graph: Graph, teacher: Teacher, reference: Sequence[Tensor]) -> tuple[Graph, int]:
+    """The graph to train, and how many of the teacher's outputs it follows: with the representation, where both have one of one shape."""
+    plain = len(reference) - teacher.has_representation
+    extended = with_representation(graph) if teacher.has_representation else None
+    if extended is not None:
+        with torch.inference_mode():
+            *_, found = extended.module(*graph.example)
+        if found.shape[1:] == reference[-1].shape[1:]:
+            return extended, len(reference)
+    return graph, plain

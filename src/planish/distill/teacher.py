@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from planish.data import Split
+from planish.distill.representation import with_representation
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Graph
 from planish.graph.modes import set_mode
@@ -21,7 +22,8 @@ _BATCH = 128
 
 
 class Teacher:
-    """The original graph and what it says about `split`.
+    """The original graph and what it says about `split`: its flat outputs, and after them, where there is one, the representation
+    that its last operator reads (`has_representation`).
 
     Args:
         graph: copied, with its batch norms folded; later changes to it do not matter.
@@ -31,8 +33,11 @@ class Teacher:
     """
 
     def __init__(self, graph: Graph, split: Split, folder: Path | None = None, largest_bytes: int = 4 * 2**30) -> None:
-        self.graph = fold_batch_norm(graph)
-        set_mode(self.graph, False)
+        folded = fold_batch_norm(graph)
+        set_mode(folded, False)
+        extended = with_representation(folded)
+        self.has_representation = extended is not None
+        self.graph = extended or folded
         self.split = split
         self.folder = folder
         self.largest_bytes = largest_bytes
