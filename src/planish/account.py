@@ -15,7 +15,7 @@ from planish.workbench import Workbench
 def nearest(pursuit: Pursuit) -> tuple[int, ...]:
     """The fastest trial, the smallest, and the one that loses least, of those that were measured."""
     picks: list[int] = []
-    trials = pursuit.trials
+    trials = pursuit.trials.all
     keys: tuple[Any, ...] = (
         lambda t: t.latency_ratio.median if t.latency_ratio else math.inf,
         lambda t: t.size_bytes or math.inf,
@@ -113,7 +113,7 @@ def search_account(pursuit: Pursuit) -> Search:
     solution = getattr(method, "solution", None)
     ledger = getattr(method, "ledger", None)
     fit = ledger.correction("latency") if ledger is not None and "latency" in pursuit.original and pursuit.costs is not None else None
-    counts = {stage: sum(t.stage == stage for t in pursuit.trials) for stage in ("candidate", "trial")}
+    counts = {stage: sum(t.stage == stage for t in pursuit.trials.all) for stage in ("candidate", "trial")}
     return Search(
         method=type(method).__name__.lower(),
         candidates=counts["candidate"],

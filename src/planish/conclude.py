@@ -211,7 +211,7 @@ def _compare(
         drop_interval=lost_interval,
         split=name,
         plan=winner.plan if winner else None,
-        trials=tuple(pursuit.trials),
+        trials=tuple(pursuit.trials.all),
         nearest=nearest(pursuit) if verdict != "met" else (),
         operators=operator_rows(bench, pursuit, winner),
         groups=group_widths(bench, winner),

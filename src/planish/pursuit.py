@@ -7,27 +7,21 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from planish import registry
 from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
-from planish.errors import BudgetError, PlanError, RuntimeFailed
+from planish.errors import BudgetError, PlanError
 from planish.graph.macs import macs
-from planish.measure.latency import middle
-from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
-from planish.measurement import Estimate, Outcome
 from planish.plan import Option, Plan
 from planish.prune.options import sensitivities
 from planish.quantize.options import precision_options
 from planish.quantize.placement import unsupported
-from planish.result import Trial
 from planish.search.contract import Evidence, Limits, Search
 from planish.search.costs import Affine, Costs, ceilings
 from planish.search.space import Space
 from planish.study.store import Study
-from planish.trial import Compressed, Exported, Judged, carry_out, export_and_measure, judge
+from planish.trials import Trials
 from planish.workbench import Baseline, Workbench, width_step
 
 if TYPE_CHECKING:
@@ -53,14 +47,6 @@ _SELECTION_MARGIN = 0.8
 """Without limits the search goes to the edge of what it may lose on validation; this share of it leaves room for another split."""
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """What a study keeps of a trial: its evidence, its ratio, and where that was measured (machine and runtime's version)."""
-
-    evidence: Evidence
-    ratio: Estimate | None = None
-    place: str = ""
-
-
 class Pursuit:
     """The search of one run: what may be done, what was tried, and what came of it.
 
@@ -73,11 +59,9 @@ class Pursuit:
     def __init__(self, bench: Workbench, request: Request, study: Study) -> None:
         self.bench, self.request, self.study = bench, request, study
         self.clock, self.events = bench.clock, bench.events
-        self.trials: list[Trial] = []
-        self.carried: dict[str, Compressed] = {}
         self.told: set[str] = set()
         self.original = self._original_costs()
-        self.scores: dict[str, Any] = {}
+        self.trials = Trials(bench, study, self.original)
         self.options: list[Option] = []
         self.baseline: Baseline = bench.best
         self.search: Search | None = None
@@ -85,7 +69,6 @@ class Pursuit:
         self.bounds: dict[str, float] = {}
         self._level = len(_AIMS) - 1
         self._evidence: dict[tuple[str, str], tuple[Plan, Evidence]] = {}
-        self._visits: dict[str, list[Estimate]] = {}
         self._surprising: list[Plan] = []
 
     def search_plans(self) -> bool:
@@ -101,6 +84,8 @@ class Pursuit:
             return False
         with self.clock.stage("latency tables"):
             self.costs = Costs(self.space, self._lookup())
+        if "latency" in self.costs.quantities:
+            self.trials.predict = self._predicted
         self.bounds = ceilings(request.budget.limits, self.original, bench.batch)
         if "latency" in self.bounds and allowed > 0 and bench.original_quality is not None:
             self._level = 0
@@ -173,7 +158,7 @@ class Pursuit:
         """Whether the most promising plan that was tried holds what is aimed at, and leaves much of the allowed drop."""
         assert self.search is not None
         for plan in self.search.best(1, "trial"):
-            candidate, tried = self.known(plan, "candidate"), self.known(plan, "trial")
+            candidate, tried = self.trials.known(plan, "candidate"), self.trials.known(plan, "trial")
             if candidate is None or tried is None or candidate.evidence.quality_drop is None:
                 return False
             costs = tried.evidence.costs
@@ -222,12 +207,12 @@ class Pursuit:
             saliency = registry.get("saliency", self.request.saliency)()
             if bench.output_kind is not None and hasattr(saliency, "kind"):
                 saliency.kind = bench.output_kind
-            self.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
+            self.trials.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
             multiple = width_step(bench.best.target)
             return sensitivities(
                 bench.graph,
                 bench.analysis,
-                self.scores,
+                self.trials.scores,
                 bench.data.calibration,
                 multiple,
                 self.events.progress,
@@ -254,9 +239,10 @@ class Pursuit:
                 if "int8" not in baseline.runtime.schemes or not whole:
                     continue
                 plan = Plan(baseline.target.name, precisions=whole, saliency=self.request.saliency, seed=self.request.seed)
-                ratio, _ = self._trial(plan)
-                if ratio is not None and not (ratio.trustworthy and ratio.median < 1.0) and self._visit(plan) is not None:
-                    ratio, _ = self._trial(plan)  # a runtime is not ruled out by one noisy figure
+                ratio = self.trials.trial(plan).ratio
+                if ratio is not None and not (ratio.trustworthy and ratio.median < 1.0):  # one noisy figure rules no runtime out
+                    again = self.trials.visit(plan)
+                    ratio = again.ratio if again is not None else ratio
                 if ratio is not None and ratio.median < best[0]:
                     best = (ratio.median, baseline, True)
                 if ratio is not None and ratio.median >= 1.0:
@@ -300,11 +286,11 @@ class Pursuit:
         assert self.search is not None
         end = clock.elapsed_s + SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
         for plan in self.known_trials():  # however little time there is: int8 everywhere is often the best that there is
-            self.tell(plan, self.candidate_evidence(plan))
-            self.tell(plan, self.trial_evidence(plan))
+            self.tell(plan, self.trials.candidate(plan))
+            self.try_plan(plan)
         for plan in self._left_over():
             if clock.elapsed_s < end:
-                self.tell(plan, self.candidate_evidence(plan))
+                self.tell(plan, self.trials.candidate(plan))
         with clock.stage("candidates"):
             began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
             while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
@@ -338,14 +324,14 @@ class Pursuit:
         """One more candidate, and a trial of whatever is now the most promising; False where there is none left to propose."""
         assert self.search is not None
         for plan in self.search.ask(1):
-            self.tell(plan, self.candidate_evidence(plan))
+            self.tell(plan, self.trials.candidate(plan))
             waiting, self._surprising = self._surprising, []
             for tried in waiting:
                 self._visit(tried)
                 self._queue(tried)
             for best in self.search.best(1):
                 if best.digest not in self.told:
-                    self.tell(best, self.trial_evidence(best))
+                    self.try_plan(best)
                     self._queue(best)
             return True
         return False
@@ -360,26 +346,18 @@ class Pursuit:
             latency = self._visit(plan)
         return latency is None or latency <= _NEAR * self._aimed()["latency"]
 
+    def try_plan(self, plan: Plan) -> None:
+        """A trial, and the search told."""
+        self.told.add(plan.digest)
+        self.tell(plan, self.trials.trial(plan).evidence)
+
     def _visit(self, plan: Plan) -> float | None:
-        """Measure a tried plan once more: the median of all its visits counts from now on. Its seconds, or None where it cannot be."""
-        before = self.known(plan, "trial")
-        if before is None or before.ratio is None:
+        """Measure a tried plan once more, and tell the search; its seconds, or None where it cannot be."""
+        found = self.trials.visit(plan)
+        if found is None:
             return None
-        began = time.monotonic()
-        compressed = self.carry_out(plan)
-        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
-        if exported.ratio is None:
-            return None
-        visits = self._visits.setdefault(plan.digest, [before.ratio])
-        visits.append(exported.ratio)
-        ratio = middle(visits)
-        latency = ratio.median * self.original["latency"]
-        evidence = msgspec.structs.replace(before.evidence, costs={**before.evidence.costs, "latency": latency})
-        self.trials = [trial for trial in self.trials if not (trial.plan.digest == plan.digest and trial.stage == "trial")]
-        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, ratio, again=True)
-        if self.search is not None:
-            self.tell(plan, evidence)
-        return latency
+        self.tell(plan, found.evidence)
+        return found.evidence.costs["latency"]
 
     def _queue(self, plan: Plan) -> None:
         """Have a trial measured again after the next candidate, where its figure is in doubt."""
@@ -388,8 +366,8 @@ class Pursuit:
 
     def _is_worth_a_visit(self, plan: Plan) -> bool:
         """Whether a trial that was not visited too often is not trustworthy, or far from what tables and all other trials say of it."""
-        found = self.known(plan, "trial")
-        if found is None or found.ratio is None or len(self._visits.get(plan.digest, ())) >= _VISITS:
+        found = self.trials.known(plan, "trial")
+        if found is None or found.ratio is None or self.trials.visits(plan) >= _VISITS:
             return False
         if not found.ratio.trustworthy:
             return True
@@ -419,13 +397,13 @@ class Pursuit:
         return (
             timing.latency_s.median / self.bench.batch * judged
             + _RESERVE_S
-            + 6 * max((trial.seconds for trial in self.trials if trial.stage == "trial"), default=5.0)
+            + 6 * max((trial.seconds for trial in self.trials.all if trial.stage == "trial"), default=5.0)
         )
 
     def known_trials(self) -> list[Plan]:
         """Plans of this space that were tried before the search began: int8 everywhere, as far as it is offered."""
         out = []
-        for trial in self.trials:
+        for trial in self.trials.all:
             if trial.plan.target == self.template.target and trial.stage == "trial" and not (trial.plan.widths or trial.plan.blocks):
                 offered = {n: s for n, s in trial.plan.precisions.items() if ("precision", n) in self.space.index}
                 if offered:
@@ -442,112 +420,3 @@ class Pursuit:
                 continue
             out.append(plan)
         return out
-
-    def known(self, plan: Plan, stage: Any) -> Kept | None:
-        """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again."""
-        stored = self.study.lookup(plan.digest, stage)
-        if stored is None or stored.state != "finished" or stored.evidence is None or stored.outcome is None:
-            return None
-        kept = msgspec.convert(stored.evidence, Kept)
-        if stage != "candidate" and kept.place != self._place(plan):
-            return None
-        evidence = kept.evidence
-        if kept.ratio is not None:
-            latency = kept.ratio.median * self.original["latency"]
-            evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
-        if not any(trial.plan.digest == plan.digest and trial.stage == stage for trial in self.trials):
-            self._list(plan, stage, stored.outcome, evidence, stored.seconds, kept.ratio)
-        return msgspec.structs.replace(kept, evidence=evidence)
-
-    def _place(self, plan: Plan) -> str:
-        versions = self.bench.baselines[plan.target.partition(":")[0]].runtime.versions()
-        return " ".join((machine().fingerprint, *(f"{name}={version}" for name, version in sorted(versions.items()))))
-
-    def candidate_evidence(self, plan: Plan) -> Evidence:
-        known = self.known(plan, "candidate")
-        if known is not None:
-            return known.evidence
-        began = time.monotonic()
-        compressed = self.carry_out(plan)
-        found: Judged = judge(self.bench, compressed.final)
-        diverged = not math.isfinite(found.loss)
-        evidence = Evidence("candidate", None if diverged else found.loss, found.drop, {"macs": float(compressed.macs)}, failed=diverged)
-        outcome = Outcome("diverged", "its outputs are not finite") if diverged else Outcome("measured")
-        self.record(plan, "candidate", outcome, evidence, time.monotonic() - began)
-        return evidence
-
-    def trial_evidence(self, plan: Plan) -> Evidence:
-        self.told.add(plan.digest)
-        return self._trial(plan)[1]
-
-    def _trial(self, plan: Plan) -> tuple[Estimate | None, Evidence]:
-        """A plan exported and measured without recovery (latency does not depend on the weights)."""
-        known = self.known(plan, "trial")
-        if known is not None:
-            return known.ratio, known.evidence
-        began = time.monotonic()
-        compressed = self.carry_out(plan)
-        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
-        try:
-            evidence = self.costs_of(plan.target.partition(":")[0], compressed.macs, exported, "trial")
-        except RuntimeFailed as err:
-            exported = Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
-            evidence = Evidence("trial", failed=True)
-        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, exported.ratio)
-        return exported.ratio, evidence
-
-    def costs_of(self, runtime: str, total_macs: int, exported: Exported, kind: Any, lost: float | None = None) -> Evidence:
-        """What an exported net costs, relative to the original as it was measured beside it."""
-        if exported.ratio is None or exported.size_bytes is None:
-            return Evidence(kind, failed=True)
-        costs = {"latency": exported.ratio.median * self.original["latency"], "size": float(exported.size_bytes), "macs": float(total_macs)}
-        if "memory" in self.original and exported.path is not None:
-            home = self.bench.baselines[runtime].target
-            costs["memory"] = float(peak_memory_bytes(home, exported.path, self.bench.graph.signature, self.bench.example))
-        return Evidence(kind, None, lost, costs)
-
-    def carry_out(self, plan: Plan) -> Compressed:
-        """A plan carried out; the last few are kept, since a candidate often becomes a trial and a winner."""
-        self.settle()
-        if plan.digest not in self.carried:
-            while len(self.carried) >= 3:
-                self.carried.pop(next(iter(self.carried)))
-            self.carried[plan.digest] = carry_out(self.bench, plan, self.scores)
-        return self.carried[plan.digest]
-
-    def record(
-        self,
-        plan: Plan,
-        stage: Any,
-        outcome: Outcome,
-        evidence: Evidence,
-        seconds: float,
-        ratio: Estimate | None = None,
-        *,
-        again: bool = False,
-    ) -> None:
-        self.study.record(plan, stage, outcome, Kept(evidence, ratio, self._place(plan)), None, seconds, again=again)
-        self._list(plan, stage, outcome, evidence, seconds, ratio)
-
-    def _list(self, plan: Plan, stage: Any, outcome: Outcome, evidence: Evidence, seconds: float, ratio: Estimate | None) -> None:
-        predicted = None
-        if self.costs is not None and "latency" in self.costs.quantities:
-            predicted = self._predicted(plan)
-        self.trials.append(
-            Trial(
-                plan=plan,
-                stage=stage,
-                outcome=outcome,
-                loss=evidence.loss,
-                drop=evidence.quality_drop,
-                predicted_latency_s=predicted,
-                latency_ratio=ratio,
-                macs=int(evidence.costs["macs"]) if "macs" in evidence.costs else None,
-                size_bytes=int(evidence.costs["size"]) if "size" in evidence.costs else None,
-                seconds=seconds,
-            )
-        )
-
-    def forget(self, plan: Plan) -> None:
-        """Let go of a plan that was carried out: recovery is about to change its net."""
-        self.carried.pop(plan.digest, None)

@@ -114,7 +114,7 @@ def _unrecovered(plan: Plan) -> str:
 
 def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
     """Whether what a plan costs, where that was measured, is near enough to the limits for its recovery to be worth the time."""
-    known = pursuit.known(plan, "trial")
+    known = pursuit.trials.known(plan, "trial")
     measured = known.evidence.costs if known is not None else {}
     return not pursuit.over(measured, _WORTH)
 
@@ -124,8 +124,8 @@ def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
     assert pursuit.search is not None
     if winners:
         for plan in pursuit.search.ask(1):
-            pursuit.tell(plan, pursuit.candidate_evidence(plan))
-            pursuit.tell(plan, pursuit.trial_evidence(plan))
+            pursuit.tell(plan, pursuit.trials.candidate(plan))
+            pursuit.try_plan(plan)
     looked: set[str] = set()
     while True:
         chosen = _next(pursuit, winners)
@@ -174,8 +174,8 @@ class _Recovery:
         """A plan carried out, trained for a share of the time left, exported and judged; None, and told so, where that failed."""
         pursuit, bench = self.pursuit, self.bench
         began = time.monotonic()
-        compressed = pursuit.carry_out(plan)
-        pursuit.forget(plan)
+        compressed = pursuit.trials.carry_out(plan)
+        pursuit.trials.forget(plan)
         asked, final, skipped = plan, compressed.final, compressed.skipped
         if share > 0 and "distill" in pursuit.request.techniques and not plan.is_identity:
             plan, final, skipped = self._train(plan, compressed, share)
@@ -185,14 +185,14 @@ class _Recovery:
                 if exported.path is None:
                     raise RuntimeFailed(exported.outcome.kind, exported.outcome.detail)
                 lost, worst = _validation_drop(bench, plan, exported, pursuit.request.budget.confidence)
-                evidence = pursuit.costs_of(plan.target.partition(":")[0], compressed.macs, exported, "winner", lost)
+                evidence = pursuit.trials.costs_of(plan.target.partition(":")[0], compressed.macs, exported, "winner", lost)
             except RuntimeFailed as err:
                 failed = Evidence("winner", failed=True)
-                pursuit.record(plan, "winner", Outcome(err.kind, str(err)), failed, time.monotonic() - began)  # type: ignore[arg-type]
+                pursuit.trials.record(plan, "winner", Outcome(err.kind, str(err)), failed, time.monotonic() - began)  # type: ignore[arg-type]
                 pursuit.tell(asked, failed)
                 return None
             outcome = self._outcome(exported, evidence, worst)
-            pursuit.record(plan, "winner", outcome, evidence, time.monotonic() - began, exported.ratio)
+            pursuit.trials.record(plan, "winner", outcome, evidence, time.monotonic() - began, exported.ratio)
             pursuit.tell(plan, evidence)
         return Winner(plan, compressed.graph, final, compressed.analysis, exported, lost, outcome, skipped)
 

@@ -16,7 +16,7 @@ import pytest
 import planish
 import replaying
 import small_jobs
-from planish import cli, flow, pursuit, trial, winners
+from planish import cli, flow, trial, trials, winners
 from planish.artifact import study_folder
 from planish.errors import MissingFile, OutputExists, StudyError
 from planish.graph.capture import capture
@@ -256,7 +256,7 @@ def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkey
         measured.append(plan.digest)
         return before(bench, graph, plan, *arguments, **named)
 
-    monkeypatch.setattr(pursuit, "export_and_measure", export_and_measure)
+    monkeypatch.setattr(trials, "export_and_measure", export_and_measure)
     with Study.open(study_folder(interrupted), shared=True) as study:
         (known,) = [stored.plan.digest for stored in study.finished()]
     with monkeypatch.context() as patch:
@@ -264,8 +264,8 @@ def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkey
         with pytest.raises(Killed):
             flow.resume(interrupted, small_jobs.stripes_job())
         assert known not in measured
-        elsewhere = msgspec.structs.replace(pursuit.machine(), fingerprint="another")
-        patch.setattr(pursuit, "machine", lambda: elsewhere)
+        elsewhere = msgspec.structs.replace(trials.machine(), fingerprint="another")
+        patch.setattr(trials, "machine", lambda: elsewhere)
         with pytest.raises(Killed):
             flow.resume(interrupted, small_jobs.stripes_job())
     assert known in measured

@@ -1,0 +1,184 @@
+"""The trials of one run: plans carried out, judged and measured, again where a figure is in doubt, and kept in the study."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from planish.errors import RuntimeFailed
+from planish.measure.latency import middle
+from planish.measure.machine import machine
+from planish.measure.memory import peak_memory_bytes
+from planish.measurement import Estimate, Outcome
+from planish.plan import Plan
+from planish.result import Trial
+from planish.search.contract import Evidence, Kind
+from planish.study.store import Study
+from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge
+from planish.workbench import Workbench
+
+_CARRIED = 3
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What a study keeps of a trial: its evidence, its ratio, and where that was measured (machine and runtime's version)."""
+
+    evidence: Evidence
+    ratio: Estimate | None = None
+    place: str = ""
+
+
+class Trials:
+    """What was tried in this run, and what its study knew before: no plan is tried twice.
+
+    Args:
+        bench: the original on this machine.
+        study: where trials are kept.
+        original: what the original costs, by quantity.
+
+    Attributes:
+        all: in order, one for each plan and stage.
+        scores: of units, by which plans are carried out.
+        predict: seconds that the tables say of a plan; None where they say nothing.
+    """
+
+    def __init__(self, bench: Workbench, study: Study, original: Mapping[str, float]) -> None:
+        self.bench, self.study, self.original = bench, study, original
+        self.all: list[Trial] = []
+        self.scores: Mapping[str, Any] = {}
+        self.predict: Callable[[Plan], float | None] = lambda plan: None
+        self._carried: dict[str, Compressed] = {}
+        self._visits: dict[str, list[Estimate]] = {}
+
+    def known(self, plan: Plan, stage: Kind) -> Kept | None:
+        """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again."""
+        stored = self.study.lookup(plan.digest, stage)
+        if stored is None or stored.state != "finished" or stored.evidence is None or stored.outcome is None:
+            return None
+        kept = msgspec.convert(stored.evidence, Kept)
+        if stage != "candidate" and kept.place != self._place(plan):
+            return None
+        evidence = kept.evidence
+        if kept.ratio is not None:
+            latency = kept.ratio.median * self.original["latency"]
+            evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
+        if not any(trial.plan.digest == plan.digest and trial.stage == stage for trial in self.all):
+            self._list(plan, stage, stored.outcome, evidence, stored.seconds, kept.ratio)
+        return msgspec.structs.replace(kept, evidence=evidence)
+
+    def candidate(self, plan: Plan) -> Evidence:
+        """A plan judged in PyTorch, without recovery."""
+        known = self.known(plan, "candidate")
+        if known is not None:
+            return known.evidence
+        began = time.monotonic()
+        compressed = self.carry_out(plan)
+        found = judge(self.bench, compressed.final)
+        diverged = not math.isfinite(found.loss)
+        evidence = Evidence("candidate", None if diverged else found.loss, found.drop, {"macs": float(compressed.macs)}, failed=diverged)
+        outcome = Outcome("diverged", "its outputs are not finite") if diverged else Outcome("measured")
+        self.record(plan, "candidate", outcome, evidence, time.monotonic() - began)
+        return evidence
+
+    def trial(self, plan: Plan) -> Kept:
+        """A plan exported and measured without recovery (latency does not depend on the weights)."""
+        known = self.known(plan, "trial")
+        if known is not None:
+            return known
+        began = time.monotonic()
+        compressed, exported = self._exported(plan)
+        try:
+            evidence = self.costs_of(plan.target.partition(":")[0], compressed.macs, exported, "trial")
+        except RuntimeFailed as err:
+            exported = Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
+            evidence = Evidence("trial", failed=True)
+        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, exported.ratio)
+        return Kept(evidence, exported.ratio)
+
+    def visits(self, plan: Plan) -> int:
+        """How often a plan's latency was measured in this run, at different times."""
+        return len(self._visits.get(plan.digest, ())) or 1
+
+    def visit(self, plan: Plan) -> Kept | None:
+        """Measure a tried plan once more: the median of all its visits counts from now on. None where it cannot be measured."""
+        before = self.known(plan, "trial")
+        if before is None or before.ratio is None:
+            return None
+        began = time.monotonic()
+        _, exported = self._exported(plan)
+        if exported.ratio is None:
+            return None
+        visits = self._visits.setdefault(plan.digest, [before.ratio])
+        visits.append(exported.ratio)
+        ratio = middle(visits)
+        costs = {**before.evidence.costs, "latency": ratio.median * self.original["latency"]}
+        evidence = msgspec.structs.replace(before.evidence, costs=costs)
+        self.all = [trial for trial in self.all if not (trial.plan.digest == plan.digest and trial.stage == "trial")]
+        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, ratio, again=True)
+        return Kept(evidence, ratio)
+
+    def _exported(self, plan: Plan) -> tuple[Compressed, Exported]:
+        compressed = self.carry_out(plan)
+        return compressed, export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
+
+    def costs_of(self, runtime: str, total_macs: int, exported: Exported, kind: Kind, lost: float | None = None) -> Evidence:
+        """What an exported net costs, relative to the original as it was measured beside it."""
+        if exported.ratio is None or exported.size_bytes is None:
+            return Evidence(kind, failed=True)
+        costs = {"latency": exported.ratio.median * self.original["latency"], "size": float(exported.size_bytes), "macs": float(total_macs)}
+        if "memory" in self.original and exported.path is not None:
+            home = self.bench.baselines[runtime].target
+            costs["memory"] = float(peak_memory_bytes(home, exported.path, self.bench.graph.signature, self.bench.example))
+        return Evidence(kind, None, lost, costs)
+
+    def carry_out(self, plan: Plan) -> Compressed:
+        """A plan carried out; the last few are kept, since a candidate often becomes a trial and a winner."""
+        self.bench.threads.settle()
+        if plan.digest not in self._carried:
+            while len(self._carried) >= _CARRIED:
+                self._carried.pop(next(iter(self._carried)))
+            self._carried[plan.digest] = carry_out(self.bench, plan, self.scores)
+        return self._carried[plan.digest]
+
+    def forget(self, plan: Plan) -> None:
+        """Let go of a plan that was carried out: recovery is about to change its net."""
+        self._carried.pop(plan.digest, None)
+
+    def record(
+        self,
+        plan: Plan,
+        stage: Kind,
+        outcome: Outcome,
+        evidence: Evidence,
+        seconds: float,
+        ratio: Estimate | None = None,
+        *,
+        again: bool = False,
+    ) -> None:
+        """Keep how a plan ended, in the study and among this run's trials."""
+        self.study.record(plan, stage, outcome, Kept(evidence, ratio, self._place(plan)), None, seconds, again=again)
+        self._list(plan, stage, outcome, evidence, seconds, ratio)
+
+    def _place(self, plan: Plan) -> str:
+        versions = self.bench.baselines[plan.target.partition(":")[0]].runtime.versions()
+        return " ".join((machine().fingerprint, *(f"{name}={version}" for name, version in sorted(versions.items()))))
+
+    def _list(self, plan: Plan, stage: Kind, outcome: Outcome, evidence: Evidence, seconds: float, ratio: Estimate | None) -> None:
+        self.all.append(
+            Trial(
+                plan=plan,
+                stage=stage,
+                outcome=outcome,
+                loss=evidence.loss,
+                drop=evidence.quality_drop,
+                predicted_latency_s=self.predict(plan),
+                latency_ratio=ratio,
+                macs=int(evidence.costs["macs"]) if "macs" in evidence.costs else None,
+                size_bytes=int(evidence.costs["size"]) if "size" in evidence.costs else None,
+                seconds=seconds,
+            )
+        )
