@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from planish import registry
 from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.errors import BudgetError, PlanError
@@ -41,6 +43,8 @@ _FEW = 4
 _SURPRISE = 1.1
 """A trial this far from what tables and other trials say, or not trustworthy, is measured again, twice at most, with other work between."""
 _VISITS = 3
+_TABLE_ERROR = 0.05
+"""Relative standard deviation of what tables, corrected by trials, say of a plan on a quiet machine."""
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
@@ -114,7 +118,7 @@ class Pursuit:
         )
         self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
         for plan, evidence in self._evidence.values():
-            self.search.tell(plan, evidence)
+            self.search.tell(plan, self.believed(plan, evidence))
 
     def _aimed(self) -> dict[str, float]:
         """The bounds of the budget, less what is left for a machine that changes its speed."""
@@ -149,7 +153,7 @@ class Pursuit:
         if self._is_by_macs and "latency" in evidence.costs:
             self._aim()
         else:
-            self.search.tell(plan, evidence)
+            self.search.tell(plan, self.believed(plan, evidence))
 
     def _note(self, plan: Plan, evidence: Evidence) -> None:
         self._evidence[plan.digest, evidence.kind] = plan, evidence
@@ -161,7 +165,7 @@ class Pursuit:
             candidate, tried = self.trials.known(plan, "candidate"), self.trials.known(plan, "trial")
             if candidate is None or tried is None or candidate.evidence.quality_drop is None:
                 return False
-            costs = tried.evidence.costs
+            costs = self.believed(plan, tried.evidence).costs
             is_inside = all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
             return is_inside and candidate.evidence.quality_drop * self.limits.recovered <= _COMFORT * self.allowed_drop
         return False
@@ -357,7 +361,7 @@ class Pursuit:
         if found is None:
             return None
         self.tell(plan, found.evidence)
-        return found.evidence.costs["latency"]
+        return self.believed(plan, found.evidence).costs["latency"]
 
     def _queue(self, plan: Plan) -> None:
         """Have a trial measured again after the next candidate, where its figure is in doubt."""
@@ -371,17 +375,32 @@ class Pursuit:
             return False
         if not found.ratio.trustworthy:
             return True
+        expected = self._expected(plan)
+        return expected is not None and not 1 / _SURPRISE <= found.evidence.costs["latency"] / expected <= _SURPRISE
+
+    def _expected(self, plan: Plan) -> float | None:
+        """Seconds that the tables, corrected by all other trials, say of a plan; None where they say nothing."""
         if self.costs is None or "latency" not in self.costs.quantities:
-            return False
+            return None
         others = [
             (self._predicted(known), evidence.costs["latency"])
             for known, evidence in self._evidence.values()
             if "latency" in evidence.costs and known.digest != plan.digest
         ]
-        if len(others) < 2:
-            return False
-        expected = Affine.fit([p for p, _ in others], [m for _, m in others])(self._predicted(plan))
-        return not 1 / _SURPRISE <= found.evidence.costs["latency"] / expected <= _SURPRISE
+        return Affine.fit([p for p, _ in others], [m for _, m in others])(self._predicted(plan)) if len(others) >= 2 else None
+
+    def believed(self, plan: Plan, evidence: Evidence) -> Evidence:
+        """Evidence of a trial whose latency is drawn towards what the tables say, by as much as the machine changes its speed.
+
+        The mean of both, in logarithms, weighted by their variances: on a machine where the original itself takes a fifth more or less
+        from trial to trial, one measurement of another plan says little, and all of them together correct the tables.
+        """
+        expected = self._expected(plan) if evidence.kind == "trial" and "latency" in evidence.costs and plan != self.template else None
+        if expected is None:
+            return evidence
+        share = _TABLE_ERROR**2 / (_TABLE_ERROR**2 + self.trials.noise**2)
+        latency = evidence.costs["latency"] ** share * expected ** (1 - share)
+        return msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
 
     def _predicted(self, plan: Plan) -> float:
         """Seconds that the tables say, uncorrected."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from planish.errors import RuntimeFailed
 from planish.measure.latency import middle
@@ -22,6 +23,7 @@ from planish.trial import Compressed, Exported, carry_out, export_and_measure, j
 from planish.workbench import Workbench
 
 _CARRIED = 3
+_FEWEST, _UNKNOWN_NOISE = 4, 0.05
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -53,6 +55,12 @@ class Trials:
         self.predict: Callable[[Plan], float | None] = lambda plan: None
         self._carried: dict[str, Compressed] = {}
         self._visits: dict[str, list[Estimate]] = {}
+        self._originals = [original["latency"]]
+
+    @property
+    def noise(self) -> float:
+        """How much the machine changes its speed: the relative standard deviation of the original's latency over all trials so far."""
+        return float(np.std(np.log(self._originals))) if len(self._originals) >= _FEWEST else _UNKNOWN_NOISE
 
     def known(self, plan: Plan, stage: Kind) -> Kept | None:
         """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again."""
@@ -123,7 +131,10 @@ class Trials:
 
     def _exported(self, plan: Plan) -> tuple[Compressed, Exported]:
         compressed = self.carry_out(plan)
-        return compressed, export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
+        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
+        if exported.original is not None:
+            self._originals.append(exported.original.latency_s.median)
+        return compressed, exported
 
     def costs_of(self, runtime: str, total_macs: int, exported: Exported, kind: Kind, lost: float | None = None) -> Evidence:
         """What an exported net costs, relative to the original as it was measured beside it."""

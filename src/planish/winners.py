@@ -115,8 +115,8 @@ def _unrecovered(plan: Plan) -> str:
 def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
     """Whether what a plan costs, where that was measured, is near enough to the limits for its recovery to be worth the time."""
     known = pursuit.trials.known(plan, "trial")
-    measured = known.evidence.costs if known is not None else {}
-    return not pursuit.over(measured, _WORTH)
+    costs = pursuit.believed(plan, known.evidence).costs if known is not None else {}
+    return not pursuit.over(costs, _WORTH)
 
 
 def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
