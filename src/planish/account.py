@@ -110,17 +110,15 @@ def search_account(pursuit: Pursuit) -> Search:
     method = pursuit.search
     if method is None:
         return Search(method="none")
-    solution = getattr(method, "solution", None)
-    ledger = getattr(method, "ledger", None)
-    fit = ledger.correction("latency") if ledger is not None and "latency" in pursuit.original and pursuit.costs is not None else None
+    standing = method.standing
     counts = {stage: sum(t.stage == stage for t in pursuit.trials.all) for stage in ("candidate", "trial")}
     return Search(
         method=type(method).__name__.lower(),
         candidates=counts["candidate"],
         trials=counts["trial"],
-        gap=_number(getattr(solution, "gap", None)),
-        kkt_residual=_number(getattr(solution, "kkt", None)),
-        affine=(fit.offset, fit.slope) if fit is not None else None,
+        gap=_number(standing.gap),
+        kkt_residual=_number(standing.kkt),
+        affine=(standing.correction.offset, standing.correction.slope) if standing.correction is not None else None,
     )
 
 

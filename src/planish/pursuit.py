@@ -209,8 +209,7 @@ class Pursuit:
         with self.clock.stage("sensitivity of groups and blocks"):
             self.settle()
             saliency = registry.get("saliency", self.request.saliency)()
-            if bench.output_kind is not None and hasattr(saliency, "kind"):
-                saliency.kind = bench.output_kind
+            saliency.kind = bench.output_kind
             self.trials.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
             multiple = width_step(bench.best.target)
             return sensitivities(
@@ -299,8 +298,7 @@ class Pursuit:
             began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
             while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
                 share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
-                solution = getattr(self.search, "solution", None)
-                is_hopeless = solution is not None and not solution.feasible
+                is_hopeless = not self.search.standing.is_feasible
                 is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
                 is_stuck = waited >= _PATIENCE
                 if (is_hopeless or ((is_time or is_stuck) and not self._is_comfortable())) and self.relax():

@@ -23,6 +23,8 @@ class Saliency(Protocol):
 
     needs: frozenset[str]
     """What it must be given: any of "data", "labels", "gradients"."""
+    kind: str | None
+    """What the outputs are to a loss without labels, "logits" or "values", as the flow sets it; None: guessed from the outputs."""
 
     def scores(self, graph: Graph, analysis: Analysis, split: Split, seed: int) -> dict[str, NDArray[np.float64]]:
         """The saliency of every unit of every group.

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from planish.plan import Plan
-from planish.search.costs import Costs
+from planish.search.costs import Affine, Costs
 from planish.search.space import Space
 
 Kind = Literal["candidate", "trial", "winner"]
@@ -49,6 +49,23 @@ class Limits:
     recovered: float = 1.0
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a method says of itself.
+
+    Args:
+        is_feasible: whether some plan is predicted to hold the limits; True where the method cannot tell.
+        gap: what its last solution may lose to the best one, in predicted loss; None where nothing was solved exactly.
+        kkt: that solution's residual, relative; None where nothing was solved.
+        correction: of predicted latencies, as trials taught it; None where none are predicted.
+    """
+
+    is_feasible: bool = True
+    gap: float | None = None
+    kkt: float | None = None
+    correction: Affine | None = None
+
+
 class Search(Protocol):
     """A search method. Used by one thread; deterministic for a seed, given the same evidence.
 
@@ -57,6 +74,11 @@ class Search(Protocol):
     """
 
     def __init__(self, space: Space, costs: Costs, limits: Limits, seed: int = 0) -> None: ...
+
+    @property
+    def standing(self) -> Standing:
+        """What it says of itself, as of its last proposal."""
+        ...
 
     def ask(self, n: int) -> list[Plan]:
         """Up to `n` plans worth a candidate, none proposed or told before; an empty list when nothing is left to propose.

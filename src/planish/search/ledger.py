@@ -11,7 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from planish.errors import BudgetError
 from planish.plan import Plan
-from planish.search.contract import Evidence, Kind, Limits
+from planish.search.contract import Evidence, Kind, Limits, Standing
 from planish.search.costs import Affine, Costs
 from planish.search.factor import Assignment, Table
 from planish.search.space import Space
@@ -83,6 +83,11 @@ class Ledger:
             if quantity in evidence.costs and quantity in self.costs.quantities
         ]
         return Affine.fit([p for p, _ in pairs], [m for _, m in pairs], near)
+
+    @property
+    def standing(self) -> Standing:
+        """What is known without a solution."""
+        return Standing(correction=self.correction("latency") if "latency" in self.costs.quantities else None)
 
     def margin(self, quantity: str, fit: Affine) -> float:
         """How far below a limit to aim, as a share of it: less with every measurement, more where they scatter."""

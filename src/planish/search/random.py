@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from planish.plan import Plan
-from planish.search.contract import Evidence, Kind, Limits
+from planish.search.contract import Evidence, Kind, Limits, Standing
 from planish.search.costs import Costs
 from planish.search.factor import Assignment
 from planish.search.lagrangian import Problem, solve
@@ -38,6 +38,11 @@ class Random:
         effort = self._problem.rows.index(costs.effort)
         highest = float(self._problem.values(space.identity)[effort])
         self._efforts = (solve(self._problem, costs.effort, {}).objective, highest)
+
+    @property
+    def standing(self) -> Standing:
+        """See `Search.standing`."""
+        return self.ledger.standing
 
     def ask(self, n: int) -> list[Plan]:
         """See `Search.ask`."""

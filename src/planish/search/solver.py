@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planish.plan import Plan
-from planish.search.contract import Evidence, Kind, Limits
+from planish.search.contract import Evidence, Kind, Limits, Standing
 from planish.search.costs import Costs
 from planish.search.factor import Assignment
 from planish.search.lagrangian import Problem, Solution, solve
@@ -43,6 +44,14 @@ class Solver:
         self._problem = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
         identity = self._row(space.identity, costs.effort)
         self._efforts = (solve(self._problem, costs.effort, {}).objective, identity)
+
+    @property
+    def standing(self) -> Standing:
+        """See `Search.standing`."""
+        solution = self.solution
+        if solution is None:
+            return self.ledger.standing
+        return replace(self.ledger.standing, is_feasible=solution.feasible, gap=solution.gap, kkt=solution.kkt)
 
     def ask(self, n: int) -> list[Plan]:
         """See `Search.ask`."""

@@ -27,6 +27,7 @@ class Magnitude:
     """
 
     needs: frozenset[str] = frozenset()
+    kind: str | None = None
 
     def scores(self, graph: Graph, analysis: Analysis, split: Split, seed: int) -> dict[str, NDArray[np.float64]]:
         """See `planish.prune.contract.Saliency`; a unit with a weight that is not finite gets NaN."""
