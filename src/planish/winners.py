@@ -26,7 +26,7 @@ from planish.workbench import RECOVERY_S, Workbench, outputs_of, predictor
 _EPOCHS = 5
 _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
-_FIRST_SHARE = 0.85
+_FIRST_SHARE = 0.8
 """Of the time left, what a plan that leaves room below the limits may take: if it loses too much, a milder one gets the rest."""
 _LOOKS = 3
 _WORTH = 1.07
