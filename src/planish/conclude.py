@@ -78,6 +78,8 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     if not outputs and winner is not None and winner.exported.path is not None:
         with Probe.open(_home(bench, winner).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
+    if winner is not None:
+        bench.notes += _said(summary)
     summary = _timed(bench, summary)
     artifact = None
     if summary.verdict == "met" or request.accept_nearest:
@@ -97,6 +99,18 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
     module = as_module(winner.final if winner is not None else bench.graph)
     return Result(summary, module, artifact)
+
+
+def _said(summary: Summary) -> list[str]:
+    """What must be known of an optimized net beside its figures."""
+    out = []
+    if summary.split == "validation" and summary.drop_interval is not None:
+        out.append("selection-biased: there is no test split, so the drop is judged on the validation split that guided the search")
+    needs = (summary.optimized.peak_memory_bytes if summary.optimized else None) or 0
+    needed = summary.original.peak_memory_bytes or 0
+    if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
+        out.append(f"it needs {needs / needed:.1f} times the memory of the original while it runs; `--memory 1x` forbids that")
+    return out
 
 
 def _timed(bench: Workbench, summary: Summary) -> Summary:
@@ -182,13 +196,6 @@ def _compare(
             bench.metric, first, second, split.targets, confidence=request.budget.confidence or 0.95, seed=request.seed
         )
         lost, lost_interval = float(found_interval[0]), (float(found_interval[1]), float(found_interval[2]))
-        if name == "validation" and winner is not None:
-            bench.notes.append(
-                "selection-biased: there is no test split, so the drop is judged on the validation split that guided the search"
-            )
-    needs, needed = after.peak_memory_bytes or 0, before.peak_memory_bytes or 0
-    if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
-        bench.notes.append(f"it needs {needs / needed:.1f} times the memory of the original while it runs; `--memory 1x` forbids that")
     verdict, reason = judge_budget(request.budget, before, after, latency, lost, lost_interval, is_original=winner is None)
     summary = Summary(
         name=bench.job.name,

@@ -176,7 +176,7 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
                 job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint, request.out.name
             )
             with _study(request, meta, resuming, fork) as study:
-                if resuming:
+                if resuming and not fork:
                     kept = [f"{len(study.finished(stage))} {stage}s" for stage in ("candidate", "trial", "winner")]
                     events.say(f"carrying on from {request.study_folder}: {', '.join(kept)} are kept")
                 pursuit = Pursuit(bench, request, study)

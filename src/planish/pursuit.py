@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from planish import registry
 from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
@@ -42,7 +43,7 @@ _NEAR = 1.03
 _FEW = 4
 _SURPRISE = 1.1
 """A trial this far from what tables and other trials say, or not trustworthy, is measured again, twice at most, with other work between."""
-_VISITS = 3
+_VISITS, _DOUBTED = 3, 2
 _TABLE_ERROR = 0.05
 """Relative standard deviation of what tables, corrected by trials, say of a plan on a quiet machine."""
 _PATIENCE = 8
@@ -73,7 +74,6 @@ class Pursuit:
         self.bounds: dict[str, float] = {}
         self._level = len(_AIMS) - 1
         self._evidence: dict[tuple[str, str], tuple[Plan, Evidence]] = {}
-        self._surprising: list[Plan] = []
 
     def search_plans(self) -> bool:
         """Options, tables, then candidates and trials until time or plans are used up; False where there is nothing to decide."""
@@ -276,7 +276,7 @@ class Pursuit:
 
         def seconds(kernels: Any) -> Any:
             found = table.seconds(kernels, lambda share: self.events.progress(round(share * 1000), 1000), deadline)
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and time.monotonic() > deadline and np.isnan(found).sum() > len(table.failures()):
                 self.bench.notes.append("the time limit left some latency tables unmeasured; they are guessed from kernels of their kind")
             return found
 
@@ -327,14 +327,12 @@ class Pursuit:
         assert self.search is not None
         for plan in self.search.ask(1):
             self.tell(plan, self.trials.candidate(plan))
-            waiting, self._surprising = self._surprising, []
-            for tried in waiting:
+            doubted = [tried for tried in self._tried() if self._is_worth_a_visit(tried)]
+            for tried in sorted(doubted, key=self.trials.visits)[:_DOUBTED]:
                 self._visit(tried)
-                self._queue(tried)
             for best in self.search.best(1):
                 if best.digest not in self.told:
                     self.try_plan(best)
-                    self._queue(best)
             return True
         return False
 
@@ -343,28 +341,32 @@ class Pursuit:
 
         The one that is chosen among many noisy figures is likely to be one that looked better than it is.
         """
-        latency = self._visit(plan)
-        if latency is not None and self._is_worth_a_visit(plan):
-            latency = self._visit(plan)
-        return latency is None or latency <= _NEAR * self._aimed()["latency"]
+        found = self._visit(plan)
+        if found is not None and self._is_worth_a_visit(plan):
+            found = self._visit(plan)
+        if found is None:
+            return True
+        costs = (found if self.trials.visits(plan) >= _VISITS else self.believed(plan, found)).costs
+        return costs["latency"] <= _NEAR * self._aimed()["latency"]
 
     def try_plan(self, plan: Plan) -> None:
         """A trial, and the search told."""
         self.told.add(plan.digest)
         self.tell(plan, self.trials.trial(plan).evidence)
 
-    def _visit(self, plan: Plan) -> float | None:
-        """Measure a tried plan once more, and tell the search; its seconds, or None where it cannot be."""
+    def _tried(self) -> list[Plan]:
+        return [plan for plan, evidence in self._evidence.values() if evidence.kind == "trial" and plan != self.template]
+
+    def _visit(self, plan: Plan) -> Evidence | None:
+        """Measure a tried plan once more, and tell the search what is believed of all trials now; None where it cannot be measured."""
         found = self.trials.visit(plan)
         if found is None:
             return None
         self.tell(plan, found.evidence)
-        return self.believed(plan, found.evidence).costs["latency"]
-
-    def _queue(self, plan: Plan) -> None:
-        """Have a trial measured again after the next candidate, where its figure is in doubt."""
-        if self._is_worth_a_visit(plan):
-            self._surprising.append(plan)
+        assert self.search is not None
+        for other in self._tried() if not self._is_by_macs else ():
+            self.search.tell(other, self.believed(other, self._evidence[other.digest, "trial"][1]))
+        return found.evidence
 
     def _is_worth_a_visit(self, plan: Plan) -> bool:
         """Whether a trial that was not visited too often is not trustworthy, or far from what tables and all other trials say of it."""
@@ -390,13 +392,13 @@ class Pursuit:
     def believed(self, plan: Plan, evidence: Evidence) -> Evidence:
         """Evidence of a trial whose latency is drawn towards what the tables say, by as much as the machine changes its speed.
 
-        The mean of both, in logarithms, weighted by their variances: on a machine where the original itself takes a fifth more or less
-        from trial to trial, one measurement of another plan says little, and all of them together correct the tables.
+        The mean of both, in logarithms, weighted by their variances: where the same plan takes a fifth more or less from visit to
+        visit, one visit says little, and the visits of all plans together correct the tables.
         """
         expected = self._expected(plan) if evidence.kind == "trial" and "latency" in evidence.costs and plan != self.template else None
         if expected is None:
             return evidence
-        share = _TABLE_ERROR**2 / (_TABLE_ERROR**2 + self.trials.noise**2)
+        share = _TABLE_ERROR**2 / (_TABLE_ERROR**2 + self.trials.noise**2 / self.trials.visits(plan))
         latency = evidence.costs["latency"] ** share * expected ** (1 - share)
         return msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,15 +24,16 @@ from planish.trial import Compressed, Exported, carry_out, export_and_measure, j
 from planish.workbench import Workbench
 
 _CARRIED = 3
-_FEWEST, _UNKNOWN_NOISE = 4, 0.05
+_QUIET_NOISE = 0.03
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """What a study keeps of a trial: its evidence, its ratio, and where that was measured (machine and runtime's version)."""
+    """What a study keeps of a trial: its evidence, its ratio, where that was measured (machine and runtime's version), and at each visit."""
 
     evidence: Evidence
     ratio: Estimate | None = None
     place: str = ""
+    visits: tuple[Estimate, ...] = ()
 
 
 class Trials:
@@ -54,13 +56,17 @@ class Trials:
         self.scores: Mapping[str, Any] = {}
         self.predict: Callable[[Plan], float | None] = lambda plan: None
         self._carried: dict[str, Compressed] = {}
-        self._visits: dict[str, list[Estimate]] = {}
-        self._originals = [original["latency"]]
+        self._visits: dict[str, tuple[Estimate, ...]] = {}
+        self._attempts: Counter[str] = Counter()
 
     @property
     def noise(self) -> float:
-        """How much the machine changes its speed: the relative standard deviation of the original's latency over all trials so far."""
-        return float(np.std(np.log(self._originals))) if len(self._originals) >= _FEWEST else _UNKNOWN_NOISE
+        """How much one measurement of a ratio differs from another of the same plan at another time: its relative standard deviation."""
+        found = [np.log([visit.median for visit in visits]) for visits in self._visits.values() if len(visits) > 1]
+        freedom = sum(len(logs) - 1 for logs in found)
+        squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in found)
+        # as if four more had been seen with the spread of a quiet machine
+        return math.sqrt((squares + 4 * _QUIET_NOISE**2) / (freedom + 4))
 
     def known(self, plan: Plan, stage: Kind) -> Kept | None:
         """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again."""
@@ -74,6 +80,8 @@ class Trials:
         if kept.ratio is not None:
             latency = kept.ratio.median * self.original["latency"]
             evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
+        if kept.visits:
+            self._visits.setdefault(plan.digest, kept.visits)
         if not any(trial.plan.digest == plan.digest and trial.stage == stage for trial in self.all):
             self._list(plan, stage, stored.outcome, evidence, stored.seconds, kept.ratio)
         return msgspec.structs.replace(kept, evidence=evidence)
@@ -108,8 +116,8 @@ class Trials:
         return Kept(evidence, exported.ratio)
 
     def visits(self, plan: Plan) -> int:
-        """How often a plan's latency was measured in this run, at different times."""
-        return len(self._visits.get(plan.digest, ())) or 1
+        """How often a plan's latency was measured at different times, or could not be."""
+        return max(len(self._visits.get(plan.digest, ())), 1 + self._attempts[plan.digest])
 
     def visit(self, plan: Plan) -> Kept | None:
         """Measure a tried plan once more: the median of all its visits counts from now on. None where it cannot be measured."""
@@ -117,24 +125,24 @@ class Trials:
         if before is None or before.ratio is None:
             return None
         began = time.monotonic()
+        self._attempts[plan.digest] += 1
         _, exported = self._exported(plan)
         if exported.ratio is None:
             return None
-        visits = self._visits.setdefault(plan.digest, [before.ratio])
-        visits.append(exported.ratio)
+        visits = (*self._visits.get(plan.digest, (before.ratio,)), exported.ratio)
+        self._visits[plan.digest] = visits
         ratio = middle(visits)
         costs = {**before.evidence.costs, "latency": ratio.median * self.original["latency"]}
         evidence = msgspec.structs.replace(before.evidence, costs=costs)
-        self.all = [trial for trial in self.all if not (trial.plan.digest == plan.digest and trial.stage == "trial")]
-        self.record(plan, "trial", exported.outcome, evidence, time.monotonic() - began, ratio, again=True)
+        is_it = [trial.plan.digest == plan.digest and trial.stage == "trial" for trial in self.all]
+        seconds = max([time.monotonic() - began, *(trial.seconds for trial, is_old in zip(self.all, is_it, strict=True) if is_old)])
+        self.all = [trial for trial, is_old in zip(self.all, is_it, strict=True) if not is_old]
+        self.record(plan, "trial", exported.outcome, evidence, seconds, ratio, again=True)
         return Kept(evidence, ratio)
 
     def _exported(self, plan: Plan) -> tuple[Compressed, Exported]:
         compressed = self.carry_out(plan)
-        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
-        if exported.original is not None:
-            self._originals.append(exported.original.latency_s.median)
-        return compressed, exported
+        return compressed, export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
 
     def costs_of(self, runtime: str, total_macs: int, exported: Exported, kind: Kind, lost: float | None = None) -> Evidence:
         """What an exported net costs, relative to the original as it was measured beside it."""
@@ -171,7 +179,8 @@ class Trials:
         again: bool = False,
     ) -> None:
         """Keep how a plan ended, in the study and among this run's trials."""
-        self.study.record(plan, stage, outcome, Kept(evidence, ratio, self._place(plan)), None, seconds, again=again)
+        kept = Kept(evidence, ratio, self._place(plan), self._visits.get(plan.digest, ()) if stage == "trial" else ())
+        self.study.record(plan, stage, outcome, kept, None, seconds, again=again)
         self._list(plan, stage, outcome, evidence, seconds, ratio)
 
     def _place(self, plan: Plan) -> str:

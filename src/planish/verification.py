@@ -308,7 +308,6 @@ def bench(
             originals = (*stand.baselines.values(), *stand.eager.values())
             probes = {f"original {b.target.name}": b.living_probe(stand.graph.signature) for b in originals}
             sizes = {f"original {b.target.name}": size_bytes(b.path) for b in originals}
-            best = f"original {stand.best.target.name}"
             opened: list[Probe] = []
             try:
                 for artifact in artifacts:
@@ -324,6 +323,7 @@ def bench(
                 timings = interleaved(
                     probes, stand.example, seconds=seconds, progress=lambda share: events.progress(round(share * 100), 100)
                 )
+                best = min((key for key in probes if key.startswith("original ")), key=lambda key: timings[key].latency_s.median)
                 metric = stand.metric
                 measured = []
                 for key, probe in probes.items():

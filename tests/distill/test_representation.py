@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nets import ResNet, images, randomise_norms
+from planish.data import Split
 from planish.distill.recover import recover
 from planish.distill.representation import with_representation
 from planish.distill.teacher import Teacher
@@ -17,6 +19,9 @@ from planish.graph.groups import analyse
 from planish.plan import Plan, Recovery
 from planish.prune.apply import apply
 from planish.prune.saliency.magnitude import Magnitude
+from planish.quantize.apply import quantize
+from planish.runtimes.contract import get_runtime
+from planish.target import Target
 from planish.workload import Workload
 
 X, Y = images(64, 8)[0], torch.arange(64) % 10
@@ -83,3 +88,31 @@ def test_recovery_follows_it_where_the_shapes_agree(narrow: bool, tmp_path: Path
     after = student.module.state_dict()
     assert list(after) == list(before) and any(not torch.equal(after[name], before[name]) for name in before)
     assert len(student.module(X)) == 1
+
+
+def test_an_int8_student_follows_it_too() -> None:
+    """With fake quantization the last map reads a quantized value: that is what follows the teacher's."""
+    net = randomise_norms(ResNet(1, 8)).eval()
+    graph = capture(net, (X[:2],))
+    runtime, split = get_runtime("onnxruntime"), Split([X.numpy()], None, len(X))
+    analysis = analyse(graph)
+    done = quantize(graph, analysis, {"fc": "int8"}, runtime, Target("onnxruntime"), split)
+    extended = with_representation(done.graph)
+    assert extended is not None
+    with torch.no_grad():
+        *_, read = extended.module(X)
+        *_, wanted = with_representation(graph).module(X)
+    assert read.shape == wanted.shape
+    torch.testing.assert_close(read, wanted, atol=0.02 * wanted.abs().max().item(), rtol=0)
+
+
+def test_what_is_too_large_to_keep_is_left_out(tmp_path: Path) -> None:
+    """The teacher's own outputs are cached even where a representation would not fit beside them."""
+    graph = capture(randomise_norms(ResNet(1, 8)).eval(), (X[:2],))
+    split = Split([X.numpy()], None, len(X))
+    assert Teacher(graph, split, tmp_path, largest_bytes=64 * 4 * len(X) * 4).has_representation
+    teacher = Teacher(graph, split, tmp_path, largest_bytes=16 * 4 * len(X))
+    assert not teacher.has_representation
+    teacher.outputs(np.arange(4), [X[:4]])
+    teacher.outputs(np.arange(4), [X[:4]])
+    assert teacher.computed == 4

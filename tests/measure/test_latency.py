@@ -127,5 +127,5 @@ def test_visits_at_different_times_give_their_median_and_their_range():
     assert middle(visits[:1]) == visits[0]
     noisy = Estimate(0.5, 0.4, 0.6, 20, trustworthy=False)
     assert middle([noisy, visits[0], noisy]) == visits[0], "what is not trustworthy counts where nothing else does"
-    assert middle([noisy, noisy]).median == 0.5
+    assert middle([noisy, noisy]).median == 0.5 and not middle([noisy, noisy]).trustworthy
     assert middle([visits[0], Estimate(0.41, 0.4, 0.42, 10)]).trustworthy

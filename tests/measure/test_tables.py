@@ -288,3 +288,20 @@ def test_a_slow_moment_of_the_machine_leaves_no_trace(fake, monkeypatch):
     assert len(visits) == 2 * wanted + 3
     assert visits[:wanted] != visits[wanted : 2 * wanted], "another order each time"
     assert set(visits[:wanted]) == set(visits[wanted : 2 * wanted]), "all others lie between two visits"
+
+
+def test_a_figure_of_one_visit_does_not_outlive_its_run(fake, monkeypatch):
+    """Time runs out in the second round: what was visited once is used now, and measured again by the next table."""
+    calm = Table(Target("onnxruntime"), fake / "calm")
+    kernels = [CONV, _of("softmax", ((1, 6),), (1, 6)), _of("linear", ((4, 16),), (4, 10), ((10, 16), (10,)))]
+    calm.seconds(kernels)
+    clock = iter(range(10_000))
+    monkeypatch.setattr(tables.time, "monotonic", lambda: float(next(clock)))
+    table = Table(Target("onnxruntime"), fake / "cache")
+    deadline = 2.0 * len(calm._known) + 5  # the clock is read twice a visit
+    assert np.isfinite(table.seconds(kernels, deadline=deadline)).all()
+    kept = json.loads(table.path.read_text())
+    assert 0 < len(kept) < len(table._known)
+    again = Table(Target("onnxruntime"), fake / "cache")
+    assert np.isfinite(again.seconds(kernels)).all()
+    assert set(json.loads(table.path.read_text())) == set(table._known)

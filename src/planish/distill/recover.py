@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from planish.data import Data
+from planish.data import Data, Split
 from planish.distill.losses import distillation
 from planish.distill.representation import with_representation
 from planish.distill.teacher import Teacher
@@ -85,7 +86,7 @@ def recover(
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
-    student, taught = _student(graph, teacher, reference)
+    student, taught = _student(graph, teacher, held, reference)
     loss = distillation(metric, reference[:taught], split.targets, has_representation=student is not graph)
     own = len(graph.signature.outputs)
 
@@ -135,13 +136,14 @@ def recover(
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
 
 
-def _student(graph: Graph, teacher: Teacher, reference: Sequence[Tensor]) -> tuple[Graph, int]:
+def _student(graph: Graph, teacher: Teacher, held: Split, reference: Sequence[Tensor]) -> tuple[Graph, int]:
     """The graph to train, and how many of the teacher's outputs it follows: with the representation, where both have one of one shape."""
     plain = len(reference) - teacher.has_representation
     extended = with_representation(graph) if teacher.has_representation else None
     if extended is not None:
+        ((inputs, _),) = held.take(np.arange(min(2, held.n))).batches(2)
         with torch.inference_mode():
-            *_, found = extended.module(*graph.example)
+            *_, found = extended.module(*[torch.from_numpy(array) for array in inputs])
         if found.shape[1:] == reference[-1].shape[1:]:
             return extended, len(reference)
     return graph, plain

@@ -11,12 +11,15 @@ from planish.graph.graph import Graph
 from planish.graph.modes import short_name
 
 _WEIGHTED = ("linear", "addmm", "conv1d", "conv2d", "conv3d")
-_LARGEST, _LARGEST_SHARE = 4096, 4
-"""Numbers a sample, and of those of the first output: what is worth keeping for every sample."""
+_READS = {"addmm": 1}
+"""Which argument of an operator holds the data, where it is not the first."""
+LARGEST = 4096
+"""Numbers a sample: what is worth keeping for every sample."""
 
 
-def with_representation(graph: Graph) -> Graph | None:
-    """The same program, with what its last linear map or convolution reads as one more output; None where it has no such.
+def with_representation(graph: Graph, largest: int = LARGEST) -> Graph | None:
+    """The same program, with what its last linear map or convolution reads as one more output; None where it has no such, or one of
+    more than `largest` numbers a sample.
 
     Parameters, buffers and the mode's state at this moment are shared with `graph`: training one trains the other.
 
@@ -36,10 +39,11 @@ def with_representation(graph: Graph) -> Graph | None:
     for submodule in module.modules():
         submodule.training = graph.module.training
     with torch.inference_mode():
-        first, *_, found = module(*graph.example)
-    numbers, given = (value[0].numel() for value in (found, first))
-    is_apart = found.is_floating_point() and found.dim() > 1 and len(found) == len(first)
-    return replace(graph, module=module) if is_apart and numbers <= max(_LARGEST, _LARGEST_SHARE * given) else None
+        *_, found = module(*graph.example)
+        *_, twice = module(*[torch.cat([tensor, tensor]) for tensor in graph.example])
+    samples = len(graph.example[0])
+    is_apart = found.is_floating_point() and found.dim() > 1 and (len(found), len(twice)) == (samples, 2 * samples)
+    return replace(graph, module=module) if is_apart and found[0].numel() <= largest else None
 
 
 def _read_by_the_last(node: fx.Node) -> fx.Node | None:
@@ -47,7 +51,8 @@ def _read_by_the_last(node: fx.Node) -> fx.Node | None:
     while node.op == "call_function":
         inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
         if short_name(node) in _WEIGHTED:
-            return inputs[0] if len(inputs) == 1 and inputs[0].op == "call_function" else None
+            read = node.args[_READS.get(short_name(node), 0)]
+            return read if isinstance(read, fx.Node) and read.op == "call_function" else None
         if len(inputs) != 1:
             return None
         node = inputs[0]

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from planish.data import Split
-from planish.distill.representation import with_representation
+from planish.distill.representation import LARGEST, with_representation
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Graph
 from planish.graph.modes import set_mode
 from planish.train.precision import Arithmetic, has_convolution
 
 _BATCH = 128
+_SHARE = 4  # of the room for the cache: what a representation may take of it
 
 
 class Teacher:
@@ -35,7 +36,8 @@ class Teacher:
     def __init__(self, graph: Graph, split: Split, folder: Path | None = None, largest_bytes: int = 4 * 2**30) -> None:
         folded = fold_batch_norm(graph)
         set_mode(folded, False)
-        extended = with_representation(folded)
+        # the outputs themselves must find room beside it
+        extended = with_representation(folded, min(LARGEST, largest_bytes // _SHARE // (4 * split.n)))
         self.has_representation = extended is not None
         self.graph = extended or folded
         self.split = split

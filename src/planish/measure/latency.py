@@ -92,9 +92,12 @@ def middle(visits: Sequence[Estimate]) -> Estimate:
     visits = [visit for visit in visits if visit.trustworthy] or visits
     if len(visits) == 1:
         return visits[0]
-    median = float(np.median([visit.median for visit in visits]))
-    low, high = min(visit.low for visit in visits), max(visit.high for visit in visits)
-    return Estimate(median, low, high, sum(visit.n for visit in visits), high - low <= WIDEST * median)
+    medians = [visit.median for visit in visits]
+    median = float(np.median(medians))
+    is_sure = all(visit.trustworthy for visit in visits) and max(medians) - min(medians) <= WIDEST * median
+    return Estimate(
+        median, min(visit.low for visit in visits), max(visit.high for visit in visits), sum(visit.n for visit in visits), is_sure
+    )
 
 
 def interleaved(

@@ -63,6 +63,7 @@ class Table:
         name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}-{FORMAT}.json"
         self.path = (cache_dir or cache.cache_folder()) / "tables" / name
         self._known: dict[str, float] = {}
+        self._provisional: set[str] = set()
         self._failed: dict[str, str] = {}
         self._process: Process | None = None
         self._merge()
@@ -110,6 +111,8 @@ class Table:
                 if figure is not None:
                     visits[key].append(figure)
                     self._known[key] = min(visits[key])
+                    is_final = _is_settled(visits[key]) or len(visits[key]) == _MOST_VISITS
+                    (self._provisional.discard if is_final else self._provisional.add)(key)
                 done += 1
                 progress(min(1.0, done / (_VISITS * len(wanted))))
                 if time.monotonic() - saved > _SAVE_EVERY_S:
@@ -158,8 +161,9 @@ class Table:
         return float(np.percentile(counted, _PERCENTILE))
 
     def _save(self) -> None:
+        """Write what is final: a figure that time left with one visit must not outlive this run."""
         self._merge()
-        cache.write(self.path, self._known)
+        cache.write(self.path, {key: value for key, value in self._known.items() if key not in self._provisional})
 
 
 def _is_settled(figures: Sequence[float]) -> bool:

@@ -48,9 +48,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
     """
     shown = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, (name, *(row[i] for row in shown)))) for i, name in enumerate(columns)]
-    last = min(widths[-1], max(_LEAST_FOLDED, len(columns[-1])))
+    last = min(widths[-1], max(_LEAST_FOLDED, len(columns[-1]))) if _columns() is not None else widths[-1]
     least = sum(widths[:-1]) + last + 3 * (len(columns) - 1)
-    if least > width() and (_columns() is not None):
+    if least > width() and _columns() is not None:
         return _records(columns, shown)
     from rich import box
     from rich.console import Console
