@@ -64,7 +64,6 @@ class Pursuit:
     def __init__(self, bench: Workbench, request: Request, study: Study) -> None:
         self.bench, self.request, self.study = bench, request, study
         self.clock, self.events = bench.clock, bench.events
-        self.told: set[str] = set()
         self.original = self._original_costs()
         self.trials = Trials(bench, study, self.original)
         self.options: list[Option] = []
@@ -117,6 +116,11 @@ class Pursuit:
             _RECOVERED_SHARE if "distill" in self.request.techniques else 1.0,
         )
         self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
+        self._retell()
+
+    def _retell(self) -> None:
+        """Tell the search all evidence, as it is believed now."""
+        assert self.search is not None
         for plan, evidence in self._evidence.values():
             self.search.tell(plan, self.believed(plan, evidence))
 
@@ -331,7 +335,7 @@ class Pursuit:
             for tried in sorted(doubted, key=self.trials.visits)[:_DOUBTED]:
                 self._visit(tried)
             for best in self.search.best(1):
-                if best.digest not in self.told:
+                if (best.digest, "trial") not in self._evidence:
                     self.try_plan(best)
             return True
         return False
@@ -351,7 +355,6 @@ class Pursuit:
 
     def try_plan(self, plan: Plan) -> None:
         """A trial, and the search told."""
-        self.told.add(plan.digest)
         self.tell(plan, self.trials.trial(plan).evidence)
 
     def _tried(self) -> list[Plan]:
@@ -362,10 +365,11 @@ class Pursuit:
         found = self.trials.visit(plan)
         if found is None:
             return None
-        self.tell(plan, found.evidence)
-        assert self.search is not None
-        for other in self._tried() if not self._is_by_macs else ():
-            self.search.tell(other, self.believed(other, self._evidence[other.digest, "trial"][1]))
+        self._note(plan, found.evidence)
+        if self._is_by_macs:
+            self._aim()
+        else:
+            self._retell()
         return found.evidence
 
     def _is_worth_a_visit(self, plan: Plan) -> bool:

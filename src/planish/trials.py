@@ -82,7 +82,7 @@ class Trials:
             evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
         if kept.visits:
             self._visits.setdefault(plan.digest, kept.visits)
-        if not any(trial.plan.digest == plan.digest and trial.stage == stage for trial in self.all):
+        if self._listed(plan, stage) is None:
             self._list(plan, stage, stored.outcome, evidence, stored.seconds, kept.ratio)
         return msgspec.structs.replace(kept, evidence=evidence)
 
@@ -134,10 +134,10 @@ class Trials:
         ratio = middle(visits)
         costs = {**before.evidence.costs, "latency": ratio.median * self.original["latency"]}
         evidence = msgspec.structs.replace(before.evidence, costs=costs)
-        is_it = [trial.plan.digest == plan.digest and trial.stage == "trial" for trial in self.all]
-        seconds = max([time.monotonic() - began, *(trial.seconds for trial, is_old in zip(self.all, is_it, strict=True) if is_old)])
-        self.all = [trial for trial, is_old in zip(self.all, is_it, strict=True) if not is_old]
-        self.record(plan, "trial", exported.outcome, evidence, seconds, ratio, again=True)
+        old = self._listed(plan, "trial")
+        assert old is not None  # `known` lists what it finds
+        self.all.remove(old)
+        self.record(plan, "trial", exported.outcome, evidence, max(time.monotonic() - began, old.seconds), ratio, again=True)
         return Kept(evidence, ratio)
 
     def _exported(self, plan: Plan) -> tuple[Compressed, Exported]:
@@ -186,6 +186,9 @@ class Trials:
     def _place(self, plan: Plan) -> str:
         versions = self.bench.baselines[plan.target.partition(":")[0]].runtime.versions()
         return " ".join((machine().fingerprint, *(f"{name}={version}" for name, version in sorted(versions.items()))))
+
+    def _listed(self, plan: Plan, stage: Kind) -> Trial | None:
+        return next((trial for trial in self.all if trial.plan.digest == plan.digest and trial.stage == stage), None)
 
     def _list(self, plan: Plan, stage: Kind, outcome: Outcome, evidence: Evidence, seconds: float, ratio: Estimate | None) -> None:
         self.all.append(
