@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from planish.data import Data, Split
+from planish.data import Data
+from planish.distill.hints import with_hints
 from planish.distill.losses import distillation
-from planish.distill.representation import with_representation
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Graph
 from planish.plan import Recovery
@@ -65,6 +64,7 @@ def recover(
     should_stop: Callable[[], bool] | None = None,
     keep_best: bool = True,
     checkpoint: Checkpoint | None = None,
+    follows_hints: bool = True,
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -81,17 +81,19 @@ def recover(
         keep_best: put the weights from before training back where it did not lower the held-out loss. Off for a dense control, which
             starts with no distance to its teacher at all.
         checkpoint: saved now and then; where it holds something, training goes on from there.
+        follows_hints: off for a dense control: it starts where all hints are met, and they would hold it there.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
+    hints = teacher.show(graph) if follows_hints else teacher.show(None)
+    student = with_hints(graph, hints)
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
-    student, taught = _student(graph, teacher, held, reference)
-    loss = distillation(metric, reference[:taught], split.targets, has_representation=student is not graph)
+    loss = distillation(metric, reference, split.targets, hints=len(hints))
     own = len(graph.signature.outputs)
 
     def total(outputs: Sequence[Tensor], wanted: Sequence[Tensor], targets: Tensor | None) -> Tensor:
-        value = loss(outputs, wanted[:taught], targets)
+        value = loss(outputs, wanted, targets)  # without hints where `outputs` are the graph's own
         if job.loss is not None and targets is not None:
             value = value + job.loss(graph.signature.unflatten(list(outputs[:own])), targets)
         return value
@@ -100,9 +102,9 @@ def recover(
         value = 0.0
         with torch.no_grad():
             for start, (inputs, targets) in enumerate(held.batches(_JUDGED_BATCH)):
-                outputs = student.module(*[torch.from_numpy(array) for array in inputs])
+                outputs = graph.module(*[torch.from_numpy(array) for array in inputs])
                 rows = slice(start * _JUDGED_BATCH, (start + 1) * _JUDGED_BATCH)
-                wanted = [out[rows] for out in reference]
+                wanted = [out[rows] for out in reference[:own]]
                 value += total(outputs, wanted, None if targets is None else torch.from_numpy(targets)).item() * len(inputs[0])
         return value / held.n
 
@@ -134,16 +136,3 @@ def recover(
         checkpoint=checkpoint,
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
-
-
-def _student(graph: Graph, teacher: Teacher, held: Split, reference: Sequence[Tensor]) -> tuple[Graph, int]:
-    """The graph to train, and how many of the teacher's outputs it follows: with the representation, where both have one of one shape."""
-    plain = len(reference) - teacher.has_representation
-    extended = with_representation(graph) if teacher.has_representation else None
-    if extended is not None:
-        ((inputs, _),) = held.take(np.arange(min(2, held.n))).batches(2)
-        with torch.inference_mode():
-            *_, found = extended.module(*[torch.from_numpy(array) for array in inputs])
-        if found.shape[1:] == reference[-1].shape[1:]:
-            return extended, len(reference)
-    return graph, plain
