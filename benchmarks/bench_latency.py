@@ -20,6 +20,7 @@ import cifar
 import minilm
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from planish.data import Split
@@ -38,12 +39,14 @@ from planish.prune.levels import width_levels
 from planish.quantize.apply import quantize
 from planish.quantize.placement import unsupported
 from planish.runtimes.contract import get_runtime
-from planish.search.costs import Affine, Costs
+from planish.search.costs import Affine, Costs, tilt
 from planish.search.space import Space
 from planish.target import Target
 from planish.workbench import width_step
 
 _ROUND_S, _VISITS, _PAUSE_S = 0.5, 3, 2.0
+Row = tuple[NDArray[np.float64], float, int]
+"""Predicted seconds by precision, measured seconds, operators in int8."""
 
 
 def main() -> None:
@@ -103,10 +106,10 @@ def _bench(name: str, graph: Graph, split: Split, target: Target, count: int) ->
     scores = {key: np.arange(group.units, dtype=np.float64) for key, group in analysis.groups.items()}
     work = Path(tempfile.mkdtemp(prefix="planish-latency-"))
     example = [np.ascontiguousarray(tensor.numpy()) for tensor in graph.example]
-    rows: list[tuple[float, float, int]] = []
+    rows: list[Row] = []
     with Probe.open(target, _exported(runtime, graph, work / "original"), graph.signature) as original:
         base = interleaved({"original": original}, example, seconds=_ROUND_S)["original"].latency_s.median
-        rows.append((costs.predict(space.identity)["latency"], base, 0))
+        rows.append((costs.parts(space.identity), base, 0))
         for number, plan in enumerate(_plans(space, whole, count), 1):
             smaller = apply(graph, analysis, plan, scores).graph
             wanted = dict(plan.precisions)
@@ -114,7 +117,7 @@ def _bench(name: str, graph: Graph, split: Split, target: Target, count: int) ->
                 smaller = quantize(smaller, analyse(smaller), wanted, runtime, target, split).graph
             with Probe.open(target, _exported(runtime, smaller, work / str(number)), smaller.signature) as probe:
                 seconds = _ratio({"plan": probe, "original": original}, example).median * base
-            rows.append((costs.predict(space.assignment(plan))["latency"], seconds, len(wanted)))
+            rows.append((costs.parts(space.assignment(plan)), seconds, len(wanted)))
     _print(name, target, rows, tables_s, len(costs.kernels))
 
 
@@ -157,12 +160,13 @@ def _plans(space: Space, whole: dict[str, str], count: int) -> list[Plan]:
     return out
 
 
-def _print(name: str, target: Target, rows: list[tuple[float, float, int]], tables_s: float, kernels: int) -> None:
-    predicted, measured = (np.array([row[i] for row in rows]) for i in (0, 1))
-    corrected = np.empty_like(measured)
+def _print(name: str, target: Target, rows: list[Row], tables_s: float, kernels: int) -> None:
+    parts, measured = np.stack([row[0] for row in rows]), np.array([row[1] for row in rows])
+    predicted, corrected = parts.sum(1), np.empty_like(measured)
     for i in range(len(rows)):
         rest = np.arange(len(rows)) != i
-        corrected[i] = Affine.fit(predicted[rest].tolist(), measured[rest].tolist())(predicted[i])
+        factors = tilt(parts[rest], measured[rest])
+        corrected[i] = Affine.fit(parts[rest] @ factors, measured[rest], is_by_tables=True)(float(parts[i] @ factors))
     errors = corrected / measured - 1
     print(
         f"{name} in {target.name}, {target.threads} threads, {machine().processor}: {len(rows) - 1} plans from "

@@ -119,6 +119,7 @@ def search_account(pursuit: Pursuit) -> Search:
         gap=_number(standing.gap),
         kkt_residual=_number(standing.kkt),
         affine=(standing.correction.offset, standing.correction.slope) if standing.correction is not None else None,
+        tilt=dict(standing.tilt),
     )
 
 

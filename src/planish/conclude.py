@@ -12,6 +12,8 @@ import msgspec
 from planish.account import group_widths, nearest, operator_rows, search_account
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
+from planish.distill.recover import recover
+from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
 from planish.graph.macs import macs, operator_macs
 from planish.graph.modules import as_module
@@ -135,7 +137,7 @@ def _why_kept(summary: Summary) -> str:
 
 
 def _home(bench: Workbench, winner: Winner) -> Baseline:
-    return bench.baselines[winner.plan.target.partition(":")[0]]
+    return bench.home(winner.plan)
 
 
 def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, winner: Winner | None) -> tuple[Summary, list[Array]]:
@@ -304,10 +306,6 @@ def _baselines(bench: Workbench) -> dict[str, Measurement]:
 
 def _with_control(bench: Workbench, request: Request, summary: Summary, winner: Winner) -> Summary:
     """The original tuned on as many samples as the recovery saw, exported and judged like the winner."""
-    from planish.distill.recover import recover
-    from planish.distill.teacher import Teacher
-    from planish.workbench import outputs_of
-
     name, split = bench.data.judged
     if bench.data.train is None or split is None or not winner.plan.recovery.samples or bench.job.evaluate is not None:
         bench.notes.append("control: there was no recovery to compare with")
@@ -324,6 +322,7 @@ def _with_control(bench: Workbench, request: Request, summary: Summary, winner: 
             request.seed,
             progress=bench.events.progress,
             keep_best=False,
+            follows_hints=False,
         )
         folder = bench.folder / "control"
         folder.mkdir(parents=True, exist_ok=True)
@@ -348,7 +347,7 @@ def _write(
     replaces: bool = False,
 ) -> Artifact:
     graph = winner.final if winner is not None else bench.graph
-    home = bench.baselines[summary.target.partition(":")[0]]
+    home = bench.home(winner.plan) if winner is not None else bench.best
     path = winner.exported.path if winner is not None else bench.best.path
     assert path is not None and summary.optimized is not None
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in graph.module.state_dict().items()}

@@ -21,7 +21,7 @@ from planish.prune.options import sensitivities
 from planish.quantize.options import precision_options
 from planish.quantize.placement import unsupported
 from planish.search.contract import Evidence, Limits, Search
-from planish.search.costs import Affine, Costs, ceilings
+from planish.search.costs import Affine, Costs, ceilings, tilt
 from planish.search.space import Space
 from planish.study.store import Study
 from planish.trials import Trials
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SENSITIVITY_S = 180.0
-_RECOVERED_SHARE = 0.25
+_RECOVERED_SHARE = 0.28
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
 _RESERVE_S = 15.0
 _VARYING = ("latency", "memory")
@@ -45,7 +45,10 @@ _SURPRISE = 1.1
 """A trial this far from what tables and other trials say, or not trustworthy, is measured again, twice at most, with other work between."""
 _VISITS, _DOUBTED = 3, 2
 _TABLE_ERROR = 0.05
-"""Relative standard deviation of what tables, corrected by trials, say of a plan on a quiet machine."""
+"""Relative standard deviation of what tables, corrected by many trials, say of a plan on a quiet machine."""
+_KERNELS = "kernels"
+_KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.22, 60, 600
+"""Seconds that two visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
@@ -86,7 +89,7 @@ class Pursuit:
             bench.notes.append("nothing can be pruned or quantized in this model and target; see `planish inspect`")
             return False
         with self.clock.stage("latency tables"):
-            self.costs = Costs(self.space, self._lookup())
+            self.costs = Costs(self.space, self._lookup(), self._affordable_kernels)
         if "latency" in self.costs.quantities:
             self.trials.predict = self._predicted
         self.bounds = ceilings(request.budget.limits, self.original, bench.batch)
@@ -142,11 +145,11 @@ class Pursuit:
         """Whether what is aimed at are the limits themselves."""
         return self._level == len(_AIMS) - 1
 
-    def relax(self) -> bool:
-        """Aim closer to the limits; False where they are aimed at already."""
+    def relax(self, *, wholly: bool = False) -> bool:
+        """Aim closer to the limits (`wholly`: at them); False where they are aimed at already."""
         if self.is_relaxed:
             return False
-        self._level += 1
+        self._level = len(_AIMS) - 1 if wholly else self._level + 1
         self._aim()
         return True
 
@@ -272,6 +275,19 @@ class Pursuit:
             )
         return baseline, [*options, *found]
 
+    @property
+    def _affordable_kernels(self) -> int:
+        """How many kernels can be visited twice in the time that the tables may take; widths between them are interpolated.
+
+        A study keeps the number: a run that is carried on, with whatever time, must predict what it predicted before.
+        """
+        for *_, kind, detail in self.study.events():
+            if kind == _KERNELS:
+                return int(detail)
+        number = max(_FEWEST_KERNELS, round(min(TABLES_SHARE * self.clock.left_s / _KERNEL_S, _MOST_KERNELS)))
+        self.study.log(_KERNELS, str(number))
+        return number
+
     def _lookup(self) -> Any:
         if self.baseline.target.runtime.startswith("torch"):
             return None
@@ -380,18 +396,24 @@ class Pursuit:
         if not found.ratio.trustworthy:
             return True
         expected = self._expected(plan)
-        return expected is not None and not 1 / _SURPRISE <= found.evidence.costs["latency"] / expected <= _SURPRISE
+        return expected is not None and not 1 / _SURPRISE <= found.evidence.costs["latency"] / expected[0] <= _SURPRISE
 
-    def _expected(self, plan: Plan) -> float | None:
-        """Seconds that the tables, corrected by all other trials, say of a plan; None where they say nothing."""
+    def _expected(self, plan: Plan) -> tuple[float, float] | None:
+        """Seconds that the tables, corrected by all other trials, say of a plan, and their relative variance; None where they say nothing."""
         if self.costs is None or "latency" not in self.costs.quantities:
             return None
         others = [
-            (self._predicted(known), evidence.costs["latency"])
+            (self.costs.parts(self.space.assignment(known)), evidence.costs["latency"])
             for known, evidence in self._evidence.values()
             if "latency" in evidence.costs and known.digest != plan.digest
         ]
-        return Affine.fit([p for p, _ in others], [m for _, m in others])(self._predicted(plan)) if len(others) >= 2 else None
+        if len(others) < 2:
+            return None
+        parts, measured = np.stack([p for p, _ in others]), [m for _, m in others]
+        factors = tilt(parts, measured)
+        fit = Affine.fit(parts @ factors, measured, is_by_tables=True)
+        unsure = _TABLE_ERROR**2 * (1 + (1 + len(factors)) / len(others))  # an offset and a factor for each precision were fitted
+        return fit(float(self.costs.parts(self.space.assignment(plan)) @ factors)), unsure
 
     def believed(self, plan: Plan, evidence: Evidence) -> Evidence:
         """Evidence of a trial whose latency is drawn towards what the tables say, by as much as the machine changes its speed.
@@ -402,8 +424,9 @@ class Pursuit:
         expected = self._expected(plan) if evidence.kind == "trial" and "latency" in evidence.costs and plan != self.template else None
         if expected is None:
             return evidence
-        share = _TABLE_ERROR**2 / (_TABLE_ERROR**2 + self.trials.noise**2 / self.trials.visits(plan))
-        latency = evidence.costs["latency"] ** share * expected ** (1 - share)
+        seconds, unsure = expected
+        share = unsure / (unsure + self.trials.noise**2 / self.trials.visits(plan))
+        latency = evidence.costs["latency"] ** share * seconds ** (1 - share)
         return msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
 
     def _predicted(self, plan: Plan) -> float:

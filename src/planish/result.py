@@ -79,6 +79,7 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         gap: duality gap of the last solution, as a share of its loss; None where the method has none.
         kkt_residual: of the last solution.
         affine: (constant seconds, factor) of the correction fitted to measured trials.
+        tilt: precision -> a further factor of its predicted seconds, fitted to the same trials.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     gap: float | None = None
     kkt_residual: float | None = None
     affine: tuple[float, float] | None = None
+    tilt: dict[str, float] = {}
 
 
 class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

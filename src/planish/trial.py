@@ -28,7 +28,7 @@ from planish.prune.apply import apply
 from planish.prune.compensate import compensate
 from planish.prune.contract import Scores
 from planish.quantize.apply import quantize
-from planish.workbench import Array, Baseline, Workbench, as_tensor, module_outputs, sqnr_db
+from planish.workbench import Array, Workbench, as_tensor, module_outputs, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def quantized(bench: Workbench, graph: Graph, analysis: Analysis, plan: Plan) ->
     wanted = {name: scheme for name, scheme in plan.precisions.items() if name in analysis.operators and scheme != "fp32"}
     if not wanted:
         return graph, {}
-    baseline = bench.baselines[plan.target.partition(":")[0]]
+    baseline = bench.home(plan)
     done = quantize(graph, analysis, wanted, baseline.runtime, baseline.target, bench.data.calibration, observer=plan.observer)
     return done.graph, done.skipped
 
@@ -151,23 +151,38 @@ def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path,
     Args:
         seconds: of counted time for each of the two models.
     """
-    runtime_name = plan.target.partition(":")[0]
-    baseline = bench.baselines[runtime_name]
+    baseline = bench.home(plan)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         path = baseline.runtime.export(graph, folder)
         with Probe.open(baseline.target, path, graph.signature, timeout_s=300.0) as probe:
-            return _measure(bench, graph, baseline, path, probe, seconds, folder)
+            return _measure(bench, graph, path, probe, seconds, folder)
     except RuntimeFailed as err:
         return Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
 
 
-def _measure(bench: Workbench, graph: Graph, baseline: Baseline, path: Path, probe: Probe, seconds: float, folder: Path) -> Exported:
+def measure_again(bench: Workbench, plan: Plan, path: Path, seconds: float = 0.8) -> Estimate:
+    """The latency of what was exported before, against the original's.
+
+    Raises:
+        RuntimeFailed: it cannot be measured.
+    """
+    with Probe.open(bench.home(plan).target, path, bench.graph.signature, timeout_s=300.0) as probe:
+        timings = _timed(bench, probe, seconds)
+    return ratio(timings["new"], timings["original"])
+
+
+def _timed(bench: Workbench, probe: Probe, seconds: float) -> dict[str, Timing]:
     probes = {"new": probe, "original": bench.best.living_probe(bench.graph.signature)}
     timings = interleaved(probes, bench.example, seconds=seconds)
     if not bench.is_as_before(timings["original"]):
         timings = interleaved(probes, bench.example, seconds=seconds)
+    return timings
+
+
+def _measure(bench: Workbench, graph: Graph, path: Path, probe: Probe, seconds: float, folder: Path) -> Exported:
+    timings = _timed(bench, probe, seconds)
     wanted = module_outputs_of_example(graph)
     return Exported(
         Outcome("measured"),

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from planish.plan import Plan
 from planish.result import Trial
 from planish.search.contract import Evidence, Kind
 from planish.study.store import Study
-from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge
+from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge, measure_again
 from planish.workbench import Workbench
 
 _CARRIED = 3
@@ -58,6 +59,7 @@ class Trials:
         self._carried: dict[str, Compressed] = {}
         self._visits: dict[str, tuple[Estimate, ...]] = {}
         self._attempts: Counter[str] = Counter()
+        self._paths: dict[str, Path] = {}
 
     @property
     def noise(self) -> float:
@@ -108,7 +110,7 @@ class Trials:
         began = time.monotonic()
         compressed, exported = self._exported(plan)
         try:
-            evidence = self.costs_of(plan.target.partition(":")[0], compressed.macs, exported, "trial")
+            evidence = self.costs_of(plan, compressed.macs, exported, "trial")
         except RuntimeFailed as err:
             exported = Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
             evidence = Evidence("trial", failed=True)
@@ -126,10 +128,10 @@ class Trials:
             return None
         began = time.monotonic()
         self._attempts[plan.digest] += 1
-        _, exported = self._exported(plan)
-        if exported.ratio is None:
+        found = self._measured_again(plan)
+        if found is None:
             return None
-        visits = (*self._visits.get(plan.digest, (before.ratio,)), exported.ratio)
+        visits = (*self._visits.get(plan.digest, (before.ratio,)), found)
         self._visits[plan.digest] = visits
         ratio = middle(visits)
         costs = {**before.evidence.costs, "latency": ratio.median * self.original["latency"]}
@@ -137,20 +139,32 @@ class Trials:
         old = self._listed(plan, "trial")
         assert old is not None  # `known` lists what it finds
         self.all.remove(old)
-        self.record(plan, "trial", exported.outcome, evidence, max(time.monotonic() - began, old.seconds), ratio, again=True)
+        self.record(plan, "trial", Outcome("measured"), evidence, max(time.monotonic() - began, old.seconds), ratio, again=True)
         return Kept(evidence, ratio)
+
+    def _measured_again(self, plan: Plan) -> Estimate | None:
+        """The ratio of what this run exported for a plan, else of a new export; None where it cannot be measured."""
+        if plan.digest not in self._paths:
+            return self._exported(plan)[1].ratio
+        try:
+            return measure_again(self.bench, plan, self._paths[plan.digest])
+        except RuntimeFailed:
+            return None
 
     def _exported(self, plan: Plan) -> tuple[Compressed, Exported]:
         compressed = self.carry_out(plan)
-        return compressed, export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
+        exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
+        if exported.path is not None:
+            self._paths[plan.digest] = exported.path
+        return compressed, exported
 
-    def costs_of(self, runtime: str, total_macs: int, exported: Exported, kind: Kind, lost: float | None = None) -> Evidence:
+    def costs_of(self, plan: Plan, total_macs: int, exported: Exported, kind: Kind, lost: float | None = None) -> Evidence:
         """What an exported net costs, relative to the original as it was measured beside it."""
         if exported.ratio is None or exported.size_bytes is None:
             return Evidence(kind, failed=True)
         costs = {"latency": exported.ratio.median * self.original["latency"], "size": float(exported.size_bytes), "macs": float(total_macs)}
         if "memory" in self.original and exported.path is not None:
-            home = self.bench.baselines[runtime].target
+            home = self.bench.home(plan).target
             costs["memory"] = float(peak_memory_bytes(home, exported.path, self.bench.graph.signature, self.bench.example))
         return Evidence(kind, None, lost, costs)
 
@@ -184,7 +198,7 @@ class Trials:
         self._list(plan, stage, outcome, evidence, seconds, ratio)
 
     def _place(self, plan: Plan) -> str:
-        versions = self.bench.baselines[plan.target.partition(":")[0]].runtime.versions()
+        versions = self.bench.home(plan).runtime.versions()
         return " ".join((machine().fingerprint, *(f"{name}={version}" for name, version in sorted(versions.items()))))
 
     def _listed(self, plan: Plan, stage: Kind) -> Trial | None:

@@ -26,8 +26,10 @@ from planish.workbench import RECOVERY_S, Workbench, outputs_of, predictor
 _EPOCHS = 5
 _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
-_FIRST_SHARE = 0.8
-"""Of the time left, what a plan that leaves room below the limits may take: if it loses too much, a milder one gets the rest."""
+_FIRST_SHARE = 0.9
+"""Of the time left, what a plan that leaves room below the limits may take: if it loses too much, one just within them gets the rest."""
+_SECOND_S = 60.0
+"""Seconds below which no second plan is worth its trial, its recovery and its export."""
 _LOOKS = 3
 _WORTH = 1.07
 """A plan that measured up to this share of a limit may hold it when it is measured longer."""
@@ -68,21 +70,22 @@ class Winner:
 def best_winner(pursuit: Pursuit) -> Winner | None:
     """Recover the most promising plans, and give the best.
 
-    Under limits the plan that loses least takes all the time that is left; one that leaves room below them takes most of it, and a
-    milder one the rest, if it is needed. Without, up to three plans are recovered, each proposed
+    Under limits the plan that loses least takes all the time that is left; one that leaves room below them takes most of it where the
+    rest is enough for one just within them, should it lose too much. Without, up to three plans are recovered, each proposed
     after what the one before taught. Where none of them holds, int8 alone is tried as it is: it loses least.
 
     Returns:
         None where no plan could be exported.
     """
-    shares = _SHARES if not pursuit.limits.costs else (1.0,) if pursuit.is_relaxed else (_FIRST_SHARE, 0.7, 1.0)
     winners: list[Winner] = []
     recovery = _Recovery(pursuit)
+    has_second = not pursuit.is_relaxed and (1 - _FIRST_SHARE) * recovery.left_s >= _SECOND_S
+    shares = _SHARES if not pursuit.limits.costs else (_FIRST_SHARE, 1.0) if has_second else (1.0,)
     for share in shares:
         if winners and pursuit.limits.costs:
-            if winners[-1].holds:
+            if winners[-1].outcome.kind != "quality lost":
                 break
-            pursuit.relax()
+            pursuit.relax(wholly=True)
         if winners and recovery.left_s < _LEAST_S:
             break
         plan = _confirmed(pursuit, winners)
@@ -185,7 +188,7 @@ class _Recovery:
                 if exported.path is None:
                     raise RuntimeFailed(exported.outcome.kind, exported.outcome.detail)
                 lost, worst = _validation_drop(bench, plan, exported, pursuit.request.budget.confidence)
-                evidence = pursuit.trials.costs_of(plan.target.partition(":")[0], compressed.macs, exported, "winner", lost)
+                evidence = pursuit.trials.costs_of(plan, compressed.macs, exported, "winner", lost)
             except RuntimeFailed as err:
                 failed = Evidence("winner", failed=True)
                 pursuit.trials.record(plan, "winner", Outcome(err.kind, str(err)), failed, time.monotonic() - began)  # type: ignore[arg-type]
@@ -251,7 +254,7 @@ def _validation_drop(bench: Workbench, plan: Plan, exported: Exported, confidenc
     split = bench.data.validation
     if exported.path is None or (split is None and bench.job.evaluate is None):
         return None, None
-    home = bench.baselines[plan.target.partition(":")[0]].target
+    home = bench.home(plan).target
     with Probe.open(home, exported.path, bench.graph.signature) as probe:
         if bench.job.evaluate is not None:
             lost = bench.lost(float(bench.job.evaluate(predictor(probe))))

@@ -26,6 +26,7 @@ from planish.measure.latency import Timing, interleaved
 from planish.measure.machine import available_targets
 from planish.measure.probe import Probe
 from planish.metrics import Metric
+from planish.plan import Plan
 from planish.runtimes.contract import Runtime, get_runtime
 from planish.signature import Signature
 from planish.target import Target, parse_target
@@ -133,6 +134,10 @@ class Workbench:
         """The original in the runtime where it is quickest: what every ratio is relative to."""
         measured = [b for b in self.baselines.values() if b.timing is not None]
         return min(measured, key=lambda b: b.timing.latency_s.median if b.timing else math.inf)
+
+    def home(self, plan: Plan) -> Baseline:
+        """The original in the runtime that a plan is for."""
+        return self.baselines[plan.target.partition(":")[0]]
 
     @property
     def judging(self) -> Split | None:

@@ -13,8 +13,9 @@ from planish.graph.graph import Analysis, Operator, Size
 from planish.graph.macs import macs, operator_macs
 from planish.measure.kernels import Kernel
 from planish.plan import Option, Plan
-from planish.search.costs import Affine, Costs, ceilings, reachable_kernels
+from planish.search.costs import Affine, Costs, ceilings, reachable_kernels, tilt
 from planish.search.kernels import kernel_of
+from planish.search.lagrangian import Problem
 from planish.search.space import Space
 from planish.testing.search import kernel_seconds, made_up, options_of, residual_net
 
@@ -207,3 +208,41 @@ def test_one_slow_measurement_at_the_limit_does_not_turn_the_correction():
     fit = Affine.fit(predicted, measured, near=1.4e-3)
     assert 1.0 < fit(1e-3) / 1e-3 < 1.3
     assert fit.inverse(1.4e-3) > 1.05e-3
+
+
+def test_tables_of_one_precision_taken_in_a_slow_minute_are_found_out_by_trials():
+    rng = np.random.default_rng(0)
+    parts = rng.uniform(0.1e-3, 2e-3, (8, 2))
+    measured = 2e-5 + 1.1 * (parts[:, 0] + 0.6 * parts[:, 1])
+    assert tilt(parts, measured) == pytest.approx([1.0, 0.6], rel=0.1)
+    assert tilt(parts, measured * rng.uniform(0.95, 1.05, 8)) == pytest.approx([1.0, 0.6], rel=0.15)
+    fit = Affine.fit(parts @ tilt(parts, measured), measured)
+    assert fit.spread < 0.03 < Affine.fit(parts.sum(1), measured).spread
+
+
+def test_the_original_and_all_int8_tell_most_of_a_tilt_and_one_trial_none():
+    parts = np.array([[500e-6, 0.0], [20e-6, 300e-6]])
+    assert 0.6 < tilt(parts, [430e-6, 180e-6])[1] < 0.9
+    assert tilt(parts[:1], [430e-6]).tolist() == [1.0, 1.0]
+    assert tilt(parts * [1, 0], [430e-6, 180e-6]).tolist() == [1.0, 1.0], "nothing in int8: nothing is known of it"
+
+
+def test_what_int8_is_slower_by_than_the_tables_say_is_no_offset():
+    """Two points fit any line exactly: an offset of most of the quickest net is less likely than tables that are off."""
+    parts = np.array([[500e-6, 0.0], [20e-6, 300e-6]])
+    found = tilt(parts, [430e-6, 400e-6])
+    assert 1.25 < found[1] < 1.7
+    fit = Affine.fit(parts @ found, [430e-6, 400e-6], is_by_tables=True)
+    assert fit.offset < 80e-6
+    assert Affine.fit(parts.sum(1), [430e-6, 400e-6]).offset > 300e-6, "where nothing is known of the offset, it is what the points say"
+
+
+def test_parts_by_precision_sum_to_the_prediction_and_tilt_the_row():
+    space, costs = made_up(blocks=2)
+    assert costs.precisions == ("fp32", "int8")
+    factors = np.array([1.0, 0.5])
+    problem = Problem(space.sizes, {"latency": costs.tilted(factors)})
+    for assignment in some(space, 20):
+        parts = costs.parts(assignment)
+        assert parts.sum() == pytest.approx(costs.predict(assignment)["latency"], rel=1e-9)
+        assert problem.values(space.canonical(assignment))[0] == pytest.approx(float(parts @ factors), rel=1e-9)

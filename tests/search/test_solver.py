@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from planish.errors import BudgetError, PlanError
 from planish.plan import Plan, Recovery
 from planish.search.contract import Evidence, Limits
+from planish.search.costs import Costs
 from planish.search.random import Random, draw
 from planish.search.solver import Solver
-from planish.testing.search import made_up, respond
+from planish.testing.search import kernel_seconds, made_up, respond
 
 SPACE, COSTS = made_up(blocks=2)
 FULL = COSTS.predict(SPACE.identity)
@@ -67,7 +68,7 @@ def test_trials_correct_the_latency_and_shrink_the_margin():
         solver.tell(plan, evidence)
         assert evidence.costs["latency"] <= limits.costs["latency"]
     fit = solver.ledger.correction("latency")
-    assert (fit.slope, fit.offset) == (pytest.approx(1.2), pytest.approx(2e-6))
+    assert fit.slope == pytest.approx(1.2, rel=0.01) and fit.offset == pytest.approx(2e-6, rel=0.4)
     assert margins == sorted(margins, reverse=True) and margins[-1] < 0.7 * margins[0]
 
 
@@ -187,3 +188,28 @@ def test_a_draw_is_under_its_ceiling_and_close_to_it():
         shares.append(COSTS.predict(drawn)["latency"] / bound)
     assert max(shares) <= 1 and np.median(shares) > 0.9
     assert draw(problem, {"latency": 1e-9}, np.random.default_rng(0)) is None
+
+
+def test_int8_tables_taken_in_a_slow_minute_do_not_keep_the_search_from_int8():
+    """Tables say that int8 is slower than it is; once the original and int8 everywhere were tried, plans are as good as with true tables."""
+
+    def slow(kernels):
+        return kernel_seconds(kernels) * [1.6 if kernel.precision == "int8" else 1.0 for kernel in kernels]
+
+    biased = Costs(SPACE, slow)
+    whole = SPACE.template.replace(precisions={v.subject: "int8" for v in SPACE.variables if v.technique == "precision"})
+    limits = Limits({"latency": 0.5 * FULL["latency"]})
+    found = []
+    for costs in (COSTS, biased):
+        solver = Solver(SPACE, costs, limits)
+        for plan in (SPACE.template, whole):
+            solver.tell(plan, Evidence("trial", 0.0, 0.0, {"latency": COSTS.predict(SPACE.assignment(plan))["latency"]}))
+        for _ in range(3):
+            for plan in solver.ask(1):
+                solver.tell(plan, Evidence("trial", None, None, {"latency": COSTS.predict(SPACE.assignment(plan))["latency"]}))
+                found.append((costs is biased, COSTS.predict(SPACE.assignment(plan))))
+    exact, corrected = (
+        min(p["loss"] for is_biased, p in found if is_biased is which and p["latency"] <= limits.costs["latency"])
+        for which in (False, True)
+    )
+    assert corrected <= 1.15 * exact

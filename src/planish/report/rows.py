@@ -304,7 +304,8 @@ def search(summary: Summary) -> list[tuple[str, str]]:
     if search.kkt_residual is not None:
         lines.append(("KKT residual", f"{search.kkt_residual:.2g}"))
     if search.affine is not None:
-        lines.append(("table correction", f"{figures.seconds(search.affine[0])} + {figures.digits(search.affine[1])} × predicted"))
+        tilt = "".join(f", {precision} × {figures.digits(factor)}" for precision, factor in sorted(search.tilt.items()))
+        lines.append(("table correction", f"{figures.seconds(search.affine[0])} + {figures.digits(search.affine[1])} × predicted{tilt}"))
     return lines
 
 

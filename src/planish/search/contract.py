@@ -58,12 +58,14 @@ class Standing:
         gap: what its last solution may lose to the best one, in predicted loss; None where nothing was solved exactly.
         kkt: that solution's residual, relative; None where nothing was solved.
         correction: of predicted latencies, as trials taught it; None where none are predicted.
+        tilt: precision -> how many times as slow against floating point as the tables say, as trials taught it.
     """
 
     is_feasible: bool = True
     gap: float | None = None
     kkt: float | None = None
     correction: Affine | None = None
+    tilt: Mapping[str, float] = field(default_factory=dict)
 
 
 class Search(Protocol):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
 from planish.budget import Limit
@@ -16,10 +17,15 @@ from planish.search.factor import Table
 from planish.search.kernels import fill_unmeasured, grids, terms_of
 from planish.search.lagrangian import Problem
 from planish.search.memory import memory_rows, size_rows
-from planish.search.space import Space
+from planish.search.space import FULL_PRECISION, Space
 
 _LINE_WEIGHT = 50.0
 """Of the line through all measurements, against those close to a limit: one at the limit has 100, one 4 % away 50."""
+
+_TRIAL_NOISE, _TILT_DOUBT, _OFFSET_DOUBT = 0.07, 0.35, 0.2
+"""Standard deviations: relative, of a measured trial; of the logarithm by which tables of one precision may be off against another's; and of
+what a net takes besides its kernels, as a share of the quickest net."""
+_TILTS = tuple(np.exp(np.linspace(-0.8, 0.8, 65)).tolist())
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,13 @@ class Affine:
         return (measured - self.offset) / self.slope
 
     @classmethod
-    def fit(cls, predicted: Sequence[float], measured: Sequence[float], near: float | None = None) -> Affine:
+    def fit(cls, predicted: ArrayLike, measured: ArrayLike, near: float | None = None, *, is_by_tables: bool = False) -> Affine:
         """Least squares of relative errors, then scaled so that it is right about `near` (in the measured unit).
 
         The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
         was slow would turn it. The scale counts the line itself as one measurement close to the limit. Predictions that differ by less
-        than 5 % among each other fix the slope alone.
+        than 5 % among each other fix the slope alone. Where the predictions are sums of measured kernels, little else can be left for the
+        offset: it is fitted against a prior about 0.
         """
         p, m = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
         good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
@@ -61,7 +68,10 @@ class Affine:
             return cls()
         offset, slope = 0.0, float((p / m).sum() / ((p / m) ** 2).sum())
         if np.ptp(p) > 0.05 * p.max():
-            both, _ = nnls(np.stack([1 / m, p / m], axis=1) * m.mean(), np.ones(len(p)))
+            rows, wanted = np.stack([1 / m, p / m], axis=1), np.ones(len(p))
+            if is_by_tables:
+                rows, wanted = np.vstack([rows, [_TRIAL_NOISE / (_OFFSET_DOUBT * m.min()), 0.0]]), np.append(wanted, 0.0)
+            both, _ = nnls(rows * m.mean(), wanted)
             if both[1] > 0:
                 offset, slope = (float(value) * float(m.mean()) for value in both)
         shares = m / (offset + slope * p)
@@ -70,6 +80,32 @@ class Affine:
         weights /= weights.sum()
         errors = scale / shares - 1.0
         return cls(scale * offset, scale * slope, len(p), float(np.sqrt((weights * errors**2).sum())))
+
+
+def tilt(parts: NDArray[np.float64], measured: ArrayLike) -> NDArray[np.float64]:
+    """What to multiply each precision's predicted seconds with before they are added, `[precisions]`; the first is 1.
+
+    Tables of one precision may have been taken while the machine was slow, and those of another not; no line through the sums can
+    say so. Of all factors, those after which `Affine.fit` leaves the least relative error, against a log-normal prior about 1 and the
+    offset's.
+
+    Args:
+        parts: predicted seconds of each plan by precision, `[plans, precisions]`.
+        measured: seconds of the same plans.
+    """
+    factors = np.ones(parts.shape[1])
+
+    def unlikely(precision: int, factor: float) -> float:
+        tried = factors.copy()
+        tried[precision] = factor
+        fit = Affine.fit(parts @ tried, measured, is_by_tables=True)
+        unlikely_offset = fit.offset / (_OFFSET_DOUBT * float(np.min(measured)))
+        return len(parts) * (fit.spread / _TRIAL_NOISE) ** 2 + (math.log(factor) / _TILT_DOUBT) ** 2 + unlikely_offset**2
+
+    for precision in [*range(1, parts.shape[1])] * (1 if parts.shape[1] <= 2 else 2):
+        if len(parts) > 1 and parts[:, precision].any():
+            factors[precision] = min(_TILTS, key=lambda factor: unlikely(precision, factor))
+    return factors
 
 
 Lookup = Callable[[Sequence[Kernel]], NDArray[np.float64]]
@@ -93,6 +129,7 @@ class Costs:
         rows: dict[str, Factors] = {}
         self.kernels: tuple[Kernel, ...] = ()
         self.unmeasured: tuple[Kernel, ...] = ()
+        self._parts: dict[str, Factors] = {}
         if lookup is not None:
             grid = grids(terms, most_kernels)
             self.kernels = tuple(dict.fromkeys(kernel for term in terms for kernel in term.kernels(grid)))
@@ -100,6 +137,9 @@ class Costs:
             self.unmeasured = tuple(kernel for kernel, seconds in measured.items() if not np.isfinite(seconds))
             seconds = fill_unmeasured(terms, grid, measured)
             rows["latency"] = [term.latency(grid, seconds) for term in terms]
+            for precision in sorted({kernel.precision for kernel in self.kernels}, key=lambda name: (name != FULL_PRECISION, name)):
+                own = {kernel: figure if kernel.precision == precision else 0.0 for kernel, figure in seconds.items()}
+                self._parts[precision] = _merged([term.latency(grid, own) for term in terms])
         rows["macs"] = [term.macs() for term in terms if term.operator is not None]
         rows["size"] = size_rows(space)
         rows.update({f"memory@{name}": factors for name, factors in memory_rows(space, rows["size"]).items()})
@@ -125,6 +165,21 @@ class Costs:
         values = dict(zip(self.problem.rows, self.problem.values(self.space.canonical(assignment)).tolist(), strict=True))
         return {"loss": values["loss"], **{q: max(values[row] for row in self.rows(q)) for q in self.quantities}}
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that predicted latency has parts in, floating point first; empty without tables."""
+        return tuple(self._parts)
+
+    def parts(self, assignment: Sequence[int]) -> NDArray[np.float64]:
+        """Predicted seconds of one assignment by precision, uncorrected, `[precisions]`. Conversions count as floating point."""
+        chosen = self.space.canonical(assignment)
+        found = [sum(float(table[tuple(chosen[v] for v in scope)]) for scope, table in own) for own in self._parts.values()]
+        return np.asarray(found, dtype=np.float64)
+
+    def tilted(self, factors: NDArray[np.float64]) -> Factors:
+        """The row "latency" where each precision's seconds count `factors` times, `[precisions]` (see `tilt`)."""
+        return _merged([(s, f * t) for own, f in zip(self._parts.values(), factors.tolist(), strict=True) for s, t in own])
+
     def shares(self, assignment: Sequence[int]) -> dict[str, float]:
         """Predicted seconds (or MACs) of each operator, conversions with the operator that needs them; for the report."""
         chosen = self.space.canonical(assignment)
@@ -132,6 +187,14 @@ class Costs:
         for name, (scope, table) in zip(self._names, self.factors[self.effort], strict=False):
             out[name] = out.get(name, 0.0) + float(table[tuple(chosen[v] for v in scope)])
         return out
+
+
+def _merged(factors: Factors) -> Factors:
+    """Tables over the same variables added to one."""
+    out: dict[tuple[int, ...], Table] = {}
+    for scope, table in factors:
+        out[scope] = out[scope] + table if scope in out else table
+    return list(out.items())
 
 
 def reachable_kernels(space: Space, most: int = 600) -> tuple[Kernel, ...]:

@@ -5,6 +5,8 @@ Everything here is a function of the evidence and not of the order in which it c
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
@@ -12,13 +14,25 @@ from sklearn.isotonic import IsotonicRegression
 from planish.errors import BudgetError
 from planish.plan import Plan
 from planish.search.contract import Evidence, Kind, Limits, Standing
-from planish.search.costs import Affine, Costs
+from planish.search.costs import Affine, Costs, tilt
 from planish.search.factor import Assignment, Table
+from planish.search.lagrangian import Problem, solve
 from planish.search.space import Space
 
 _MARGIN = 0.04
 _LOSS_NOISE = 0.15
 _LOSS_DOUBT = 0.7
+
+
+@dataclass
+class _Tilted:
+    """What follows from all evidence, until more comes."""
+
+    factors: NDArray[np.float64]
+    problem: Problem
+    efforts: tuple[float, float] | None = None
+    predicted: dict[Assignment, dict[str, float]] = field(default_factory=dict)
+    corrections: dict[tuple[str, float | None], Affine] = field(default_factory=dict)
 
 
 class Ledger:
@@ -41,6 +55,9 @@ class Ledger:
         self.seen: dict[Assignment, None] = {space.identity: None}
         self.told: dict[Assignment, dict[Kind, Evidence]] = {}
         self.plans: dict[Assignment, Plan] = {}
+        rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
+        self._plain = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
+        self._tilted: _Tilted | None = None
 
     def remember(self, plan: Plan) -> Assignment:
         """Count a plan as proposed."""
@@ -54,6 +71,7 @@ class Ledger:
         assignment = self.remember(plan)
         self.plans[assignment] = plan
         self.told.setdefault(assignment, {})[evidence.kind] = evidence
+        self._tilted = None
 
     def propose(self, assignment: Assignment) -> Plan:
         """The plan of an assignment, counted as proposed."""
@@ -75,26 +93,75 @@ class Ledger:
                 out.append((assignment, found[-1]))
         return out
 
+    @property
+    def _now(self) -> _Tilted:
+        if self._tilted is None:
+            tried = self._measured("latency")
+            factors = np.ones(len(self.costs.precisions))
+            problem = self._plain
+            if tried:
+                factors = tilt(np.stack([self.costs.parts(a) for a, _ in tried]), [seconds for _, seconds in tried])
+            if "latency" in problem.rows:
+                problem = problem.replaced("latency", self.costs.tilted(factors))
+            self._tilted = _Tilted(factors, problem)
+        return self._tilted
+
+    @property
+    def tilt(self) -> NDArray[np.float64]:
+        """What each precision's predicted seconds are multiplied with, by all trials, `[precisions]`, the first 1 (see `costs.tilt`)."""
+        return self._now.factors
+
+    @property
+    def problem(self) -> Problem:
+        """Predicted loss, effort and limited costs of all plans; latency tilted."""
+        return self._now.problem
+
+    @property
+    def efforts(self) -> tuple[float, float]:
+        """The least effort of any plan, and that of the plan that changes nothing."""
+        now, effort = self._now, self.costs.effort
+        if now.efforts is None:
+            highest = float(now.problem.values(self.space.identity)[now.problem.rows.index(effort)])
+            now.efforts = solve(now.problem, effort, {}).objective, highest
+        return now.efforts
+
+    def _measured(self, quantity: str) -> list[tuple[Assignment, float]]:
+        reports = self._reports("trial", "winner")
+        return [(a, e.costs[quantity]) for a, e in reports if quantity in e.costs and quantity in self.costs.quantities]
+
+    def predicted(self, assignment: Assignment) -> dict[str, float]:
+        """Costs that the tables say, each precision's seconds tilted by what trials say of it."""
+        known = self._now.predicted
+        if assignment not in known:
+            known[assignment] = self.costs.predict(assignment)
+            if "latency" in known[assignment]:
+                known[assignment]["latency"] = float(self.costs.parts(assignment) @ self.tilt)
+        return known[assignment]
+
     def correction(self, quantity: str, near: float | None = None) -> Affine:
         """Measured against predicted costs, fitted over all trials, those whose figure is close to `near` weighing most."""
-        pairs = [
-            (self.costs.predict(assignment)[quantity], evidence.costs[quantity])
-            for assignment, evidence in self._reports("trial", "winner")
-            if quantity in evidence.costs and quantity in self.costs.quantities
-        ]
-        return Affine.fit([p for p, _ in pairs], [m for _, m in pairs], near)
+        known = self._now.corrections
+        if (quantity, near) not in known:
+            pairs = [(self.predicted(assignment)[quantity], measured) for assignment, measured in self._measured(quantity)]
+            fit = Affine.fit([p for p, _ in pairs], [m for _, m in pairs], near, is_by_tables=quantity == "latency")
+            known[quantity, near] = fit
+        return known[quantity, near]
 
     @property
     def standing(self) -> Standing:
         """What is known without a solution."""
-        return Standing(correction=self.correction("latency") if "latency" in self.costs.quantities else None)
+        if "latency" not in self.costs.quantities:
+            return Standing()
+        return Standing(
+            correction=self.correction("latency"), tilt=dict(zip(self.costs.precisions[1:], self.tilt[1:].tolist(), strict=True))
+        )
 
     def margin(self, quantity: str, fit: Affine) -> float:
         """How far below a limit to aim, as a share of it: less with every measurement, more where they scatter."""
         return 0.0 if quantity == "macs" else _MARGIN / (1 + max(0, fit.n - 1)) + min(fit.spread, _MARGIN) / 2
 
     def ceilings(self, tighter: float = 0.0) -> dict[str, float]:
-        """Upper bounds of the problem's rows (uncorrected) that stand for the limits, less margin and a further share `tighter`."""
+        """Upper bounds of the problem's rows (latency tilted, else uncorrected) that stand for the limits, less margin and a further share `tighter`."""
         out: dict[str, float] = {}
         for quantity, limit in self.limits.costs.items():
             fit = self.correction(quantity, limit)
@@ -104,7 +171,7 @@ class Ledger:
 
     def expected(self, assignment: Assignment) -> dict[str, float]:
         """Costs of a plan: measured where a trial told, else predicted and corrected."""
-        predicted = self.costs.predict(assignment)
+        predicted = self.predicted(assignment)
         out = {}
         for quantity in self.costs.quantities:
             first = self.correction(quantity)(predicted[quantity])

@@ -33,11 +33,6 @@ class Random:
     def __init__(self, space: Space, costs: Costs, limits: Limits, seed: int = 0) -> None:
         self.ledger = Ledger(space, costs, limits)
         self.seed = seed
-        rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
-        self._problem = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
-        effort = self._problem.rows.index(costs.effort)
-        highest = float(self._problem.values(space.identity)[effort])
-        self._efforts = (solve(self._problem, costs.effort, {}).objective, highest)
 
     @property
     def standing(self) -> Standing:
@@ -70,9 +65,9 @@ class Random:
         ledger, space = self.ledger, self.ledger.space
         rng = np.random.default_rng([self.seed, len(ledger.seen)])
         for _ in range(_ATTEMPTS):
-            drawn = draw(self._problem, self._ceilings(rng), rng)
+            drawn = draw(ledger.problem, self._ceilings(rng), rng)
             if drawn is None:
-                cheapest = solve(self._problem, "loss", ledger.ceilings(), self.seed)
+                cheapest = solve(ledger.problem, "loss", ledger.ceilings(), self.seed)
                 near = [cheapest.assignment, *cheapest.nearest.values()]
                 return next((a for a in map(space.canonical, near) if a not in ledger.seen), None)
             if space.canonical(drawn) not in ledger.seen:
@@ -85,11 +80,12 @@ class Random:
     def _ceilings(self, rng: np.random.Generator) -> dict[str, float]:
         if self.ledger.limits.costs:
             return self.ledger.ceilings()
-        lowest, highest = self._efforts
+        lowest, highest = self.ledger.efforts
         return {self.ledger.costs.effort: lowest + (highest - lowest) * float(rng.random())}
 
     def _holds(self, assignment: Assignment) -> bool:
-        values = dict(zip(self._problem.rows, self._problem.values(assignment).tolist(), strict=True))
+        problem = self.ledger.problem
+        values = dict(zip(problem.rows, problem.values(assignment).tolist(), strict=True))
         return all(values[row] <= bound * (1 + 1e-12) for row, bound in self.ledger.ceilings().items())
 
 

@@ -40,10 +40,6 @@ class Solver:
         self.seed = seed
         self.solution: Solution | None = None
         self._solved: dict[tuple[object, ...], Solution] = {}
-        rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
-        self._problem = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
-        identity = self._row(space.identity, costs.effort)
-        self._efforts = (solve(self._problem, costs.effort, {}).objective, identity)
 
     @property
     def standing(self) -> Standing:
@@ -77,7 +73,8 @@ class Solver:
         return self.ledger.best(n, kind)
 
     def _row(self, assignment: Assignment, row: str) -> float:
-        return float(self._problem.values(assignment)[self._problem.rows.index(row)])
+        problem = self.ledger.problem
+        return float(problem.values(assignment)[problem.rows.index(row)])
 
     def _candidates(self) -> Iterator[Assignment]:
         """Assignments to propose, most wanted first; the caller takes the first that is new."""
@@ -119,7 +116,7 @@ class Solver:
             variable, value = avoided
             scope, table = losses[variable]
             table[tuple(value if v == variable else slice(None) for v in scope)] += sum(float(np.ptp(t)) for _, t in losses)
-        problem = self._problem.replaced("loss", losses)
+        problem = self.ledger.problem.replaced("loss", losses)
         limits = self.ledger.limits
         if limits.costs:
             return solve(problem, "loss", self.ledger.ceilings(tighter=0.01 * (attempt // 2)), self.seed)
@@ -131,7 +128,7 @@ class Solver:
         effort = ledger.costs.effort
         held, over = ledger.bracket(coefficients)
         where = _halving(ledger.pending)
-        lowest, highest = self._efforts
+        lowest, highest = ledger.efforts
         if over is None:
             known = [self._row(a, effort) for a, reports in ledger.told.items() if not any(r.failed for r in reports.values())]
             reached = min([highest, *known])
@@ -148,20 +145,21 @@ class Solver:
         ceilings = self.ledger.ceilings() if limited else {}
         if space.count <= _ENUMERATED:
             every = list(space.all())
-            values = self._problem.values_of(np.asarray(every, dtype=np.intp).reshape(len(every), len(space.sizes)))
-            rows = self._problem.rows
+            problem = self.ledger.problem
+            values = problem.values_of(np.asarray(every, dtype=np.intp).reshape(len(every), len(space.sizes)))
+            rows = problem.rows
             inside = np.ones(len(every), dtype=bool)
             for row, bound in ceilings.items():
                 inside &= values[rows.index(row)] <= bound * (1 + 1e-12)
             sought = values[rows.index("loss" if limited else self.ledger.costs.effort)]
             yield from (every[i] for i in np.argsort(sought, kind="stable") if inside[i])
             return
-        lowest, highest = self._efforts
+        lowest, highest = self.ledger.efforts
         for attempt in range(64):
             rng = np.random.default_rng([self.seed, number, 1000 + attempt])
             if not limited:
                 ceilings = {self.ledger.costs.effort: lowest + (highest - lowest) * float(rng.uniform(0.5, 1.0))}
-            drawn = draw(self._problem, ceilings, rng)
+            drawn = draw(self.ledger.problem, ceilings, rng)
             if drawn is not None:
                 yield space.canonical(drawn)
 
