@@ -126,7 +126,9 @@ def resume(
     path = Path(out)
     folder = study_folder(path)
     if not folder.exists():
-        raise MissingFile(f"resume: there is no study at {folder}; `planish optimize --out {path}` starts one")
+        raise MissingFile(
+            f"resume: there is no study at {folder}: nothing was tried yet; start with `planish optimize JOB.PY --out {path}`"
+        )
     with Study.open(folder, shared=True) as study:
         kept, is_over = study.meta, study.count(CONCLUDED) > 0
     if job is None:

@@ -72,7 +72,9 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         axes: dict[str, int] = {}
         for spec, array in zip(self.inputs, flat, strict=True):
             if array.dtype != np.dtype(spec.dtype):
-                raise DataError(f"{where}: {spec.name!r} must be {spec.dtype}; got {array.dtype}")
+                raise DataError(
+                    f"{where}: {spec.name!r} must be {spec.dtype}; got {array.dtype}; convert it, as with .astype('{spec.dtype}')"
+                )
             if array.ndim != len(spec.shape):
                 raise DataError(f"{where}: {spec.name!r} must have shape {list(spec.shape)}; got {list(array.shape)}")
             for size, wanted in zip(array.shape, spec.shape, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import keyword
+import logging
 import re
 import types
 import warnings
@@ -208,6 +209,9 @@ def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tenso
     free = [range(tensor.dim() if tensor.dim() <= 3 else 1) for tensor in flat]
     shapes = (tuple(dict.fromkeys(axes, automatic) for axes in free),) if dynamic else None
     mine.forward = types.MethodType(lambda _, *inputs: call(*inputs), mine)
+    specialised = logging.getLogger("torch._export.non_strict_utils")  # warns of every axis of size 1, which stays fixed
+    level = specialised.level
+    specialised.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), Recurrence():
             warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")  # nn.RNNBase's flat weights
@@ -215,6 +219,7 @@ def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tenso
     except FORWARD_ERRORS as error:
         raise blame(model, error, traced=True) from error
     finally:
+        specialised.setLevel(level)
         del mine.forward
 
 

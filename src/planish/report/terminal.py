@@ -97,6 +97,8 @@ def result_text(summary: Summary) -> str:
     parts = [folded(f"{summary.name}: {summary.verdict}: {summary.reason}"), _sides(summary), _others(summary)]
     if summary.verdict == "infeasible" and summary.nearest:
         parts.append("nearest trials:\n" + trials_text([summary.trials[i] for i in summary.nearest]))
+    if summary.verdict == "infeasible" and summary.artifact is None:
+        parts.append(folded("nothing was written: loosen the limit or the drop, give more time, or take the nearest with --accept-nearest"))
     parts += [folded(note, "- ") for note in summary.notes]
     seconds = summary.seconds.get("total")
     if summary.artifact is not None:
@@ -107,6 +109,10 @@ def result_text(summary: Summary) -> str:
 def _sides(summary: Summary) -> str:
     one, two = summary.original, summary.optimized
     ratios = {name: figures.ratio(estimate.median) for name, estimate in summary.ratios.items()}
+    if "latency" in summary.ratios:
+        found = summary.ratios["latency"]
+        ratios["latency"] += f" ({figures.digits(found.low)} – {figures.digits(found.high)})"
+    moved = two is not None and two.runtime != one.runtime
 
     def line(label: str, show: Callable[[Measurement], str], ratio: str = "") -> tuple[str, str, str, str]:
         return label, show(one), show(two) if two is not None else NOTHING, ratio
@@ -121,7 +127,7 @@ def _sides(summary: Summary) -> str:
     ]
     parts = [
         folded(f"{summary.target}, {one.threads} thread{'s' if one.threads > 1 else ''}, batch {one.batch}"),
-        table(("", "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
+        table(("", f"original in {one.runtime}" if moved else "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
     ]
     if summary.drop is not None and one.quality is not None:
         low, high = summary.drop_interval or (summary.drop, summary.drop)
@@ -205,7 +211,7 @@ def work_plan_text(data: dict[str, Any]) -> str:
     said = "".join(folded(note, "- ") for note in data["notes"])
     return (
         folded(
-            f"{data['name']}: {data['groups']} groups, {data['blocks']} blocks, {data['options']} options in "
+            f"{data['name']}: {data['groups']} groups, {data['blocks']} block{'' if data['blocks'] == 1 else 's'}, {data['options']} options in "
             f"{', '.join(data['targets'])}; about {figures.duration(data['seconds'])} in all"
         )
         + table(("stage", "about"), rows, right=(1,))
