@@ -273,7 +273,7 @@ def test_an_interrupt_says_how_to_resume(job: Path, flow: types.ModuleType, capf
     flow.answers[0] = KeyboardInterrupt()
     out = tmp_path / "my net.planish"
     assert cli.main(["optimize", str(job), "--out", str(out)]) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "planish: interrupted"
+    assert capfd.readouterr().err.splitlines()[-1] == "planish: interrupted before anything was tried: nothing is kept"
     (tmp_path / "my net.study").mkdir()
     assert cli.main(["optimize", str(job), "--out", str(out)]) == 130
     assert f"resume with: planish resume '{out}' {job}" in capfd.readouterr().err

@@ -375,7 +375,7 @@ def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Resul
         from planish.artifact import study_folder
 
         if not study_folder(out).exists():
-            raise
+            raise _Interrupted("interrupted before anything was tried: nothing is kept") from err
         command = shlex.join(["planish", "resume", str(out), *([str(job)] if job else [])])
         raise _Interrupted(f"interrupted; finished trials are kept; resume with: {command}") from err
 

@@ -42,6 +42,7 @@ _SECONDS = 3.0
 _ATTEMPTS = 5
 _PAUSE_S = 8.0
 _EXACT = 1
+_NAMED_STAGES = 3
 _GROWN, _SMALL_BYTES = 2.0, 2**26
 
 
@@ -93,9 +94,9 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         if artifact is not None:
             artifact = _write(bench, request, study, summary, winner, outputs, replaces=True)
     if clock.limit_s is not None and not request.control and clock.elapsed_s > 1.05 * clock.limit_s:
-        bench.events.say(
-            f"it took {clock.elapsed_s:.0f} s, longer than the time limit of {clock.limit_s:.0f} s: exporting and measuring alone take that long here"
-        )
+        longest = sorted(clock.seconds.items(), key=lambda stage: -stage[1])[:_NAMED_STAGES]
+        stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in longest)
+        bench.events.say(f"it took {clock.elapsed_s:.0f} s, longer than the time limit of {clock.limit_s:.0f} s; most of it: {stages}")
     study.log(CONCLUDED, summary.verdict)
     study.forget_checkpoints()
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
