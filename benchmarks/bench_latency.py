@@ -39,7 +39,7 @@ from planish.prune.levels import width_levels
 from planish.quantize.apply import quantize
 from planish.quantize.placement import unsupported
 from planish.runtimes.contract import get_runtime
-from planish.search.costs import Affine, Costs, tilt
+from planish.search.costs import Costs, calibrated
 from planish.search.space import Space
 from planish.target import Target
 from planish.workbench import width_step
@@ -165,8 +165,8 @@ def _print(name: str, target: Target, rows: list[Row], tables_s: float, kernels:
     predicted, corrected = parts.sum(1), np.empty_like(measured)
     for i in range(len(rows)):
         rest = np.arange(len(rows)) != i
-        factors = tilt(parts[rest], measured[rest])
-        corrected[i] = Affine.fit(parts[rest] @ factors, measured[rest], is_by_tables=True)(float(parts[i] @ factors))
+        factors, fit = calibrated(parts[rest], measured[rest])
+        corrected[i] = fit(float(parts[i] @ factors))
     errors = corrected / measured - 1
     print(
         f"{name} in {target.name}, {target.threads} threads, {machine().processor}: {len(rows) - 1} plans from "

@@ -79,7 +79,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
             else:
                 summary, outputs = before, []
     if not outputs and winner is not None and winner.exported.path is not None:
-        with Probe.open(_home(bench, winner).target, winner.exported.path, winner.final.signature) as probe:
+        with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
     if winner is not None:
         bench.notes += _said(summary)
@@ -137,10 +137,6 @@ def _why_kept(summary: Summary) -> str:
     return f"the best plan takes {ratio.median:.2f} times as long in this target"
 
 
-def _home(bench: Workbench, winner: Winner) -> Baseline:
-    return bench.home(winner.plan)
-
-
 def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, winner: Winner | None) -> tuple[Summary, list[Array]]:
     """The summary of a winner (or of the original alone), everything measured side by side, and its outputs on the example."""
     best = bench.best
@@ -150,7 +146,7 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
         study.log(LOOKED)
     if winner is None or winner.exported.path is None:
         return _compare(bench, request, pursuit, original, None, None)
-    home = _home(bench, winner)
+    home = bench.home(winner.plan)
     with Probe.open(home.target, winner.exported.path, winner.final.signature) as probe:
         int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
         side = _Side(home, winner.exported.path, probe, winner.final, winner.analysis, int8)

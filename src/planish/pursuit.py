@@ -21,7 +21,7 @@ from planish.prune.options import sensitivities
 from planish.quantize.options import precision_options
 from planish.quantize.placement import unsupported
 from planish.search.contract import Evidence, Limits, Search
-from planish.search.costs import Affine, Costs, ceilings, tilt
+from planish.search.costs import Affine, Costs, calibrated, ceilings
 from planish.search.space import Space
 from planish.study.store import Study
 from planish.trials import Trials
@@ -410,8 +410,7 @@ class Pursuit:
         if len(others) < 2:
             return None
         parts, measured = np.stack([p for p, _ in others]), [m for _, m in others]
-        factors = tilt(parts, measured)
-        fit = Affine.fit(parts @ factors, measured, is_by_tables=True)
+        factors, fit = calibrated(parts, measured)
         unsure = _TABLE_ERROR**2 * (1 + (1 + len(factors)) / len(others))  # an offset and a factor for each precision were fitted
         return fit(float(self.costs.parts(self.space.assignment(plan)) @ factors)), unsure
 

@@ -29,7 +29,8 @@ _IMAGES = (
 )
 _READS = {"addmm": 1}
 """Which argument of an operator holds the data, where it is not the first."""
-_MOST = 4
+MOST = 4
+"""Hints at most."""
 LARGEST = 4096
 """Numbers a sample and hint: what is worth keeping for every sample."""
 
@@ -74,7 +75,7 @@ def shared_hints(teacher: Graph, student: Graph, sample: Sequence[Tensor], room:
                 last[resolution] = Hint(reader, pooled, numbers)
     chosen: list[Hint] = []
     for hint in reversed(last.values()):
-        if len(chosen) < _MOST and sum(other.numbers for other in chosen) + hint.numbers <= room:
+        if len(chosen) < MOST and sum(other.numbers for other in chosen) + hint.numbers <= room:
             chosen.append(hint)
     return tuple(reversed(chosen))
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from planish.data import IGNORED_LABEL
+from planish.distill.hints import MOST
 from planish.metrics import class_axis
 
 Kind = Literal["classes", "embedding", "values", "hint", "none"]
@@ -84,7 +85,7 @@ class Distillation:
     def __call__(self, outputs: Sequence[Tensor], teacher: Sequence[Tensor], targets: Tensor | None = None) -> Tensor:
         """The mean loss over samples, summed over outputs (scalar); hints may be left out; targets: [batch, ...] or None."""
         total = torch.zeros(())
-        hint_weight = self.hint_weight * self.kinds.count("hint") / 4 if "classes" in self.kinds else 1.0
+        hint_weight = self.hint_weight * self.kinds.count("hint") / MOST if "classes" in self.kinds else 1.0
         for i, (kind, scale, out, wanted) in enumerate(zip(self.kinds, self.scales, outputs, teacher, strict=False)):
             if kind == "none":
                 continue

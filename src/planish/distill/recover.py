@@ -86,7 +86,7 @@ def recover(
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
-    hints = teacher.show(graph) if follows_hints else teacher.show(None)
+    hints = teacher.show(graph if follows_hints else None)
     student = with_hints(graph, hints)
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
     loss = distillation(metric, reference, split.targets, hints=len(hints))

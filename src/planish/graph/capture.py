@@ -22,6 +22,7 @@ from planish.graph.blame import FORWARD_ERRORS, blame
 from planish.graph.functional import functionalise
 from planish.graph.graph import Graph
 from planish.graph.modes import TRAIN_DROPOUT, set_mode, short_name
+from planish.graph.quiet import silenced
 from planish.graph.recurrent import Recurrence, to_aten
 from planish.graph.structure import FlatCall, check_batch, flat_inputs
 from planish.signature import Signature, Structure, TensorSpec
@@ -30,6 +31,8 @@ aten = torch.ops.aten
 _BOOKKEEPING = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
 _KEPT_META = ("nn_module_stack", "stack_trace", TRAIN_DROPOUT)  # sizes and fake tensors would go stale, and do not pickle
 _TRACE_BATCHES = (2, 3, 5, 7, 11, 13, 17)
+_SPECIALISED = ("torch._export.non_strict_utils",)
+"""Warns of every axis of size 1, which stays fixed."""
 
 
 def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | None = None) -> Graph:
@@ -209,17 +212,13 @@ def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tenso
     free = [range(tensor.dim() if tensor.dim() <= 3 else 1) for tensor in flat]
     shapes = (tuple(dict.fromkeys(axes, automatic) for axes in free),) if dynamic else None
     mine.forward = types.MethodType(lambda _, *inputs: call(*inputs), mine)
-    specialised = logging.getLogger("torch._export.non_strict_utils")  # warns of every axis of size 1, which stays fixed
-    level = specialised.level
-    specialised.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), Recurrence():
+        with silenced(_SPECIALISED, logging.ERROR), warnings.catch_warnings(), Recurrence():
             warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")  # nn.RNNBase's flat weights
             return torch.export.export(mine, flat, dynamic_shapes=shapes, strict=False)
     except FORWARD_ERRORS as error:
         raise blame(model, error, traced=True) from error
     finally:
-        specialised.setLevel(level)
         del mine.forward
 
 

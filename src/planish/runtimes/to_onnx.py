@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 import re
 import tempfile
@@ -28,6 +27,7 @@ from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
+from planish.graph.quiet import silenced
 from planish.runtimes.onnx_operators import translations
 from planish.signature import Signature
 
@@ -93,18 +93,10 @@ def _innermost(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what the exporter says on every call, and let it build its registry of 1,200 operators only once."""
-    loggers = [logging.getLogger(name) for name in _QUIET]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), _registry_kept():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*|copyreg")  # torch calls its own old names
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*|onnxscript\..*|copyreg")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with silenced(_QUIET), warnings.catch_warnings(), _registry_kept():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*|copyreg")  # torch calls its own old names
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*|onnxscript\..*|copyreg")
+        yield
 
 
 _registries: dict[Any, Any] = {}

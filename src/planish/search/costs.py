@@ -108,6 +108,12 @@ def tilt(parts: NDArray[np.float64], measured: ArrayLike) -> NDArray[np.float64]
     return factors
 
 
+def calibrated(parts: NDArray[np.float64], measured: ArrayLike) -> tuple[NDArray[np.float64], Affine]:
+    """The tilt, and the line through what it makes of the tables: `line(parts @ tilt)` is the measurement to expect."""
+    factors = tilt(parts, measured)
+    return factors, Affine.fit(parts @ factors, measured, is_by_tables=True)
+
+
 Lookup = Callable[[Sequence[Kernel]], NDArray[np.float64]]
 Factors = list[tuple[tuple[int, ...], Table]]
 
@@ -136,10 +142,12 @@ class Costs:
             measured = dict(zip(self.kernels, np.asarray(lookup(self.kernels), dtype=np.float64).tolist(), strict=True))
             self.unmeasured = tuple(kernel for kernel, seconds in measured.items() if not np.isfinite(seconds))
             seconds = fill_unmeasured(terms, grid, measured)
-            rows["latency"] = [term.latency(grid, seconds) for term in terms]
+            tables: list[Factors] = []
             for precision in sorted({kernel.precision for kernel in self.kernels}, key=lambda name: (name != FULL_PRECISION, name)):
                 own = {kernel: figure if kernel.precision == precision else 0.0 for kernel, figure in seconds.items()}
-                self._parts[precision] = _merged([term.latency(grid, own) for term in terms])
+                tables.append([term.latency(grid, own) for term in terms])
+                self._parts[precision] = _merged(tables[-1])
+            rows["latency"] = [(parts[0][0], sum((table for _, table in parts[1:]), parts[0][1])) for parts in zip(*tables, strict=True)]
         rows["macs"] = [term.macs() for term in terms if term.operator is not None]
         rows["size"] = size_rows(space)
         rows.update({f"memory@{name}": factors for name, factors in memory_rows(space, rows["size"]).items()})

@@ -25,7 +25,7 @@ _LOSS_DOUBT = 0.7
 
 
 @dataclass
-class _Tilted:
+class _Derived:
     """What follows from all evidence, until more comes."""
 
     factors: NDArray[np.float64]
@@ -57,7 +57,7 @@ class Ledger:
         self.plans: dict[Assignment, Plan] = {}
         rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
         self._plain = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
-        self._tilted: _Tilted | None = None
+        self._derived: _Derived | None = None
 
     def remember(self, plan: Plan) -> Assignment:
         """Count a plan as proposed."""
@@ -71,7 +71,7 @@ class Ledger:
         assignment = self.remember(plan)
         self.plans[assignment] = plan
         self.told.setdefault(assignment, {})[evidence.kind] = evidence
-        self._tilted = None
+        self._derived = None
 
     def propose(self, assignment: Assignment) -> Plan:
         """The plan of an assignment, counted as proposed."""
@@ -94,8 +94,8 @@ class Ledger:
         return out
 
     @property
-    def _now(self) -> _Tilted:
-        if self._tilted is None:
+    def _now(self) -> _Derived:
+        if self._derived is None:
             tried = self._measured("latency")
             factors = np.ones(len(self.costs.precisions))
             problem = self._plain
@@ -103,8 +103,8 @@ class Ledger:
                 factors = tilt(np.stack([self.costs.parts(a) for a, _ in tried]), [seconds for _, seconds in tried])
             if "latency" in problem.rows:
                 problem = problem.replaced("latency", self.costs.tilted(factors))
-            self._tilted = _Tilted(factors, problem)
-        return self._tilted
+            self._derived = _Derived(factors, problem)
+        return self._derived
 
     @property
     def tilt(self) -> NDArray[np.float64]:
