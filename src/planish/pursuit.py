@@ -356,6 +356,14 @@ class Pursuit:
             return True
         return False
 
+    def holds_aim(self, plan: Plan) -> bool:
+        """Whether a plan, tried if it was not, costs no more than what is aimed at."""
+        if (plan.digest, "trial") not in self._evidence:
+            self.try_plan(plan)
+        found = self._evidence[plan.digest, "trial"][1]
+        costs = self.believed(plan, found).costs
+        return not found.failed and all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
+
     def look_again(self, plan: Plan) -> bool:
         """Measure a tried plan once more; whether it still holds what is aimed at.
 
