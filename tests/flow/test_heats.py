@@ -45,7 +45,9 @@ class _Recovered:
     samples: int
 
 
-def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], drop: str = "30pt", **changes: Any) -> tuple[planish.Result, list[_Recovered]]:
+def _run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], drop: str = "30pt", **changes: Any
+) -> tuple[planish.Result, list[_Recovered]]:
     """A run whose heats end with these losses, in order; and what was recovered."""
     replaying.install(monkeypatch.setattr)
     monkeypatch.setattr(winners, "_AT_STAKE", changes.pop("at_stake", -1.0))
@@ -90,6 +92,8 @@ def test_the_rival_that_comes_closest_in_its_heat_is_recovered_to_the_end(tmp_pa
 
 
 @pytest.mark.parametrize("changes", [{"at_stake": 1e6}, {"time_limit": 60.0}])
-def test_no_heats_where_nothing_depends_on_them_or_there_is_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+def test_no_heats_where_nothing_depends_on_them_or_there_is_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     _, done = _run(tmp_path, monkeypatch, [], **changes)
     assert [one.stage for one in done] == ["recovery"]

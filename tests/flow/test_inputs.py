@@ -16,7 +16,7 @@ from torch import nn
 import planish
 import replaying
 import small_jobs
-from planish import cli, trial, winners
+from planish import cli, recovery, trial
 from planish.errors import CaptureError, RuntimeFailed
 from planish.result import Result
 
@@ -119,7 +119,7 @@ def run(job: planish.Workload, tmp_path: Path, **changes: Any) -> Result:
 @pytest.fixture(autouse=True)
 def _replay(monkeypatch: pytest.MonkeyPatch) -> None:
     replaying.install(monkeypatch.setattr)
-    monkeypatch.setattr(winners, "_EPOCHS", 1)
+    monkeypatch.setattr(recovery, "_EPOCHS", 1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import planish
 import replaying
 import small_jobs
-from planish import cli, flow, trial, trials, winners
+from planish import cli, flow, recovery, trial, trials
 from planish.artifact import study_folder
 from planish.errors import MissingFile, OutputExists, StudyError
 from planish.graph.capture import capture
@@ -260,7 +260,7 @@ def test_another_machine_carries_on_and_measures_again(interrupted: Path, monkey
     with Study.open(study_folder(interrupted), shared=True) as study:
         (known,) = [stored.plan.digest for stored in study.finished()]
     with monkeypatch.context() as patch:
-        patch.setattr(winners, "recover", _stop)
+        patch.setattr(recovery, "recover", _stop)
         with pytest.raises(Killed):
             flow.resume(interrupted, small_jobs.stripes_job())
         assert known not in measured

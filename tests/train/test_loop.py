@@ -51,7 +51,7 @@ def held(graph: Graph) -> Any:
     return judge
 
 
-@pytest.mark.parametrize(("norm", "optimizer"), [(True, "sgd"), (False, "adamw")])
+@pytest.mark.parametrize(("norm", "optimizer"), [(True, "muon"), (False, "adamw")])
 def test_it_learns_with_the_optimizer_of_the_kind(norm: bool, optimizer: str) -> None:
     graph = mlp(norm)
     report = fit(graph, SPLIT, labels, Settings(6000, learning_rate=0.1, adamw_ratio=0.1), judge=held(graph))

@@ -17,6 +17,7 @@ from planish.graph.graph import Graph
 from planish.graph.modes import set_mode, short_name
 from planish.train.averaging import Average, write_
 from planish.train.checkpoint import Checkpoint
+from planish.train.muon import Muon
 from planish.train.norms import has_batch_norm, recalibrate_batch_norm
 from planish.train.precision import Arithmetic, choose
 from planish.train.schedule import Schedule
@@ -35,11 +36,13 @@ class Settings:
 
     Args:
         samples: training samples to see; several epochs of a smaller split.
-        learning_rate: the peak for SGD at `batch_size`; AdamW takes `adamw_ratio` of it.
+        learning_rate: the peak for SGD at `batch_size`; AdamW takes `adamw_ratio` of it, Muon `muon_ratio`.
         batch_size: samples in a step.
-        optimizer: "sgd" (Nesterov, momentum 0.9), "adamw", or "auto": SGD where the program has batch norm, AdamW elsewhere.
+        optimizer: "sgd" (Nesterov, momentum 0.9), "muon" (Muon for convolutions, SGD for the rest), "adamw", or "auto": Muon where the
+            program has batch norm, AdamW elsewhere.
         weight_decay: of weights with two or more axes; norms and biases have none.
         adamw_ratio: AdamW's peak rate over SGD's: 0.02 gives 4e-4, a usual rate for fine-tuning small Transformers.
+        muon_ratio: Muon's peak rate over SGD's. 0.4 with 0.02: a step of at most 0.8 % of a weight's norm.
         clip: bound on the norm of the gradient over all parameters.
         warm_up: share of the schedule over which the rate rises.
         average: how far the weights' average reaches back, as a share of the steps; 0: none.
@@ -53,6 +56,7 @@ class Settings:
     optimizer: str = "auto"
     weight_decay: float = 5e-4
     adamw_ratio: float = 0.02
+    muon_ratio: float = 0.4
     clip: float = 5.0
     warm_up: float = 0.05
     average: float = 0.05
@@ -88,7 +92,7 @@ class FitReport:
         samples, steps: how many were seen and made.
         seconds: wall time, all in all.
         samples_per_s: of the steps alone.
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "muon" or "adamw".
         arithmetic: layout and precision that the probe chose.
         kept: which weights stand now: "before", "last" or "average", by the judge's loss; "last" without a judge.
         losses: the judge's loss of each candidate.
@@ -139,7 +143,7 @@ def fit(
         checkpoint: saved now and then and at the end; where it holds something, training goes on from there.
 
     References:
-        Nesterov momentum: Sutskever et al. 2013. AdamW: Loshchilov and Hutter 2019.
+        Nesterov momentum: Sutskever et al. 2013. AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024.
     """
     if settings.samples < 1:
         raise ValueError(f"samples: must be at least 1; got {settings.samples}")
@@ -168,7 +172,7 @@ class _Run:
         self.began = time.monotonic()
         self.batch_size = min(settings.batch_size, split.n)
         self.parameters = [p for p in graph.module.parameters() if p.is_floating_point()]
-        self.name = settings.optimizer if settings.optimizer != "auto" else ("sgd" if has_batch_norm(graph) else "adamw")
+        self.name = settings.optimizer if settings.optimizer != "auto" else ("muon" if has_batch_norm(graph) else "adamw")
         self.arithmetic = Arithmetic()
         self.losses: dict[str, float] = {}
 
@@ -234,8 +238,9 @@ class _Run:
         progress: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> tuple[str, list[Tensor]]:
-        optimizer = self._optimizer()
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        optimizers = self._optimizers()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        peaks = [group["lr"] for group in groups]
         good, saved_at = before, time.monotonic()
         for batch in self._batches(schedule.done):
             if schedule.is_finished:
@@ -244,15 +249,17 @@ class _Run:
                 return "asked", good
             size = len(batch.rows)
             factor = schedule.factor(size)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters:
+                parameter.grad = None
             value = self._loss(batch, self.arithmetic)
             value.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True)
             if not (math.isfinite(value.item()) and math.isfinite(norm.item())):
                 return "diverged", good
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             schedule.advance(size)
             if self.settings.average > 0 and schedule.steps % _AVERAGE_STEPS == 0:
                 average.update()
@@ -290,16 +297,20 @@ class _Run:
             inputs = self.augment(inputs)
         return Batch(rows, inputs, None if targets is None else torch.from_numpy(targets), self.augment is not None)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        weights = [p for p in self.parameters if p.dim() > 1]
-        others = [p for p in self.parameters if p.dim() <= 1]
-        groups = [{"params": some, "weight_decay": decay} for some, decay in ((weights, self.settings.weight_decay), (others, 0.0)) if some]
-        rate = self.settings.learning_rate
-        if self.name == "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
-        if self.name == "adamw":
-            return torch.optim.AdamW(groups, lr=rate * self.settings.adamw_ratio, fused=True)
-        raise ValueError(f"optimizer: must be 'sgd', 'adamw' or 'auto'; got {self.name!r}")
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        if self.name not in ("sgd", "muon", "adamw"):
+            raise ValueError(f"optimizer: must be 'sgd', 'muon', 'adamw' or 'auto'; got {self.name!r}")
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        filters = [p for p in self.parameters if self.name == "muon" and p.dim() > 2 and p.shape[1] > 1]  # depthwise ones are no matrices
+        rest = [p for p in self.parameters if not any(p is other for other in filters)]
+        weights, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
+        groups = [{"params": some, "weight_decay": share} for some, share in ((weights, decay), (others, 0.0)) if some]
+        out: list[torch.optim.Optimizer] = [Muon(filters, rate * self.settings.muon_ratio, weight_decay=decay)] if filters else []
+        if groups and self.name == "adamw":
+            out.append(torch.optim.AdamW(groups, lr=rate * self.settings.adamw_ratio, fused=True))
+        elif groups:
+            out.append(torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True))
+        return out
 
     def _train_mode(self) -> None:
         set_mode(self.graph, True)
