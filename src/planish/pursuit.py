@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SENSITIVITY_S = 180.0
-_RECOVERED_SHARE = 0.28
+_RECOVERED_SHARE = 0.22
 """What recovery is assumed to leave of a candidate's drop, until a winner tells."""
 _RESERVE_S = 15.0
 _VARYING = ("latency", "memory")
 _AIMS = (0.72, 0.78, 0.85, 0.97)
 """Of a limit on what varies from run to run: the final measurement must hold it too, perhaps in another state of the machine. Each is
 aimed at where the one before is expected to cost more than `_COMFORT` of the drop that is allowed."""
-_COMFORT = 0.9
+_COMFORT = 0.8
 _NEAR = 1.03
 _FEW = 4
 _SURPRISE = 1.1
