@@ -47,8 +47,8 @@ _VISITS, _DOUBTED = 3, 2
 _TABLE_ERROR = 0.05
 """Relative standard deviation of what tables, corrected by many trials, say of a plan on a quiet machine."""
 _KERNELS = "kernels"
-_KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.22, 60, 600
-"""Seconds that two visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
+_KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
+"""Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8

@@ -22,6 +22,7 @@ from planish.measure import cache
 from planish.measure.kernel_models import build, recipe
 from planish.measure.kernels import Kernel
 from planish.measure.machine import machine
+from planish.measure.plausible import excess
 from planish.measure.probe import Process
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
@@ -37,12 +38,17 @@ _AGREE = 1.06
 """Two visits that differ by less agree on what a kernel takes on a quiet machine."""
 
 
+_EXCESS = 1.12
+"""Above what other kernels of its kind suggest by this factor, a figure is doubted."""
+
+
 class Table:
     """Seconds of kernels in one target, on this machine. Figures that are not in the cache are measured in one child process.
 
     With one thread a figure is CPU time, so that other processes disturb it less; with more it is wall time, since idle workers burn
     CPU too. A kernel is visited at least twice, with all others in between, and up to five times until its two lowest figures agree; a
-    visit's figure is a low percentile of at least 15 calls. The lowest counts: what the kernel takes when nothing comes between.
+    visit's figure is a low percentile of at least 15 calls. The lowest counts: what the kernel takes when nothing comes between. One that
+    is slower than others of its kind suggest is visited five times, whether its figures agree or not.
     Virtual machines have slow states that last for seconds: figures of one visit were up to 1.8 times too high in a quarter of cases.
 
     Args:
@@ -102,22 +108,32 @@ class Table:
         generator = np.random.default_rng(0)
         visits: dict[str, list[float]] = {key: [] for key in wanted}
         done, saved = 0, time.monotonic()
-        for _ in range(_MOST_VISITS):
-            waiting = [key for key, figures in visits.items() if key not in self._failed and not _is_settled(figures)]
+        self._provisional |= wanted.keys()
+        while waiting := self._waiting(visits):
             for key in generator.permutation(np.array(waiting, dtype=object)):
                 if time.monotonic() > deadline:
+                    self._provisional -= wanted.keys() - set(self._waiting(visits))
                     return
                 figure = self._measure(key, wanted[key])
                 if figure is not None:
                     visits[key].append(figure)
                     self._known[key] = min(visits[key])
-                    is_final = _is_settled(visits[key]) or len(visits[key]) == _MOST_VISITS
-                    (self._provisional.discard if is_final else self._provisional.add)(key)
                 done += 1
                 progress(min(1.0, done / (_VISITS * len(wanted))))
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     self._save()
                     saved = time.monotonic()
+        self._provisional -= wanted.keys()
+
+    def _waiting(self, visits: Mapping[str, list[float]]) -> list[str]:
+        """Kernels that must be visited again: visits disagree, or others of their kind suggest less (they may have been disturbed twice)."""
+        everything = [msgspec.json.decode(key, type=Kernel) for key in self._known]
+        above = dict(zip(self._known, excess(everything, np.array(list(self._known.values()))), strict=True))
+        return [
+            key
+            for key, figures in visits.items()
+            if key not in self._failed and len(figures) < _MOST_VISITS and (not _is_settled(figures) or above[key] > _EXCESS)
+        ]
 
     def failures(self) -> dict[str, str]:
         """Kernel (as JSON) -> why it could not be measured in this process's life."""
