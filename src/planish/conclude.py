@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -79,7 +79,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
             else:
                 summary, outputs = before, []
     if not outputs and winner is not None and winner.exported.path is not None:
-        with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
+        with Probe.open(_home(bench, winner).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
     if winner is not None:
         bench.notes += _said(summary)
@@ -102,6 +102,12 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
     module = as_module(winner.final if winner is not None else bench.graph)
     return Result(summary, module, artifact)
+
+
+def _home(bench: Workbench, winner: Winner) -> Baseline:
+    """Where a winner runs, with as many threads as it needs."""
+    home = bench.home(winner.plan)
+    return replace(home, target=winner.exported.target or home.target)
 
 
 def _said(summary: Summary) -> list[str]:
@@ -146,7 +152,7 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
         study.log(LOOKED)
     if winner is None or winner.exported.path is None:
         return _compare(bench, request, pursuit, original, None, None)
-    home = bench.home(winner.plan)
+    home = _home(bench, winner)
     with Probe.open(home.target, winner.exported.path, winner.final.signature) as probe:
         int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
         side = _Side(home, winner.exported.path, probe, winner.final, winner.analysis, int8)
@@ -344,7 +350,7 @@ def _write(
     replaces: bool = False,
 ) -> Artifact:
     graph = winner.final if winner is not None else bench.graph
-    home = bench.home(winner.plan) if winner is not None else bench.best
+    home = _home(bench, winner) if winner is not None else bench.best
     path = winner.exported.path if winner is not None else bench.best.path
     assert path is not None and summary.optimized is not None
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in graph.module.state_dict().items()}
@@ -355,6 +361,7 @@ def _write(
         plan=summary.plan or Plan(summary.target, seed=request.seed),
         signature=graph.signature,
         target=home.target,
+        threads_tried=bench.threads_allowed,
         measurements={"original": summary.original, "optimized": summary.optimized},
         weights=weights,
         files=[file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path],

@@ -64,7 +64,7 @@ def optimize(
         seed: of everything random.
         techniques: any of "prune", "quantize", "distill".
         keep: globs of parameters that must be left alone.
-        threads: of one call in the target; all usable cores by default.
+        threads: of one call in the target, at most; all usable cores by default. Fewer are taken where that costs less than a tenth.
         control: also tune the uncompressed net on as many samples, and report the drop against it (on top of `time_limit`).
         overwrite: replace an artifact (and its study) that is there.
         accept_nearest: write the nearest net when nothing holds the budget.

@@ -104,7 +104,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
         "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, SENSITIVITY_SHARE * limit),
         "sensitivity of int8": min(0.6 * int8 * 256 * sample, SENSITIVITY_SHARE * limit),
-        "latency tables": min(0.15 * (levels * 4 + int8), TABLES_SHARE * limit),
+        "latency tables": min(0.3 * (levels * 4 + int8), TABLES_SHARE * limit),
         "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),
         "final measurement": 25.0,
     }

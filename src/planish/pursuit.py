@@ -24,6 +24,7 @@ from planish.search.contract import Evidence, Limits, Search
 from planish.search.costs import Affine, Costs, calibrated, ceilings
 from planish.search.space import Space
 from planish.study.store import Study
+from planish.train.norms import has_batch_norm
 from planish.trials import Trials
 from planish.workbench import Baseline, Workbench, width_step
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SENSITIVITY_S = 180.0
-_RECOVERED_SHARE = 0.22
-"""What recovery is assumed to leave of a candidate's drop, until a winner tells."""
+_RECOVERED_SHARE, _RECOVERED_SHARE_OF_OTHERS = 0.22, 0.28
+"""What recovery is assumed to leave of a candidate's drop, until a winner tells: with batch norm, where Muon trains, and without."""
 _RESERVE_S = 15.0
 _VARYING = ("latency", "memory")
 _AIMS = (0.72, 0.78, 0.85, 0.97)
@@ -116,10 +117,16 @@ class Pursuit:
         self.limits = Limits(
             bounds,
             self.allowed_drop * (1.0 if self.bounds else _SELECTION_MARGIN),
-            _RECOVERED_SHARE if "distill" in self.request.techniques else 1.0,
+            self._recovered_share,
         )
         self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
         self._retell()
+
+    @property
+    def _recovered_share(self) -> float:
+        if "distill" not in self.request.techniques:
+            return 1.0
+        return _RECOVERED_SHARE if has_batch_norm(self.bench.graph) else _RECOVERED_SHARE_OF_OTHERS
 
     def _retell(self) -> None:
         """Tell the search all evidence, as it is believed now."""
@@ -277,7 +284,7 @@ class Pursuit:
 
     @property
     def _affordable_kernels(self) -> int:
-        """How many kernels can be visited twice in the time that the tables may take; widths between them are interpolated.
+        """How many kernels can be visited in the time that the tables may take; widths between them are interpolated.
 
         A study keeps the number: a run that is carried on, with whatever time, must predict what it predicted before.
         """
@@ -356,13 +363,19 @@ class Pursuit:
             return True
         return False
 
+    def may_hold_aim(self, plan: Plan) -> bool:
+        """Whether tables and trials do not say that a plan costs clearly more than what is aimed at."""
+        expected = self._expected(plan)
+        return expected is None or "latency" not in self.bounds or expected[0] <= _SURPRISE * self._aimed()["latency"]
+
     def holds_aim(self, plan: Plan) -> bool:
-        """Whether a plan, tried if it was not, costs no more than what is aimed at."""
+        """Whether a plan costs no more than what is aimed at, by a trial and another visit."""
         if (plan.digest, "trial") not in self._evidence:
             self.try_plan(plan)
         found = self._evidence[plan.digest, "trial"][1]
         costs = self.believed(plan, found).costs
-        return not found.failed and all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
+        is_inside = not found.failed and all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
+        return is_inside and ("latency" not in self.bounds or self.look_again(plan))
 
     def look_again(self, plan: Plan) -> bool:
         """Measure a tried plan once more; whether it still holds what is aimed at.

@@ -20,11 +20,17 @@ from planish.workbench import RECOVERY_S
 
 LEAST_S = 5.0
 """With less time than this there is no recovery."""
+_STAGES = ("recovery", "recovery-in-int8", "heat")
+"""Each sees its samples in another order."""
 _EPOCHS = 5
 _EPOCHS_UNTIL_LIMIT = 40
 _HEAT_SHARE = 0.15
-"""Of the time left, what the first heat may take; it computes most of the teacher's outputs, and the others see as many samples in less."""
+"""Of the time left, what the first heat may take. The others see as many samples, mostly in less: the teacher's outputs are known by then."""
 _LEAST_HEAT_S = 10.0
+_FEWEST_SAMPLES = 2000
+"""Fewer tell no more than what was lost before recovery does."""
+_ALIKE = 0.9
+"""A heat that time cut below this share of the first one's samples is not compared with it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,13 @@ class Trained:
     skipped: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class _Heat:
+    compressed: Compressed
+    samples: int
+    loss: float
+
+
 class Recoverer:
     """Recovers one plan after another against the same clock and teacher.
 
@@ -56,7 +69,7 @@ class Recoverer:
         self.settings = Recovery(samples=(_EPOCHS_UNTIL_LIMIT if math.isfinite(self.bench.clock.left_s) else _EPOCHS) * self.split.n)
         self._end = time.monotonic() + RECOVERY_S
         self._teacher: Teacher | None = None
-        self._begun: tuple[Compressed, int] | None = None
+        self._begun: _Heat | None = None
 
     @property
     def is_wanted(self) -> bool:
@@ -79,28 +92,37 @@ class Recoverer:
     def heat(self, plans: Sequence[Plan]) -> Plan:
         """Train each of `plans` in floating point on as many samples, and give the one that comes closest to the original.
 
-        What is left of a plan's loss after recovery depends on what was removed: two plans that lost 2.9 and 3.2 points before were left
-        1.26 and 0.88 after 200,000 images, and 20,000 images tell which. The one that is given goes on from where its heat ended.
+        What recovery leaves depends on what was removed (figures in decision 011), and a short one tells which. The one that is given goes on
+        from where its heat ended. The first is given where nothing can be told: its heat was too short, or none was like it.
         """
-        found: list[tuple[float, Plan, Compressed, int]] = []
-        samples = math.ceil(_HEAT_SHARE * self.settings.samples)
-        seconds = _HEAT_SHARE * self.left_s
+        best: _Heat | None = None
+        samples, seconds = math.ceil(_HEAT_SHARE * self.settings.samples), _HEAT_SHARE * self.left_s
+        fewest = 1
         for plan in plans:
-            compressed = self.pursuit.trials.carry_out(plan)
-            self.pursuit.trials.forget(plan)
+            compressed = self._anew(plan)
             with self.bench.clock.stage("recovery heats"):
                 report = self._recover(compressed.graph, plan, "heat", samples, time.monotonic() + seconds)
-            samples = max(1, min(samples, report.samples))
-            found = sorted([*found, (report.loss_after, plan, compressed, report.samples)], key=lambda heat: heat[0])[:1]
-            self.bench.events.say(f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {report.loss_after:.3g} from the original")
-        ((_, plan, compressed, samples),) = found
-        self._begun = compressed, samples
-        return plan
+            heat = _Heat(compressed, report.samples, math.inf if report.diverged or math.isnan(report.loss_after) else report.loss_after)
+            self.bench.events.say(f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {heat.loss:.3g} from the original")
+            if best is None:
+                samples, seconds = (
+                    max(1, heat.samples),
+                    2 * seconds,
+                )  # most of the teacher's outputs are known now, but the machine may change
+                fewest = math.ceil(_ALIKE * samples)
+            if best is None or (heat.loss < best.loss and heat.samples >= fewest):
+                best = heat
+            if heat.samples < _FEWEST_SAMPLES and len(plans) > 1:
+                break
+        assert best is not None
+        self._begun = best
+        return best.compressed.plan
 
     def carry_out(self, plan: Plan) -> Compressed:
         """A plan carried out, or as its heat left it; nobody else has its net."""
-        if self._begun is not None and self._begun[0].plan == plan:
-            return self._begun[0]
+        return self._begun.compressed if self._begun is not None and self._begun.compressed.plan == plan else self._anew(plan)
+
+    def _anew(self, plan: Plan) -> Compressed:
         compressed = self.pursuit.trials.carry_out(plan)
         self.pursuit.trials.forget(plan)
         return compressed
@@ -111,7 +133,7 @@ class Recoverer:
         """
         now = time.monotonic()
         end = now + max(LEAST_S, self.left_s * share)
-        seen = self._begun[1] if self._begun is not None and self._begun[0] is compressed else 0
+        seen = self._begun.samples if self._begun is not None and self._begun.compressed is compressed else 0
         is_smaller = bool(plan.widths or plan.blocks)
         quantized_share = 0.0 if not plan.precisions else self.settings.quantized_share if is_smaller else 1.0
         graph: Graph = compressed.graph
@@ -137,7 +159,7 @@ class Recoverer:
             self.bench.job,
             self.bench.data,
             msgspec.structs.replace(self.settings, samples=samples),
-            pursuit.request.seed + (name == "recovery-in-int8"),
+            pursuit.request.seed + _STAGES.index(name),
             deadline=deadline,
             progress=self.bench.events.progress,
             should_stop=pursuit.settle,

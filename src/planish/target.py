@@ -48,6 +48,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.runtime}:{self.device}"
 
     @property
+    def thread_counts(self) -> list[Target]:
+        """The same target with one thread, with half of its threads, and as it is: each once, the fewest first."""
+        return [msgspec.structs.replace(self, threads=count) for count in sorted({1, max(1, self.threads // 2), self.threads})]
+
+    @property
     def weight_range(self) -> int:
         """The largest magnitude of an int8 weight: 63 where u8 x s8 saturates (no VNNI), else 127."""
         return 127 if self.facts.has_int8_dot else 63

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from planish.prune.apply import apply
 from planish.prune.compensate import compensate
 from planish.prune.contract import Scores
 from planish.quantize.apply import quantize
-from planish.workbench import Array, Workbench, as_tensor, module_outputs, sqnr_db
+from planish.target import Target
+from planish.workbench import WORTH_ITS_THREADS, Array, Workbench, as_tensor, module_outputs, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Exported:
         size_bytes: on disk.
         sqnr_db: the runtime's outputs on the example against the module's own.
         proof: what ran.
+        target: where, with as many threads as are worth having.
     """
 
     outcome: Outcome
@@ -83,6 +86,7 @@ class Exported:
     sqnr_db: float | None = None
     proof: Proof | None = None
     folder: Path | None = field(default=None, repr=False)
+    target: Target | None = None
 
 
 def compress(bench: Workbench, plan: Plan, scores: Scores) -> tuple[Graph, Analysis]:
@@ -149,15 +153,27 @@ def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path,
     """Export a graph to the plan's target and time it against the original there; an expected failure is an `Outcome`.
 
     Args:
-        seconds: of counted time for each of the two models.
+        seconds: of counted time for each of the models.
     """
     baseline = bench.home(plan)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         path = baseline.runtime.export(graph, folder)
-        with Probe.open(baseline.target, path, graph.signature, timeout_s=300.0) as probe:
-            return _measure(bench, graph, path, probe, seconds, folder)
+        with _opened(bench, plan, path) as probes:
+            timings, target = _timed(bench, probes, seconds)
+            return Exported(
+                Outcome("measured"),
+                path,
+                ratio(timings[target], timings[None]),
+                timings[target],
+                timings[None],
+                size_bytes(path),
+                sqnr_db(module_outputs_of_example(graph), probes[target].outputs(bench.example)),
+                probes[target].proof(),
+                folder,
+                target,
+            )
     except RuntimeFailed as err:
         return Exported(Outcome(err.kind, str(err)))  # type: ignore[arg-type]
 
@@ -168,33 +184,28 @@ def measure_again(bench: Workbench, plan: Plan, path: Path, seconds: float = 0.8
     Raises:
         RuntimeFailed: it cannot be measured.
     """
-    with Probe.open(bench.home(plan).target, path, bench.graph.signature, timeout_s=300.0) as probe:
-        timings = _timed(bench, probe, seconds)
-    return ratio(timings["new"], timings["original"])
+    with _opened(bench, plan, path) as probes:
+        timings, target = _timed(bench, probes, seconds)
+    return ratio(timings[target], timings[None])
 
 
-def _timed(bench: Workbench, probe: Probe, seconds: float) -> dict[str, Timing]:
-    probes = {"new": probe, "original": bench.best.living_probe(bench.graph.signature)}
-    timings = interleaved(probes, bench.example, seconds=seconds)
-    if not bench.is_as_before(timings["original"]):
-        timings = interleaved(probes, bench.example, seconds=seconds)
-    return timings
+@contextlib.contextmanager
+def _opened(bench: Workbench, plan: Plan, path: Path) -> Iterator[dict[Target, Probe]]:
+    """An exported model in its target with each number of threads that may be the best."""
+    with contextlib.ExitStack() as stack:
+        targets = bench.most_threads(bench.home(plan)).thread_counts
+        yield {target: stack.enter_context(Probe.open(target, path, bench.graph.signature, timeout_s=300.0)) for target in targets}
 
 
-def _measure(bench: Workbench, graph: Graph, path: Path, probe: Probe, seconds: float, folder: Path) -> Exported:
-    timings = _timed(bench, probe, seconds)
-    wanted = module_outputs_of_example(graph)
-    return Exported(
-        Outcome("measured"),
-        path,
-        ratio(timings["new"], timings["original"]),
-        timings["new"],
-        timings["original"],
-        size_bytes(path),
-        sqnr_db(wanted, probe.outputs(bench.example)),
-        probe.proof(),
-        folder,
-    )
+def _timed(bench: Workbench, probes: Mapping[Target, Probe], seconds: float) -> tuple[dict[Target | None, Timing], Target]:
+    """Timings beside the original's (None), and the target whose threads are worth having."""
+    original: dict[Target | None, Probe] = {None: bench.best.living_probe(bench.graph.signature)}
+    everyone = original | {target: probe for target, probe in probes.items()}
+    timings = interleaved(everyone, bench.example, seconds=seconds)
+    if not bench.is_as_before(timings[None]):
+        timings = interleaved(everyone, bench.example, seconds=seconds)
+    quickest = min(timings[target].latency_s.median for target in probes)
+    return timings, next(target for target in probes if timings[target].latency_s.median <= WORTH_ITS_THREADS * quickest)
 
 
 def module_outputs_of_example(graph: Graph) -> list[Array]:

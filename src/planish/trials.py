@@ -164,7 +164,7 @@ class Trials:
             return Evidence(kind, failed=True)
         costs = {"latency": exported.ratio.median * self.original["latency"], "size": float(exported.size_bytes), "macs": float(total_macs)}
         if "memory" in self.original and exported.path is not None:
-            home = self.bench.home(plan).target
+            home = exported.target or self.bench.home(plan).target
             costs["memory"] = float(peak_memory_bytes(home, exported.path, self.bench.graph.signature, self.bench.example))
         return Evidence(kind, None, lost, costs)
 

@@ -164,8 +164,7 @@ def _timed(probe: Probe, flat: list[Array], limit_s: float) -> Timing:
 
 
 def _target(artifact: Artifact, threads: int | None) -> Target:
-    target = artifact.manifest.target
-    return target if threads is None else msgspec.structs.replace(target, threads=threads)
+    return artifact.manifest.target_with(threads)
 
 
 def _example(artifact: Artifact, job: Workload | None) -> list[Any]:

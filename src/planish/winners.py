@@ -27,6 +27,7 @@ _SECOND_S = 60.0
 """Seconds below which no second plan is worth its trial, its recovery and its export."""
 _LOOKS = 3
 _HEATS = 3
+_CHOSEN = "chosen in heats"
 _AT_STAKE = 0.5
 """Of the drop that is allowed, what recovery must be expected to leave for it to matter which plan it is."""
 _OUTCLASSED = 1.5
@@ -69,7 +70,7 @@ class Winner:
 def best_winner(pursuit: Pursuit) -> Winner | None:
     """Recover the most promising plans, and give the best.
 
-    Under limits the plan that loses least takes all the time that is left; one that leaves room below them takes most of it where the
+    Under limits the plan that loses least, or a rival that does better in a short recovery, takes all the time that is left; one that leaves room below them takes most of it where the
     rest is enough for one just within them, should it lose too much. Without, up to three plans are recovered, each proposed
     after what the one before taught. Where none of them holds, int8 alone is tried as it is: it loses least.
 
@@ -93,6 +94,7 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
         is_worth_it = recoverer.left_s >= LEAST_S and _is_within(pursuit, plan)
         if is_worth_it and pursuit.limits.costs:
             plan = _best_of_heats(recoverer, plan, winners)
+            share = share if (1 - share) * recoverer.left_s >= _SECOND_S else 1.0
         winner = _made(recoverer, plan, share if is_worth_it else 0.0)
         if winner is not None:
             winners.append(winner)
@@ -146,22 +148,38 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
     """`plan`, or a rival that comes closer to the original when both are recovered a little.
 
     Rivals bypass other blocks than `plan` and each other (between widths a candidate's drop tells enough), hold what is aimed at as well,
-    and did not lose much more. Only where recovery must bring back what decides on the budget.
+    and did not lose much more. Only where recovery must bring back what decides on the budget. A run that is carried on goes on with the
+    one that was chosen before.
     """
     pursuit = recoverer.pursuit
     assert pursuit.search is not None
     lost = _candidate_drop(pursuit, plan)
-    if not recoverer.has_time_for_heats or not plan.blocks or lost * pursuit.limits.recovered < _AT_STAKE * pursuit.allowed_drop:
-        return plan
     done = {unrecovered(winner.plan) for winner in winners}
-    rivals = [plan]
-    for other in pursuit.search.best(pursuit.request.trials):
-        if len(rivals) == _HEATS or _candidate_drop(pursuit, other) > _OUTCLASSED * lost:
+    others = [other for other in pursuit.search.best(pursuit.request.trials) if unrecovered(other) not in done]
+    chosen = {detail for *_, kind, detail in pursuit.study.events() if kind == _CHOSEN}
+    for other in (plan, *others):
+        if unrecovered(other) in chosen - done:
+            return recoverer.heat([other])
+    if winners or not plan.blocks or lost * pursuit.limits.recovered < _AT_STAKE * pursuit.allowed_drop:
+        return plan
+    rivals, looked = [plan], 0
+    for other in others:
+        if (
+            len(rivals) == _HEATS
+            or looked == _LOOKS
+            or not recoverer.has_time_for_heats
+            or _candidate_drop(pursuit, other) > _OUTCLASSED * lost
+        ):
             break
-        is_new = unrecovered(other) not in done and other.blocks not in [rival.blocks for rival in rivals]
-        if is_new and other.blocks and pursuit.holds_aim(other):
-            rivals.append(other)
-    return recoverer.heat(rivals) if len(rivals) > 1 else plan
+        if other.blocks and other.blocks not in [rival.blocks for rival in rivals] and pursuit.may_hold_aim(other):
+            looked += 1
+            if pursuit.holds_aim(other):
+                rivals.append(other)
+    if len(rivals) == 1 or not recoverer.has_time_for_heats:
+        return plan
+    best = recoverer.heat(rivals)
+    pursuit.study.log(_CHOSEN, unrecovered(best))
+    return best
 
 
 def _candidate_drop(pursuit: Pursuit, plan: Plan) -> float:
@@ -224,7 +242,7 @@ def _validation_drop(bench: Workbench, plan: Plan, exported: Exported, confidenc
     split = bench.data.validation
     if exported.path is None or (split is None and bench.job.evaluate is None):
         return None, None
-    home = bench.home(plan).target
+    home = exported.target or bench.home(plan).target
     with Probe.open(home, exported.path, bench.graph.signature) as probe:
         if bench.job.evaluate is not None:
             lost = bench.lost(float(bench.job.evaluate(predictor(probe))))

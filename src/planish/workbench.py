@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -44,6 +44,8 @@ _EAGER = ("torch", "torch-compile")
 _VALUE_METRICS = ("rmse", "mae", "spearman", "cosine")
 _BATCH = 100
 _JUDGING = 2000
+WORTH_ITS_THREADS = 1.1
+"""More threads that make a call less than this many times as quick are not worth having: waking them depends on the machine's state."""
 _DRIFT = 0.1
 """A machine that has become this much quicker or slower is in another state. On virtual machines the waking of a second thread alone
 takes 0 or 100 µs for minutes on end, which moves a short net's ratio by a fifth."""
@@ -92,6 +94,7 @@ class Workbench:
         seed, events, clock: of the run.
         notes: sentences for the report.
         threads: how many torch computes with; put back when the workbench is left.
+        threads_allowed: of one call in a target.
     """
 
     job: Workload
@@ -107,6 +110,7 @@ class Workbench:
     eager: dict[str, Baseline] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     threads: Threads = field(default_factory=Threads)
+    threads_allowed: int = 1
     _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
     _judging: Split | None = None
     _quality: float | None = None
@@ -138,6 +142,15 @@ class Workbench:
     def home(self, plan: Plan) -> Baseline:
         """The original in the runtime that a plan is for."""
         return self.baselines[plan.target.partition(":")[0]]
+
+    def with_threads(self, target: Target) -> Baseline:
+        """The original as it was exported to a target's runtime, with that target's threads."""
+        known = self.baselines[target.runtime]
+        return replace(known, target=target, probe=Probe.open(target, known.path, self.graph.signature, timeout_s=300.0))
+
+    def most_threads(self, baseline: Baseline) -> Target:
+        """A baseline's target with as many threads as the run may use."""
+        return msgspec.structs.replace(baseline.target, threads=self.threads_allowed)
 
     @property
     def judging(self) -> Split | None:
@@ -316,6 +329,7 @@ def prepare(
     bench = Workbench(
         job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
     )
+    bench.threads_allowed = targets[0].threads
     try:
         with clock.stage("measuring the original"):
             _measure_original(bench, targets, compiled)
@@ -353,11 +367,23 @@ def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: boo
             bench.notes.append(f"{name} cannot run the original: {err}")
             del bench.eager[name]
     everyone = {**bench.baselines, **bench.eager}
-    timings = interleaved({name: baseline.probe for name, baseline in everyone.items()}, bench.example, seconds=1.0)
+    fewer = {(name, target): bench.with_threads(target) for name, b in bench.baselines.items() for target in b.target.thread_counts[:-1]}
+    probes: dict[object, Probe] = {name: baseline.probe for name, baseline in everyone.items()}
+    probes |= {key: baseline.probe for key, baseline in fewer.items()}
+    timings = interleaved(probes, bench.example, seconds=1.0)
     for name, baseline in everyone.items():
         baseline.timing = timings[name]
+    for (name, target), baseline in fewer.items():
+        baseline.timing = timings[name, target]
+        bench.baselines[name], slower = sorted((baseline, bench.baselines[name]), key=_median)
+        slower.probe.close()
     for baseline in bench.eager.values():
         baseline.probe.close()
+
+
+def _median(baseline: Baseline) -> float:
+    assert baseline.timing is not None
+    return baseline.timing.latency_s.median
 
 
 def _baseline(bench: Workbench, target: Target, wanted: list[Array]) -> Baseline:

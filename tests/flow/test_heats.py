@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import planish
 import replaying
 import small_jobs
 from planish import recovery, winners
+
+
+class Killed(BaseException):
+    """A run that ends here, whatever catches exceptions."""
 
 
 class _Block(nn.Module):
@@ -51,6 +56,8 @@ def _run(
     """A run whose heats end with these losses, in order; and what was recovered."""
     replaying.install(monkeypatch.setattr)
     monkeypatch.setattr(winners, "_AT_STAKE", changes.pop("at_stake", -1.0))
+    monkeypatch.setattr(recovery, "_FEWEST_SAMPLES", changes.pop("fewest", 1))
+    killed: bool = changes.pop("killed", False)
     done: list[_Recovered] = []
     before = recovery.recover
     left = iter(losses)
@@ -59,12 +66,16 @@ def _run(
         plan, _, stage = checkpoint.path.stem.partition("-")
         report = before(graph, teacher, job, data, settings, *arguments, checkpoint=checkpoint, **named)
         done.append(_Recovered(plan, stage, graph, report.samples))
+        if stage == "recovery" and killed:
+            raise Killed
         return dataclasses.replace(report, loss_after=next(left)) if stage == "heat" else report
 
     monkeypatch.setattr(recovery, "recover", recover)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = _Residual().eval()
+    if changes.pop("resumed", False):
+        return planish.resume(tmp_path / "net.planish", small_jobs.stripes_job(net)), done
     result = planish.optimize(
         small_jobs.stripes_job(net),
         "onnxruntime:cpu",
@@ -89,6 +100,30 @@ def test_the_rival_that_comes_closest_in_its_heat_is_recovered_to_the_end(tmp_pa
     assert result.plan is not None and result.plan.recovery.samples == heats[1].samples + last.samples
     assert result.plan.blocks
     assert "recovery heats" in result.summary.seconds
+
+
+@pytest.mark.parametrize(("losses", "winner"), [([math.nan, 2.0, 1.0], 2), ([1.0, math.nan, 2.0], 0)])
+def test_a_heat_that_ends_with_no_number_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], winner: int) -> None:
+    _, done = _run(tmp_path, monkeypatch, losses)
+    heats = [one for one in done if one.stage == "heat"]
+    (last,) = [one for one in done if one.stage == "recovery"]
+    assert last.plan == heats[winner if winner < len(heats) else 1].plan
+
+
+def test_a_heat_that_is_too_short_ends_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, done = _run(tmp_path, monkeypatch, [3.0], fewest=10**9)
+    assert [one.stage for one in done] == ["heat", "recovery"]
+    assert done[0].plan == done[1].plan
+
+
+def test_a_run_that_is_carried_on_keeps_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        _run(tmp_path, monkeypatch, [3.0, 1.0, 2.0], killed=True)
+    monkeypatch.undo()
+    result, done = _run(tmp_path, monkeypatch, [9.0], resumed=True)
+    assert [one.stage for one in done] == ["heat", "recovery"], "the heat's weights are taken from its checkpoint"
+    assert done[0].plan == done[1].plan
+    assert result.plan is not None and result.plan.recovery.samples == done[0].samples + done[1].samples
 
 
 @pytest.mark.parametrize("changes", [{"at_stake": 1e6}, {"time_limit": 60.0}])

@@ -16,6 +16,7 @@ from planish.errors import RuntimeFailed, UsageError
 from planish.measure import kernel_models, tables
 from planish.measure.kernel_models import build, recipe
 from planish.measure.kernels import Kernel
+from planish.measure.plausible import excess
 from planish.measure.probe import Process
 from planish.measure.tables import Table
 from planish.runtimes.contract import get_runtime
@@ -205,14 +206,14 @@ def test_the_cache_spares_measuring_and_keeps_apart_what_differs(fake):
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name], "no temporary file is left"
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b'{"a": "b", "c": NaN, "d": null}', b""])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b'{"a": "b", "c": NaN, "d": null}', b'{"x": 1.0, "{}": 2.0}', b""])
 def test_a_corrupted_cache_is_measured_again(fake, caplog, content):
     table = Table(Target("onnxruntime"), fake / "cache")
     table.path.parent.mkdir(parents=True)
     table.path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         assert Table(Target("onnxruntime"), fake / "cache").seconds([CONV])[0] == pytest.approx(2e-3)
-    if not content.startswith(b'{"a"'):
+    if not content.startswith((b'{"a"', b'{"x"')):
         assert "measuring again" in caplog.text
     assert all(isinstance(value, float) for value in json.loads(table.path.read_text()).values())
 
@@ -329,3 +330,48 @@ def test_a_kernel_that_was_disturbed_twice_is_found_by_others_of_its_kind(fake, 
     assert np.diff(found) == pytest.approx(np.full(len(kernels) - 1, np.diff(found).mean()), rel=0.02)
     assert visits[victim[0]] > 2
     assert sum(count > 2 for count in visits.values()) == 1, "nothing else is doubted"
+
+
+def test_an_interrupt_loses_no_figure_that_was_settled(fake, monkeypatch):
+    kernels = [_of("conv", ((1, 16, 8, 8),), (1, width, 8, 8), ((width, 16, 3, 3), (width,))) for width in range(8, 72, 8)]
+    visits = Counter()
+
+    def ask(self, do, timeout_s, path, **rest):
+        visits[path] += 1
+        if visits.total() == 2 * len(visits) - 1 > len(kernels):
+            raise KeyboardInterrupt
+        return {"cpu": [1e-5] * 3, "wall": [1e-5] * 3}
+
+    monkeypatch.setattr(FakeProcess, "ask", ask)
+    table = Table(Target("onnxruntime"), fake / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        table.seconds(kernels)
+    assert len(json.loads(table.path.read_text())) == len(visits) - 2
+
+
+def test_a_kernel_that_fails_on_its_second_visit_leaves_no_figure_of_one(fake, monkeypatch):
+    visits = Counter()
+
+    def ask(self, do, timeout_s, path, **rest):
+        visits[path] += 1
+        if visits[path] == 2:
+            raise RuntimeFailed("hung", "it took too long")
+        return {"cpu": [1e-5] * 3, "wall": [1e-5] * 3}
+
+    monkeypatch.setattr(FakeProcess, "ask", ask)
+    table = Table(Target("onnxruntime"), fake / "cache")
+    table.seconds([CONV])
+    assert table.failures() and json.loads(table.path.read_text()) == {}
+
+
+def test_work_counts_the_batch_and_a_transposed_convolutions_input():
+    """What takes as long as its work says is nowhere doubted, whatever the batch, the stride or the groups."""
+    kernels, seconds = [], []
+    for batch in (1, 32):
+        for width in range(8, 72, 8):
+            plain = _of("conv", ((batch, 16, 8, 8),), (batch, width, 8, 8), ((width, 16, 3, 3),))
+            up = _of("conv", ((batch, 16, 8, 8),), (batch, width, 16, 16), ((16, width, 2, 2),), transposed=1, stride=2)
+            apart = _of("conv", ((batch, width, 8, 8),), (batch, width, 8, 8), ((width, 1, 3, 3),), groups=width)
+            kernels += [plain, up, apart]
+            seconds += [64 * batch * width * 16 * 9, 64 * batch * width * 16 * 4, 1e3 * 64 * batch * width * 9]
+    assert excess(kernels, np.array(seconds) * 1e-9 + 1e-6) == pytest.approx(np.ones(len(kernels)), rel=0.03)

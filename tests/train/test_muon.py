@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from planish.train.muon import Muon, orthogonal
+from planish.data import Split
+from planish.graph.capture import capture
+from planish.train.loop import Settings, fit
+from planish.train.muon import Muon, convolved_weights, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 40), (2, 40, 6), (1, 5, 5)])
@@ -52,3 +56,46 @@ def test_with_a_decaying_rate_it_finds_the_filters() -> None:
         (torch.nn.functional.conv2d(x, weight) - wanted).square().mean().backward()
         optimizer.step()
     assert ((weight - filters).norm() / filters.norm()).item() < 0.02, "the weak channels' filters too"
+
+
+def test_the_memory_layout_changes_nothing() -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    made = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.nn.Parameter(start.clone().to(memory_format=layout))
+        weight.grad = gradient.clone().to(memory_format=layout)
+        Muon([weight], lr=0.1, weight_decay=0.1).step()
+        made.append(weight.detach().contiguous())
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_it_gets_dense_filters_alone() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = torch.nn.Conv2d(1, 8, 3)
+            self.apart = torch.nn.Conv2d(8, 8, 3, groups=8)
+            self.paired = torch.nn.Conv2d(8, 8, 1, groups=2)
+            self.up = torch.nn.ConvTranspose2d(8, 4, 2, 2)
+            self.place = torch.nn.Parameter(torch.zeros(1, 4, 1, 1))
+            self.head = torch.nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((self.up(self.paired(self.apart(self.stem(x)))) + self.place).mean((2, 3)))
+
+    net = Net()
+    graph = capture(net, (torch.zeros(2, 1, 9, 9),))
+    assert [tuple(weight.shape) for weight in convolved_weights(graph)] == [(8, 1, 3, 3), (8, 4, 2, 2)]
+    was = {name: tensor.clone() for name, tensor in graph.module.named_parameters()}
+    x = np.random.default_rng(0).normal(size=(64, 1, 9, 9)).astype(np.float32)
+    report = fit(
+        graph,
+        Split([x], None, 64),
+        lambda outputs, _: outputs[0].square().mean(),
+        Settings(64, optimizer="muon", batch_size=64, warm_up=0.0),
+    )
+    assert report.steps == 1 and report.optimizer == "muon"
+    change = {name: ((tensor - was[name]).norm() / was[name].norm()).item() for name, tensor in graph.module.named_parameters()}
+    for name in ("stem.weight", "up.weight"):
+        assert change[name] == pytest.approx(0.5 * 0.02 * 0.4, rel=0.05), "half of the schedule lies behind the middle of its only step"

@@ -8,7 +8,6 @@ import threading
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -124,7 +123,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Deployed:
 
     Args:
         path: the directory that `planish optimize` wrote.
-        threads: of one call; as many as it was measured with by default.
+        threads: of one call, at most: where fewer were as quick when it was made, it has those. As it was made by default.
 
     Raises:
         MissingFile: nothing is there.
@@ -136,9 +135,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Deployed:
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads: give a whole number of at least 1; got {threads!r}")
     artifact = open_artifact(path)
-    target = artifact.manifest.target
-    if threads is not None:
-        target = msgspec.structs.replace(target, threads=threads)
+    target = artifact.manifest.target_with(threads)
     runtime = get_runtime(target.runtime)
     notes = _differences(artifact, runtime.versions())
     session = runtime.open(artifact.model_path, artifact.signature, target)

@@ -44,6 +44,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         planish: the version of planish that wrote it.
         name: the workload's name.
         target: where it runs; `weight_range` and placement were chosen for these facts.
+        threads_tried: with more threads than the target's, up to this many, it was not clearly quicker.
         model: the file that the runtime opens.
         signature: what goes in and comes out; an axis that is a number here is static.
         plan: the plan's digest.
@@ -69,6 +70,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: dict[str, Entry]
     notes: tuple[str, ...] = ()
     job: dict[str, str] = {}
+    threads_tried: int = 0
+
+    def target_with(self, threads: int | None) -> Target:
+        """The target with at most `threads` where that many were tried (None: as it was measured), else with exactly so many."""
+        if threads is None:
+            return self.target
+        return msgspec.structs.replace(self.target, threads=min(threads, self.target.threads) if threads <= self.threads_tried else threads)
 
     def encode(self) -> bytes:
         """The bytes of `manifest.json`, with its own checksum filled in."""

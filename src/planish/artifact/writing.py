@@ -109,6 +109,7 @@ def write(
     plan: Plan,
     signature: Signature,
     target: Target,
+    threads_tried: int = 0,
     measurements: Mapping[str, Measurement],
     weights: Mapping[str, NDArray[np.generic]],
     files: Sequence[Path] = (),
@@ -128,6 +129,7 @@ def write(
         plan: what was done to the net.
         signature: what the model takes and gives.
         target: where it runs.
+        threads_tried: how many threads it was measured with at most; the target's by default.
         measurements: "original" and "optimized"; the optimized one's machine and versions become the manifest's.
         weights: parameters and buffers by name.
         files: further files that the model needs beside it (external data).
@@ -183,6 +185,7 @@ def write(
             planish=planish.__version__,
             name=name,
             target=target,
+            threads_tried=max(threads_tried, target.threads),
             model=model.name,
             signature=signature,
             plan=plan.digest,

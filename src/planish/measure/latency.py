@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -20,6 +21,8 @@ from planish.errors import UsageError
 from planish.measure.probe import Probe
 from planish.measurement import Estimate
 from planish.runtimes.contract import Array
+
+K = TypeVar("K", bound=Hashable)
 
 WIDEST = 0.10
 """An interval wider than this share of its median decides nothing: the estimate is not trustworthy."""
@@ -101,13 +104,13 @@ def middle(visits: Sequence[Estimate]) -> Estimate:
 
 
 def interleaved(
-    probes: Mapping[str, Probe],
-    flat: list[Array] | Mapping[str, list[Array]],
+    probes: Mapping[K, Probe],
+    flat: list[Array] | Mapping[K, list[Array]],
     seconds: float = 2.0,
     min_rounds: int = 11,
     block_s: float | None = None,
     progress: Callable[[float], None] | None = None,
-) -> dict[str, Timing]:
+) -> dict[K, Timing]:
     """Time several models against each other.
 
     Args:
@@ -125,8 +128,8 @@ def interleaved(
     inputs = {name: flat[name] if isinstance(flat, Mapping) else flat for name in probes}
     block = block_s or min(0.25, max(0.01, seconds / (2 * min_rounds)))
     warm = {name: warm_up(probe, inputs[name], block, seconds) for name, probe in probes.items()}
-    wall: dict[str, list[float]] = {name: [] for name in probes}
-    cpu: dict[str, list[float]] = {name: [] for name in probes}
+    wall: dict[K, list[float]] = {name: [] for name in probes}
+    cpu: dict[K, list[float]] = {name: [] for name in probes}
     n = max(min_rounds, math.ceil(seconds / block))
     order = list(probes)
     end = time.monotonic() + 3 * seconds * len(order)
@@ -150,7 +153,7 @@ def _timing(wall: list[float], cpu: list[float], warm: int) -> Timing:
     return replace(timing, latency_s=msgspec.structs.replace(timing.latency_s, trustworthy=is_sure))
 
 
-def _rotated(order: Sequence[str], i: int) -> list[str]:
+def _rotated(order: Sequence[K], i: int) -> list[K]:
     """The order of round `i`: rotated by one each round, and reversed in every second cycle, so that no probe always follows the same."""
     shift, cycle = i % len(order), i // len(order)
     rotated = [*order[shift:], *order[:shift]]

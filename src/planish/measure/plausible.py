@@ -33,7 +33,8 @@ def excess(kernels: Sequence[Kernel], seconds: NDArray[np.float64]) -> NDArray[n
     alike: dict[object, list[int]] = defaultdict(list)
     for i, kernel in enumerate(kernels):
         if seconds[i] > 0:
-            alike[kernel.kind, kernel.precision, dict(kernel.attributes).get("op")].append(i)
+            known = dict(kernel.attributes)
+            alike[kernel.kind, kernel.precision, known.get("op"), known.get("transposed", 0), known.get("groups", 1) != 1].append(i)
     for rows in alike.values():
         if len(rows) >= _FEWEST:
             out[rows] = _excess(np.array([_work(kernels[i]) for i in rows]), seconds[rows])
@@ -57,7 +58,8 @@ def _work(kernel: Kernel) -> list[float]:
     written, parameters = math.prod(kernel.output), sum(math.prod(shape) for shape in kernel.weights)
     products = 0.0
     if kernel.weights and kernel.kind == "conv":
-        products = math.prod(kernel.weights[0]) * math.prod(kernel.output[2:])
+        at = kernel.inputs[0] if dict(kernel.attributes).get("transposed") else kernel.output
+        products = math.prod(kernel.weights[0]) * at[0] * math.prod(at[2:])
     elif kernel.weights:
         products = math.prod(kernel.weights[0]) * math.prod(kernel.output[:-1])
     elif kernel.kind in ("matmul", "attention"):

@@ -6,6 +6,7 @@ What a kernel is, with the shapes and attributes of each kind, is said in `kerne
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -48,7 +49,7 @@ class Table:
     With one thread a figure is CPU time, so that other processes disturb it less; with more it is wall time, since idle workers burn
     CPU too. A kernel is visited at least twice, with all others in between, and up to five times until its two lowest figures agree; a
     visit's figure is a low percentile of at least 15 calls. The lowest counts: what the kernel takes when nothing comes between. One that
-    is slower than others of its kind suggest is visited five times, whether its figures agree or not.
+    is slower than others of its kind suggest is visited again even so, up to five times.
     Virtual machines have slow states that last for seconds: figures of one visit were up to 1.8 times too high in a quarter of cases.
 
     Args:
@@ -69,6 +70,7 @@ class Table:
         name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}-{FORMAT}.json"
         self.path = (cache_dir or cache.cache_folder()) / "tables" / name
         self._known: dict[str, float] = {}
+        self._models: dict[str, Kernel] = {}
         self._provisional: set[str] = set()
         self._failed: dict[str, str] = {}
         self._process: Process | None = None
@@ -77,8 +79,11 @@ class Table:
     def _merge(self) -> None:
         """Take over what the cache holds, also from processes that wrote meanwhile."""
         for key, value in cache.read(self.path).items():
-            if isinstance(value, float) and math.isfinite(value):
-                self._known.setdefault(key, value)
+            if key in self._known or not (isinstance(value, float) and math.isfinite(value)):
+                continue
+            with contextlib.suppress(msgspec.MsgspecError):  # what is no kernel, or one of another version, has no use
+                self._models[key] = msgspec.json.decode(key, type=Kernel)
+                self._known[key] = value
 
     def seconds(
         self, kernels: Sequence[Kernel], progress: Callable[[float], None] | None = None, deadline: float | None = None
@@ -86,7 +91,7 @@ class Table:
         """Seconds of each kernel, at least 0; NaN where it cannot be measured (`failures` says why).
 
         Args:
-            kernels: any; those that are not known yet are measured, about 0.2 s each.
+            kernels: any; those that are not known yet are measured, about 0.3 s each.
             progress: called now and then with the share that is done.
             deadline: `time.monotonic()` seconds after which nothing more is measured; what is then unknown is NaN.
         """
@@ -108,27 +113,32 @@ class Table:
         generator = np.random.default_rng(0)
         visits: dict[str, list[float]] = {key: [] for key in wanted}
         done, saved = 0, time.monotonic()
+        self._models |= wanted
         self._provisional |= wanted.keys()
         while waiting := self._waiting(visits):
+            self._provisional |= set(waiting)
             for key in generator.permutation(np.array(waiting, dtype=object)):
                 if time.monotonic() > deadline:
-                    self._provisional -= wanted.keys() - set(self._waiting(visits))
+                    self._provisional |= set(self._waiting(visits))
                     return
                 figure = self._measure(key, wanted[key])
                 if figure is not None:
                     visits[key].append(figure)
                     self._known[key] = min(visits[key])
+                    if _is_settled(visits[key]) or len(visits[key]) == _MOST_VISITS:
+                        self._provisional.discard(key)
                 done += 1
                 progress(min(1.0, done / (_VISITS * len(wanted))))
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     self._save()
                     saved = time.monotonic()
-        self._provisional -= wanted.keys()
 
     def _waiting(self, visits: Mapping[str, list[float]]) -> list[str]:
         """Kernels that must be visited again: visits disagree, or others of their kind suggest less (they may have been disturbed twice)."""
-        everything = [msgspec.json.decode(key, type=Kernel) for key in self._known]
-        above = dict(zip(self._known, excess(everything, np.array(list(self._known.values()))), strict=True))
+        names = list(self._known)
+        above = dict(
+            zip(names, excess([self._models[name] for name in names], np.array([self._known[name] for name in names])), strict=True)
+        )
         return [
             key
             for key, figures in visits.items()

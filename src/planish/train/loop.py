@@ -17,7 +17,7 @@ from planish.graph.graph import Graph
 from planish.graph.modes import set_mode, short_name
 from planish.train.averaging import Average, write_
 from planish.train.checkpoint import Checkpoint
-from planish.train.muon import Muon
+from planish.train.muon import Muon, convolved_weights
 from planish.train.norms import has_batch_norm, recalibrate_batch_norm
 from planish.train.precision import Arithmetic, choose
 from planish.train.schedule import Schedule
@@ -38,7 +38,7 @@ class Settings:
         samples: training samples to see; several epochs of a smaller split.
         learning_rate: the peak for SGD at `batch_size`; AdamW takes `adamw_ratio` of it, Muon `muon_ratio`.
         batch_size: samples in a step.
-        optimizer: "sgd" (Nesterov, momentum 0.9), "muon" (Muon for convolutions, SGD for the rest), "adamw", or "auto": Muon where the
+        optimizer: "sgd" (Nesterov, momentum 0.9), "muon" (Muon for the filters of dense convolutions, SGD for the rest), "adamw", or "auto": Muon where the
             program has batch norm, AdamW elsewhere.
         weight_decay: of weights with two or more axes; norms and biases have none.
         adamw_ratio: AdamW's peak rate over SGD's: 0.02 gives 4e-4, a usual rate for fine-tuning small Transformers.
@@ -301,7 +301,7 @@ class _Run:
         if self.name not in ("sgd", "muon", "adamw"):
             raise ValueError(f"optimizer: must be 'sgd', 'muon', 'adamw' or 'auto'; got {self.name!r}")
         rate, decay = self.settings.learning_rate, self.settings.weight_decay
-        filters = [p for p in self.parameters if self.name == "muon" and p.dim() > 2 and p.shape[1] > 1]  # depthwise ones are no matrices
+        filters = [p for p in convolved_weights(self.graph) if any(p is other for other in self.parameters)] if self.name == "muon" else []
         rest = [p for p in self.parameters if not any(p is other for other in filters)]
         weights, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
         groups = [{"params": some, "weight_decay": share} for some, share in ((weights, decay), (others, 0.0)) if some]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from planish.graph.facts import arguments
+from planish.graph.graph import Graph
+from planish.graph.interpret import attribute
+from planish.graph.modes import short_name
+
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: the steepest slope at zero
 _ITERATIONS = 3  # five leave the same drop (ResNet-20, 75,000 images)
+_LEAST_SCALE = 1e-4  # of a weight's numbers, so that one that is all zero can move
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 class Muon(torch.optim.Optimizer):
@@ -21,7 +29,7 @@ class Muon(torch.optim.Optimizer):
         momentum: Nesterov's.
         weight_decay: times `lr`: what a step takes from the weight itself.
 
-    `torch.optim.Muon` takes matrices only, and steps of one length: on ResNet-20 they left 10 to 20 % more of the loss than these.
+    `torch.optim.Muon` takes matrices only, and has steps of one length, which left 7 to 12 % more of the loss (decision 012).
 
     References: Jordan et al. 2024 ("Muon"); the relative length: You, Gitman and Ginsburg 2017 (LARS).
     """
@@ -38,15 +46,35 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     alike.setdefault(weight.shape, []).append(weight)
-            for shape, weights in alike.items():
-                gradients = torch.stack([weight.grad.reshape(shape[0], -1) for weight in weights if weight.grad is not None])
-                state = self.state[weights[0]]
-                velocity = state.setdefault("velocity", torch.zeros_like(gradients))
-                velocity.mul_(group["momentum"]).add_(gradients)
-                directions = orthogonal(gradients.add_(velocity, alpha=group["momentum"]))
+            for weights in alike.values():
+                directions = orthogonal(torch.stack([self._pushed(weight, group["momentum"]) for weight in weights]))
                 for weight, direction in zip(weights, directions, strict=True):
-                    length = group["lr"] * weight.norm() / direction.norm().clamp(min=1e-12)
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_((direction * length).view(shape))
+                    norm = weight.norm().clamp(min=_LEAST_SCALE * math.sqrt(weight.numel()))
+                    length = group["lr"] * norm / direction.norm().clamp(min=1e-12)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_((direction * length).view(weight.shape))
+
+    def _pushed(self, weight: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum, [rows, columns]."""
+        assert weight.grad is not None
+        gradient = weight.grad.reshape(len(weight), -1)
+        if "velocity" not in self.state[weight]:
+            self.state[weight]["velocity"] = torch.zeros_like(gradient)
+        velocity: Tensor = self.state[weight]["velocity"].mul_(momentum).add_(gradient)
+        return gradient + momentum * velocity
+
+
+def convolved_weights(graph: Graph) -> list[Tensor]:
+    """The filters of a graph's convolutions, each once, behind fake quantization too; grouped ones are many matrices and left out."""
+    found: dict[str, Tensor] = {}
+    for node in graph.module.graph.nodes:
+        if short_name(node) not in _CONVOLUTIONS or arguments(node)["groups"] != 1:
+            continue
+        source = arguments(node)["weight"]
+        while source.op == "call_function":
+            source = source.args[0]
+        if source.op == "get_attr":
+            found[str(source.target)] = attribute(graph.module, str(source.target))
+    return list(found.values())
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
