@@ -52,7 +52,7 @@ def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -
 def _common(function: F) -> F:
     """The options that every command takes."""
     for option in (
-        click.option("--threads", type=click.IntRange(1, 1024), help="Threads of one call; all cores by default."),
+        click.option("--threads", type=click.IntRange(1, 1024), help="Threads of one call, at most; all cores by default."),
         click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks."),
         click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of everything random."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, everything else on stderr."),

@@ -199,8 +199,8 @@ def _opened(bench: Workbench, plan: Plan, path: Path) -> Iterator[dict[Target, P
 
 def _timed(bench: Workbench, probes: Mapping[Target, Probe], seconds: float) -> tuple[dict[Target | None, Timing], Target]:
     """Timings beside the original's (None), and the target whose threads are worth having."""
-    original: dict[Target | None, Probe] = {None: bench.best.living_probe(bench.graph.signature)}
-    everyone = original | {target: probe for target, probe in probes.items()}
+    names: list[Target | None] = [*probes, None]
+    everyone = dict(zip(names, [*probes.values(), bench.best.living_probe(bench.graph.signature)], strict=True))
     timings = interleaved(everyone, bench.example, seconds=seconds)
     if not bench.is_as_before(timings[None]):
         timings = interleaved(everyone, bench.example, seconds=seconds)
