@@ -76,6 +76,10 @@ def _message(err: Exception) -> str:
     return said if isinstance(err, PlanishError) else f"{type(err).__name__}: {said}"
 
 
+_FEWEST_KEPT, _KEPT_THREADS = 16, 800
+"""How many kernels stay open: each has threads of its own."""
+
+
 class _Server:
     """The requests that `main` answers, one method each; arguments and results are JSON."""
 
@@ -83,6 +87,7 @@ class _Server:
         self._session: Session | None = None
         self._signature: Signature | None = None
         self._call: Callable[[], object] | None = None
+        self._kernels: dict[str, tuple[Session, Callable[[], object]]] = {}
 
     def open(self, target: dict[str, Any], path: str, signature: dict[str, Any], memory_limit_bytes: int | None) -> None:
         if memory_limit_bytes is not None:
@@ -107,14 +112,18 @@ class _Server:
     def kernel(
         self, target: dict[str, Any], path: str, signature: dict[str, Any], min_seconds: float, min_calls: int
     ) -> dict[str, list[float]]:
-        """Open, time and close one small model of fixed shapes on inputs of its own."""
-        spec = msgspec.convert(signature, Signature)
-        session = _open(msgspec.convert(target, Target), path, spec)
-        call = session.bind(example(spec))
+        """Time one small model of fixed shapes on inputs of its own. It stays open: opening takes longer than a visit."""
+        place = msgspec.convert(target, Target)
+        if path not in self._kernels:
+            while len(self._kernels) >= max(_FEWEST_KEPT, _KEPT_THREADS // place.threads):
+                self._kernels.pop(next(iter(self._kernels)))[0].close()
+            spec = msgspec.convert(signature, Signature)
+            session = _open(place, path, spec)
+            self._kernels[path] = session, session.bind(example(spec))
+        call = self._kernels[path][1]
         for _ in range(3):
             call()
         wall, cpu = timed(call, min_seconds, min_calls, 100_000)
-        session.close()
         return {"wall": wall, "cpu": cpu}
 
     def peaks(self, seconds: float, threads: int) -> dict[str, Any]:

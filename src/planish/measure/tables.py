@@ -32,9 +32,9 @@ __all__ = ["Kernel", "Table"]
 
 FORMAT = 3
 """Part of the cache's file name: raise it whenever `kernel_models.py` builds other models for the same kernel."""
-_SECONDS, _CALLS, _TIMEOUT_S, _SAVE_EVERY_S = 0.03, 15, 60.0, 5.0
+_SECONDS, _CALLS, _TIMEOUT_S, _SAVE_EVERY_S = 0.012, 15, 60.0, 5.0
 _PERCENTILE = 15
-_VISITS, _MOST_VISITS = 2, 5
+_VISITS, _MOST_VISITS = 2, 7
 _AGREE = 1.06
 """Two visits that differ by less agree on what a kernel takes on a quiet machine."""
 
@@ -47,9 +47,9 @@ class Table:
     """Seconds of kernels in one target, on this machine. Figures that are not in the cache are measured in one child process.
 
     With one thread a figure is CPU time, so that other processes disturb it less; with more it is wall time, since idle workers burn
-    CPU too. A kernel is visited at least twice, with all others in between, and up to five times until its two lowest figures agree; a
+    CPU too. A kernel is visited at least twice, with all others in between, and up to seven times until its two lowest figures agree; a
     visit's figure is a low percentile of at least 15 calls. The lowest counts: what the kernel takes when nothing comes between. One that
-    is slower than others of its kind suggest is visited again even so, up to five times.
+    is slower than others of its kind suggest is visited again even so.
     Virtual machines have slow states that last for seconds: figures of one visit were up to 1.8 times too high in a quarter of cases.
 
     Args:
