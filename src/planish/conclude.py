@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -150,25 +152,33 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     original = _Side(best, best.path, best.probe, bench.graph, bench.analysis, frozenset())
     if bench.data.judged[0] == "test":
         study.log(LOOKED)
-    if winner is None or winner.exported.path is None:
-        return _compare(bench, request, pursuit, original, None, None)
-    home = _home(bench, winner)
-    with Probe.open(home.target, winner.exported.path, winner.final.signature) as probe:
+    with contextlib.ExitStack() as stack:
+        originals = [original]
+        for target in best.target.thread_counts[:-1]:
+            probe = stack.enter_context(Probe.open(target, best.path, bench.graph.signature, timeout_s=300.0))
+            originals.append(replace(original, baseline=replace(best, target=target), probe=probe))
+        if winner is None or winner.exported.path is None:
+            return _compare(bench, request, pursuit, originals, None, None)
+        home = _home(bench, winner)
+        probe = stack.enter_context(Probe.open(home.target, winner.exported.path, winner.final.signature))
         int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
         side = _Side(home, winner.exported.path, probe, winner.final, winner.analysis, int8)
-        return _compare(bench, request, pursuit, original, side, winner)
+        return _compare(bench, request, pursuit, originals, side, winner)
 
 
-def _settled(bench: Workbench, probes: dict[str, Probe]) -> dict[str, Timing]:
-    """The final timing: taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed.
+def _settled(bench: Workbench, originals: Sequence[_Side], optimized: _Side | None) -> tuple[_Side, Timing, Timing | None]:
+    """The final timing, of the original with the number of threads that suits it now, and of the optimized net: taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed.
 
     It stays within the run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
     """
+    probes = dict(enumerate(side.probe for side in (*originals, *([optimized] if optimized else []))))
     for attempt in range(_ATTEMPTS):
         began = bench.clock.elapsed_s
         timings = interleaved(probes, bench.example, seconds=_SECONDS)
-        is_sure = len(probes) < 2 or ratio(timings["optimized"], timings["original"]).trustworthy
-        if is_sure and bench.is_as_before(timings["original"]):
+        quickest = min(range(len(originals)), key=lambda i: timings[i].latency_s.median)
+        last = timings[len(originals)] if optimized else None
+        is_sure = last is None or ratio(last, timings[quickest]).trustworthy
+        if is_sure and bench.is_as_before(timings[0]):
             break
         taken = bench.clock.elapsed_s - began
         if attempt + 1 < _ATTEMPTS and bench.clock.left_s > 2 * taken + _PAUSE_S:
@@ -176,20 +186,19 @@ def _settled(bench: Workbench, probes: dict[str, Probe]) -> dict[str, Timing]:
             time.sleep(_PAUSE_S)
         else:
             break
-    return timings
+    return originals[quickest], timings[quickest], last
 
 
 def _compare(
-    bench: Workbench, request: Request, pursuit: Pursuit, original: _Side, optimized: _Side | None, winner: Winner | None
+    bench: Workbench, request: Request, pursuit: Pursuit, originals: Sequence[_Side], optimized: _Side | None, winner: Winner | None
 ) -> tuple[Summary, list[Array]]:
-    probes = {"original": original.probe} | ({"optimized": optimized.probe} if optimized else {})
-    timings = _settled(bench, probes)
+    original, first_timing, second_timing = _settled(bench, originals, optimized)
     name, split = bench.data.judged
     first = bench.predict(original.baseline, name, split) if split is not None and bench.job.evaluate is None else None
     second = outputs_of(optimized.probe, split) if first is not None and split is not None and optimized else first
-    before = _measurement(bench, original, timings["original"], name, first)
-    after = _measurement(bench, optimized, timings["optimized"], name, second) if optimized else before
-    latency = ratio(timings["optimized"], timings["original"]) if optimized else Estimate(1.0, 1.0, 1.0, before.latency_s.n)
+    before = _measurement(bench, original, first_timing, name, first)
+    after = _measurement(bench, optimized, second_timing, name, second) if optimized and second_timing else before
+    latency = ratio(second_timing, first_timing) if second_timing else Estimate(1.0, 1.0, 1.0, before.latency_s.n)
     lost: float | None = None
     lost_interval: tuple[float, float] | None = None
     if bench.job.evaluate is not None:
@@ -361,7 +370,7 @@ def _write(
         plan=summary.plan or Plan(summary.target, seed=request.seed),
         signature=graph.signature,
         target=home.target,
-        threads_tried=bench.threads_allowed,
+        threads_tried=request.threads,
         measurements={"original": summary.original, "optimized": summary.optimized},
         weights=weights,
         files=[file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path],

@@ -193,7 +193,7 @@ def measure_again(bench: Workbench, plan: Plan, path: Path, seconds: float = 0.8
 def _opened(bench: Workbench, plan: Plan, path: Path) -> Iterator[dict[Target, Probe]]:
     """An exported model in its target with each number of threads that may be the best."""
     with contextlib.ExitStack() as stack:
-        targets = bench.most_threads(bench.home(plan)).thread_counts
+        targets = bench.home(plan).target.thread_counts
         yield {target: stack.enter_context(Probe.open(target, path, bench.graph.signature, timeout_s=300.0)) for target in targets}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -94,7 +94,6 @@ class Workbench:
         seed, events, clock: of the run.
         notes: sentences for the report.
         threads: how many torch computes with; put back when the workbench is left.
-        threads_allowed: of one call in a target.
     """
 
     job: Workload
@@ -110,7 +109,6 @@ class Workbench:
     eager: dict[str, Baseline] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     threads: Threads = field(default_factory=Threads)
-    threads_allowed: int = 1
     _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
     _judging: Split | None = None
     _quality: float | None = None
@@ -142,15 +140,6 @@ class Workbench:
     def home(self, plan: Plan) -> Baseline:
         """The original in the runtime that a plan is for."""
         return self.baselines[plan.target.partition(":")[0]]
-
-    def with_threads(self, target: Target) -> Baseline:
-        """The original as it was exported to a target's runtime, with that target's threads."""
-        known = self.baselines[target.runtime]
-        return replace(known, target=target, probe=Probe.open(target, known.path, self.graph.signature, timeout_s=300.0))
-
-    def most_threads(self, baseline: Baseline) -> Target:
-        """A baseline's target with as many threads as the run may use."""
-        return msgspec.structs.replace(baseline.target, threads=self.threads_allowed)
 
     @property
     def judging(self) -> Split | None:
@@ -329,7 +318,6 @@ def prepare(
     bench = Workbench(
         job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
     )
-    bench.threads_allowed = targets[0].threads
     try:
         with clock.stage("measuring the original"):
             _measure_original(bench, targets, compiled)
@@ -367,23 +355,11 @@ def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: boo
             bench.notes.append(f"{name} cannot run the original: {err}")
             del bench.eager[name]
     everyone = {**bench.baselines, **bench.eager}
-    fewer = {(name, target): bench.with_threads(target) for name, b in bench.baselines.items() for target in b.target.thread_counts[:-1]}
-    probes: dict[object, Probe] = {name: baseline.probe for name, baseline in everyone.items()}
-    probes |= {key: baseline.probe for key, baseline in fewer.items()}
-    timings = interleaved(probes, bench.example, seconds=1.0)
+    timings = interleaved({name: baseline.probe for name, baseline in everyone.items()}, bench.example, seconds=1.0)
     for name, baseline in everyone.items():
         baseline.timing = timings[name]
-    for (name, target), baseline in fewer.items():
-        baseline.timing = timings[name, target]
-        bench.baselines[name], slower = sorted((baseline, bench.baselines[name]), key=_median)
-        slower.probe.close()
     for baseline in bench.eager.values():
         baseline.probe.close()
-
-
-def _median(baseline: Baseline) -> float:
-    assert baseline.timing is not None
-    return baseline.timing.latency_s.median
 
 
 def _baseline(bench: Workbench, target: Target, wanted: list[Array]) -> Baseline:
