@@ -30,7 +30,7 @@ from planish.plan import Plan
 from planish.pursuit import Pursuit
 from planish.result import Result, Summary
 from planish.study.store import CONCLUDED, LOOKED, Study
-from planish.trial import drop, module_outputs_of_example
+from planish.trial import drop, module_outputs_of_example, opened
 from planish.verdict import judge_budget
 from planish.winners import Winner
 from planish.workbench import Array, Baseline, Workbench, outputs_of, predictor, sqnr_db
@@ -153,10 +153,8 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     if bench.data.judged[0] == "test":
         study.log(LOOKED)
     with contextlib.ExitStack() as stack:
-        originals = [original]
-        for target in best.target.thread_counts[:-1]:
-            probe = stack.enter_context(Probe.open(target, best.path, bench.graph.signature, timeout_s=300.0))
-            originals.append(replace(original, baseline=replace(best, target=target), probe=probe))
+        fewer = stack.enter_context(opened(bench, best.target.thread_counts[:-1], best.path))
+        originals = [original, *(replace(original, baseline=replace(best, target=t), probe=probe) for t, probe in fewer.items())]
         if winner is None or winner.exported.path is None:
             return _compare(bench, request, pursuit, originals, None, None)
         home = _home(bench, winner)
@@ -167,9 +165,9 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
 
 
 def _settled(bench: Workbench, originals: Sequence[_Side], optimized: _Side | None) -> tuple[_Side, Timing, Timing | None]:
-    """The final timing, of the original with the number of threads that suits it now, and of the optimized net: taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed.
+    """The final timing, of the original with the number of threads that suits it now, and of the optimized net.
 
-    It stays within the run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
+    It is taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed. It stays within the run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
     """
     probes = dict(enumerate(side.probe for side in (*originals, *([optimized] if optimized else []))))
     for attempt in range(_ATTEMPTS):

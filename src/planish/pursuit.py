@@ -180,8 +180,7 @@ class Pursuit:
             if candidate is None or tried is None or candidate.evidence.quality_drop is None:
                 return False
             costs = self.believed(plan, tried.evidence).costs
-            is_inside = all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
-            return is_inside and candidate.evidence.quality_drop * self.limits.recovered <= _COMFORT * self.allowed_drop
+            return self._is_near_aim(costs) and candidate.evidence.quality_drop * self.limits.recovered <= _COMFORT * self.allowed_drop
         return False
 
     def settle(self) -> bool:
@@ -363,6 +362,9 @@ class Pursuit:
             return True
         return False
 
+    def _is_near_aim(self, costs: Mapping[str, float]) -> bool:
+        return all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
+
     def may_hold_aim(self, plan: Plan) -> bool:
         """Whether tables and trials do not say that a plan costs clearly more than what is aimed at."""
         expected = self._expected(plan)
@@ -374,8 +376,7 @@ class Pursuit:
             self.try_plan(plan)
         found = self._evidence[plan.digest, "trial"][1]
         costs = self.believed(plan, found).costs
-        is_inside = not found.failed and all(costs.get(quantity, 0.0) <= _NEAR * limit for quantity, limit in self._aimed().items())
-        return is_inside and ("latency" not in self.bounds or self.look_again(plan))
+        return not found.failed and self._is_near_aim(costs) and ("latency" not in self.bounds or self.look_again(plan))
 
     def look_again(self, plan: Plan) -> bool:
         """Measure a tried plan once more; whether it still holds what is aimed at.

@@ -105,10 +105,8 @@ class Recoverer:
             heat = _Heat(compressed, report.samples, math.inf if report.diverged or math.isnan(report.loss_after) else report.loss_after)
             self.bench.events.say(f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {heat.loss:.3g} from the original")
             if best is None:
-                samples, seconds = (
-                    max(1, heat.samples),
-                    2 * seconds,
-                )  # most of the teacher's outputs are known now, but the machine may change
+                # most of the teacher's outputs are known from now on, but the machine may become slower
+                samples, seconds = max(1, heat.samples), 2 * seconds
                 fewest = math.ceil(_ALIKE * samples)
             if best is None or (heat.loss < best.loss and heat.samples >= fewest):
                 best = heat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path,
     folder.mkdir(parents=True)
     try:
         path = baseline.runtime.export(graph, folder)
-        with _opened(bench, plan, path) as probes:
+        with opened(bench, baseline.target.thread_counts, path) as probes:
             timings, target = _timed(bench, probes, seconds)
             return Exported(
                 Outcome("measured"),
@@ -184,16 +184,15 @@ def measure_again(bench: Workbench, plan: Plan, path: Path, seconds: float = 0.8
     Raises:
         RuntimeFailed: it cannot be measured.
     """
-    with _opened(bench, plan, path) as probes:
+    with opened(bench, bench.home(plan).target.thread_counts, path) as probes:
         timings, target = _timed(bench, probes, seconds)
     return ratio(timings[target], timings[None])
 
 
 @contextlib.contextmanager
-def _opened(bench: Workbench, plan: Plan, path: Path) -> Iterator[dict[Target, Probe]]:
-    """An exported model in its target with each number of threads that may be the best."""
+def opened(bench: Workbench, targets: Sequence[Target], path: Path) -> Iterator[dict[Target, Probe]]:
+    """An exported model in each of several targets: one with each number of threads that may be the best, say."""
     with contextlib.ExitStack() as stack:
-        targets = bench.home(plan).target.thread_counts
         yield {target: stack.enter_context(Probe.open(target, path, bench.graph.signature, timeout_s=300.0)) for target in targets}
 
 

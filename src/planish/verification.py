@@ -23,7 +23,6 @@ from planish.measure.probe import Probe
 from planish.measurement import Estimate, Measurement
 from planish.runtimes.contract import Array
 from planish.signature import Signature
-from planish.target import Target
 
 if TYPE_CHECKING:
     from planish.data import Split
@@ -103,7 +102,7 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
     events.stage("checking every file")
     artifact = open_artifact(path)
     claimed = artifact.measurements["optimized"]
-    target = _target(artifact, threads)
+    target = artifact.manifest.target_with(threads)
     kept = artifact.check_arrays()
     findings: list[str] = []
     holds = True
@@ -161,10 +160,6 @@ def _timed(probe: Probe, flat: list[Array], limit_s: float) -> Timing:
         if timing.latency_s.low <= limit_s:
             break
     return timing
-
-
-def _target(artifact: Artifact, threads: int | None) -> Target:
-    return artifact.manifest.target_with(threads)
 
 
 def _example(artifact: Artifact, job: Workload | None) -> list[Any]:
@@ -311,7 +306,7 @@ def bench(
             try:
                 for artifact in artifacts:
                     try:
-                        probe = Probe.open(_target(artifact, count), artifact.model_path, artifact.signature)
+                        probe = Probe.open(artifact.manifest.target_with(count), artifact.model_path, artifact.signature)
                     except RuntimeFailed as err:
                         rows.append(BenchRow(name=str(artifact.path), target=artifact.manifest.target.name, outcome=str(err)))
                         continue

@@ -31,6 +31,9 @@ from planish.target import Target
 
 Request = dict[str, Any]
 
+_FEWEST_KEPT, _KEPT_THREADS = 16, 800
+"""How many kernels stay open: each has threads of its own."""
+
 
 def main() -> None:
     """Answer requests from standard input until it ends or a request says "close"."""
@@ -74,10 +77,6 @@ def _message(err: Exception) -> str:
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     said = lines[0][:400] if lines else ""
     return said if isinstance(err, PlanishError) else f"{type(err).__name__}: {said}"
-
-
-_FEWEST_KEPT, _KEPT_THREADS = 16, 800
-"""How many kernels stay open: each has threads of its own."""
 
 
 class _Server:

@@ -37,8 +37,6 @@ _PERCENTILE = 15
 _VISITS, _MOST_VISITS = 2, 7
 _AGREE = 1.06
 """Two visits that differ by less agree on what a kernel takes on a quiet machine."""
-
-
 _EXCESS = 1.12
 """Above what other kernels of its kind suggest by this factor, a figure is doubted."""
 
@@ -114,7 +112,6 @@ class Table:
         visits: dict[str, list[float]] = {key: [] for key in wanted}
         done, saved = 0, time.monotonic()
         self._models |= wanted
-        self._provisional |= wanted.keys()
         while waiting := self._waiting(visits):
             self._provisional |= set(waiting)
             for key in generator.permutation(np.array(waiting, dtype=object)):

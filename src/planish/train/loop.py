@@ -38,8 +38,8 @@ class Settings:
         samples: training samples to see; several epochs of a smaller split.
         learning_rate: the peak for SGD at `batch_size`; AdamW takes `adamw_ratio` of it, Muon `muon_ratio`.
         batch_size: samples in a step.
-        optimizer: "sgd" (Nesterov, momentum 0.9), "muon" (Muon for the filters of dense convolutions, SGD for the rest), "adamw", or "auto": Muon where the
-            program has batch norm, AdamW elsewhere.
+        optimizer: "sgd" (Nesterov, momentum 0.9), "muon" (Muon for the filters of dense convolutions, SGD for the rest), "adamw", or
+            "auto": Muon where the program has batch norm, AdamW elsewhere.
         weight_decay: of weights with two or more axes; norms and biases have none.
         adamw_ratio: AdamW's peak rate over SGD's: 0.02 gives 4e-4, a usual rate for fine-tuning small Transformers.
         muon_ratio: Muon's peak rate over SGD's. 0.4 with 0.02: a step of at most 0.8 % of a weight's norm.

@@ -13,11 +13,11 @@ from planish.graph.facts import arguments
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 from planish.graph.modes import short_name
+from planish.graph.operators import KINDS
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: the steepest slope at zero
 _ITERATIONS = 3  # five leave the same drop (ResNet-20, 75,000 images)
 _LEAST_SCALE = 1e-4  # of a weight's numbers, so that one that is all zero can move
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 class Muon(torch.optim.Optimizer):
@@ -67,7 +67,7 @@ def convolved_weights(graph: Graph) -> list[Tensor]:
     """The filters of a graph's convolutions, each once, behind fake quantization too; grouped ones are many matrices and left out."""
     found: dict[str, Tensor] = {}
     for node in graph.module.graph.nodes:
-        if short_name(node) not in _CONVOLUTIONS or arguments(node)["groups"] != 1:
+        if short_name(node) not in KINDS["conv"] or arguments(node)["groups"] != 1:
             continue
         source = arguments(node)["weight"]
         while source.op == "call_function":
