@@ -31,7 +31,7 @@ _CHOSEN = "chosen in heats"
 _AT_STAKE = 0.5
 """Of the drop that is allowed, what recovery must be expected to leave for it to matter which plan it is."""
 _OUTCLASSED = 1.5
-"""A plan that lost this many times as much as the most promising one is no rival."""
+"""A plan expected to lose this many times as much as the most promising one is no rival."""
 _WORTH = 1.07
 """A plan that measured up to this share of a limit may hold it when it is measured longer."""
 _WORST_SQNR_DB = 20.0
@@ -153,14 +153,14 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
     """
     pursuit = recoverer.pursuit
     assert pursuit.search is not None
-    lost = _candidate_drop(pursuit, plan)
+    lost = pursuit.search.expected_drop(plan) or 0.0
     done = {unrecovered(winner.plan) for winner in winners}
     others = [other for other in pursuit.search.best(pursuit.request.trials) if unrecovered(other) not in done]
     chosen = {detail for *_, kind, detail in pursuit.study.events() if kind == _CHOSEN}
     for other in (plan, *others):
         if unrecovered(other) in chosen - done:
             return recoverer.heat([other])
-    if winners or not plan.blocks or lost * pursuit.limits.recovered < _AT_STAKE * pursuit.allowed_drop:
+    if winners or not plan.blocks or lost < _AT_STAKE * pursuit.allowed_drop:
         return plan
     rivals, looked = [plan], 0
     for other in others:
@@ -168,7 +168,7 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
             len(rivals) == _HEATS
             or looked == _LOOKS
             or not recoverer.has_time_for_heats
-            or _candidate_drop(pursuit, other) > _OUTCLASSED * lost
+            or (pursuit.search.expected_drop(other) or 0.0) > _OUTCLASSED * lost
         ):
             break
         if other.blocks and other.blocks not in [rival.blocks for rival in rivals] and pursuit.may_hold_aim(other):
@@ -180,12 +180,6 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
     best = recoverer.heat(rivals)
     pursuit.study.log(_CHOSEN, unrecovered(best))
     return best
-
-
-def _candidate_drop(pursuit: Pursuit, plan: Plan) -> float:
-    """What a plan lost before recovery; 0 where that is not known."""
-    known = pursuit.trials.known(plan, "candidate")
-    return (known.evidence.quality_drop if known is not None else None) or 0.0
 
 
 def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:

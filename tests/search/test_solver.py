@@ -103,14 +103,40 @@ def test_without_limits_it_finds_the_fastest_plan_whose_drop_is_allowed():
 
 
 def test_recovery_lets_candidates_lose_more_than_the_drop():
-    ledger = Solver(SPACE, COSTS, Limits(drop=0.01, recovered=0.5)).ledger
+    ledger = Solver(SPACE, COSTS, Limits(drop=0.01, recovered=dict.fromkeys(("width", "block", "precision"), 0.5))).ledger
     plans = [SPACE.plan([0] * i + [1] + [0] * (len(SPACE.sizes) - i - 1)) for i in range(3)]
     for plan, drop in zip(plans, (0.02, 0.04, -0.01), strict=True):
         ledger.tell(plan, Evidence("candidate", 0.1, drop))
     assert [ledger.drop(SPACE.assignment(plan)) for plan in plans] == [0.01, 0.02, -0.01]
     ledger.tell(plans[1].replace(recovery=Recovery(samples=100)), Evidence("winner", None, 0.01))
-    assert ledger.remaining() == 0.25
+    assert ledger.remaining(SPACE.assignment(plans[1])) == 0.25
     assert [ledger.drop(SPACE.assignment(plan)) for plan in plans] == [0.005, 0.01, -0.01]
+
+
+def test_a_technique_whose_drop_recovery_brings_back_counts_less():
+    limits = Limits({"latency": 0.7 * FULL["latency"]}, 0.1, {"width": 0.05, "block": 1.0})
+    solver = Solver(SPACE, COSTS, limits)
+    (plan,) = solver.ask(1)
+    (plain,) = Solver(SPACE, COSTS, Limits(limits.costs, 0.1)).ask(1)
+    assert plain.blocks and not plan.blocks, "the limit can be met by widths alone, which lose more before recovery"
+    every = list(SPACE.all())
+    left = np.asarray([limits.recovered.get(variable.technique, 1.0) for variable in SPACE.variables])
+    within = [a for a in every if COSTS.predict(a)["latency"] <= solver.ledger.ceilings()["latency"]]
+    assert solver.ledger.contributions(SPACE.assignment(plan)) @ left == pytest.approx(
+        min(solver.ledger.contributions(a) @ left for a in within)
+    )
+
+
+def test_the_expected_drop_is_shared_out_by_what_each_technique_contributes():
+    search = Solver(SPACE, COSTS, Limits(drop=0.1, recovered={"width": 0.5, "block": 0.25}))
+    bit, width = (next(i for i, v in enumerate(SPACE.variables) if v.technique == technique) for technique in ("block", "width"))
+    alone = [SPACE.plan([int(i == chosen) for i in range(len(SPACE.sizes))]) for chosen in (bit, width)]
+    both = SPACE.plan([int(i in (bit, width)) for i in range(len(SPACE.sizes))])
+    for plan in (*alone, both):
+        search.tell(plan, Evidence("candidate", None, 0.08))
+    lost = [search.expected_drop(plan) for plan in alone]
+    assert lost == [pytest.approx(0.02), pytest.approx(0.04)]
+    assert lost[0] < search.expected_drop(both) < lost[1]
 
 
 def test_best_prefers_what_holds_then_what_is_nearest():

@@ -41,12 +41,13 @@ class Limits:
         costs: upper bounds by quantity, absolute, in SI units (see `planish.search.costs.ceilings`); empty: as fast as possible
             within the drop.
         drop: the quality that may be lost, in the metric's own unit.
-        recovered: what share of a candidate's drop is expected to remain after recovery, until winners tell.
+        recovered: by technique, what share of the drop it causes is expected to remain after recovery, until winners tell; all of it
+            for a technique that is not named.
     """
 
     costs: Mapping[str, float] = field(default_factory=dict)
     drop: float = 0.0
-    recovered: float = 1.0
+    recovered: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ class Search(Protocol):
         Raises:
             PlanError: the plan makes a choice that the space does not offer.
         """
+        ...
+
+    def expected_drop(self, plan: Plan) -> float | None:
+        """The drop that a plan that was told of is expected to end with, recovery included; None where no report says what it lost."""
         ...
 
     def best(self, n: int = 1, kind: Kind = "candidate") -> list[Plan]:

@@ -33,6 +33,8 @@ class _Derived:
     efforts: tuple[float, float] | None = None
     predicted: dict[Assignment, dict[str, float]] = field(default_factory=dict)
     corrections: dict[tuple[str, float | None], Affine] = field(default_factory=dict)
+    coefficients: NDArray[np.float64] | None = None
+    recovery: float | None = None
 
 
 class Ledger:
@@ -57,6 +59,7 @@ class Ledger:
         self.plans: dict[Assignment, Plan] = {}
         rows = [costs.effort, *(row for quantity in limits.costs for row in costs.rows(quantity))]
         self._plain = Problem(space.sizes, {"loss": space.losses(), **{row: costs.factors[row] for row in dict.fromkeys(rows)}})
+        self._left = np.asarray([limits.recovered.get(variable.technique, 1.0) for variable in space.variables])
         self._derived: _Derived | None = None
 
     def remember(self, plan: Plan) -> Assignment:
@@ -217,18 +220,30 @@ class Ledger:
         clipped: NDArray[np.float64] = np.clip(prior, 0.05 * common, 20.0 * common)
         return clipped
 
-    def losses(self, coefficients: NDArray[np.float64]) -> list[tuple[tuple[int, ...], Table]]:
-        """The space's loss tables, each times its variable's coefficient."""
-        return [(scope, table * factor) for (scope, table), factor in zip(self.space.losses(), coefficients.tolist(), strict=True)]
+    def losses_left(self, coefficients: NDArray[np.float64]) -> list[tuple[tuple[int, ...], Table]]:
+        """The space's loss tables, each times its variable's coefficient and what recovery is expected to leave of it."""
+        factors = (coefficients * self._left).tolist()
+        return [(scope, table * factor) for (scope, table), factor in zip(self.space.losses(), factors, strict=True)]
 
-    def remaining(self) -> float:
-        """The share of a candidate's drop that is left after recovery: the median over plans that were both, else as was assumed."""
-        shares = []
-        for assignment, winner in self._reports("winner"):
-            candidate = self.told[assignment].get("candidate")
-            if candidate and candidate.quality_drop and winner.quality_drop is not None and candidate.quality_drop > 0:
-                shares.append(winner.quality_drop / candidate.quality_drop)
-        return float(np.clip(np.median(shares), 0.0, 1.0)) if shares else self.limits.recovered
+    def _share_left(self, assignment: Assignment) -> float:
+        """What recovery was assumed to leave of a plan's drop, by what its techniques are predicted to contribute to it."""
+        now = self._now
+        if now.coefficients is None:
+            now.coefficients = self.coefficients()
+        losses = now.coefficients * self.contributions(assignment)
+        return float(losses @ self._left / losses.sum()) if losses.sum() > 0 else 1.0
+
+    def remaining(self, assignment: Assignment) -> float:
+        """The share of a candidate's drop that is left after recovery: as was assumed, times the median of how far winners were off."""
+        now = self._now
+        if now.recovery is None:
+            off = []
+            for known, winner in self._reports("winner"):
+                candidate = self.told[known].get("candidate")
+                if candidate and candidate.quality_drop and winner.quality_drop is not None and candidate.quality_drop > 0:
+                    off.append(winner.quality_drop / candidate.quality_drop / self._share_left(known))
+            now.recovery = max(float(np.median(off)), 0.0) if off else 1.0
+        return min(now.recovery * self._share_left(assignment), 1.0)
 
     def drop(self, assignment: Assignment) -> float | None:
         """The drop that a plan is expected to end with."""
@@ -238,11 +253,11 @@ class Ledger:
             return winner.quality_drop
         for report in (reports.get("trial"), reports.get("candidate")):
             if report is not None and report.quality_drop is not None:
-                return report.quality_drop * (self.remaining() if report.quality_drop > 0 else 1.0)
+                return report.quality_drop * (self.remaining(assignment) if report.quality_drop > 0 else 1.0)
         return None
 
     def bracket(self, coefficients: NDArray[np.float64]) -> tuple[float, float | None]:
-        """The largest loss whose drop is allowed and the least above it whose drop is not (None: none is known).
+        """The largest loss after recovery whose drop is allowed and the least above it whose drop is not (None: none is known).
 
         The drop as a function of the loss is isotonic regression over all evaluated plans, with no drop at no loss.
         """
@@ -252,12 +267,12 @@ class Ledger:
                 continue
             reports = self.told[assignment]
             loss = reports["candidate"].loss if "candidate" in reports else None
-            predicted = float(coefficients @ self.contributions(assignment))
+            predicted = float((coefficients * self._left) @ self.contributions(assignment))
             if any(report.failed for report in reports.values()):
                 continue
             drop = self.drop(assignment)
             if drop is not None:
-                points.append((predicted if loss is None else loss, drop))
+                points.append((predicted if loss is None else loss * self.remaining(assignment), drop))
         losses, drops = np.asarray(points).T
         fitted = IsotonicRegression().fit_transform(losses, drops)
         within = fitted <= self.limits.drop + 1e-12

@@ -57,6 +57,10 @@ class Random:
         """See `Search.tell`."""
         self.ledger.tell(plan, evidence)
 
+    def expected_drop(self, plan: Plan) -> float | None:
+        """See `Search.expected_drop`."""
+        return self.ledger.drop(self.ledger.space.assignment(plan))
+
     def best(self, n: int = 1, kind: Kind = "candidate") -> list[Plan]:
         """See `Search.best`."""
         return self.ledger.best(n, kind)

@@ -68,6 +68,10 @@ class Solver:
         self.ledger.tell(plan, evidence)
         self._solved.clear()
 
+    def expected_drop(self, plan: Plan) -> float | None:
+        """See `Search.expected_drop`."""
+        return self.ledger.drop(self.ledger.space.assignment(plan))
+
     def best(self, n: int = 1, kind: Kind = "candidate") -> list[Plan]:
         """See `Search.best`."""
         return self.ledger.best(n, kind)
@@ -111,7 +115,7 @@ class Solver:
         return self._solved[key]
 
     def _solve_anew(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None) -> Solution:
-        losses = self.ledger.losses(coefficients)
+        losses = self.ledger.losses_left(coefficients)
         if avoided is not None:
             variable, value = avoided
             scope, table = losses[variable]
@@ -145,7 +149,7 @@ class Solver:
         ceilings = self.ledger.ceilings() if limited else {}
         if space.count <= _ENUMERATED:
             every = list(space.all())
-            problem = self.ledger.problem
+            problem = self.ledger.problem.replaced("loss", self.ledger.losses_left(self.ledger.coefficients()))
             values = problem.values_of(np.asarray(every, dtype=np.intp).reshape(len(every), len(space.sizes)))
             rows = problem.rows
             inside = np.ones(len(every), dtype=bool)
