@@ -33,7 +33,7 @@ from planish.study.store import CONCLUDED, LOOKED, Study
 from planish.trial import drop, module_outputs_of_example, opened
 from planish.verdict import judge_budget
 from planish.winners import Winner
-from planish.workbench import Array, Baseline, Workbench, outputs_of, predictor, sqnr_db
+from planish.workbench import WORTH_ITS_THREADS, Array, Baseline, Workbench, outputs_of, predictor, sqnr_db
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 _SECONDS = 3.0
 _ATTEMPTS = 5
 _PAUSE_S = 8.0
+_WORTH_BELOW_A_LIMIT, _ROOM = 1.3, 0.9
+"""Below this share of a limit on latency, more threads must make a call that many times as quick to be worth having: what is gained
+beyond the limit depends on how busy the other cores are."""
 _EXACT = 1
 _NAMED_STAGES = 3
 _GROWN, _SMALL_BYTES = 2.0, 2**26
@@ -81,7 +84,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
             else:
                 summary, outputs = before, []
     if not outputs and winner is not None and winner.exported.path is not None:
-        with Probe.open(_home(bench, winner).target, winner.exported.path, winner.final.signature) as probe:
+        with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
     if winner is not None:
         bench.notes += _said(summary)
@@ -104,12 +107,6 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     (study.folder / RESULT).write_bytes(msgspec.json.encode(summary))
     module = as_module(winner.final if winner is not None else bench.graph)
     return Result(summary, module, artifact)
-
-
-def _home(bench: Workbench, winner: Winner) -> Baseline:
-    """Where a winner runs, with as many threads as it needs."""
-    home = bench.home(winner.plan)
-    return replace(home, target=winner.exported.target or home.target)
 
 
 def _said(summary: Summary) -> list[str]:
@@ -156,26 +153,39 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
         fewer = stack.enter_context(opened(bench, best.target.thread_counts[:-1], best.path))
         originals = [original, *(replace(original, baseline=replace(best, target=t), probe=probe) for t, probe in fewer.items())]
         if winner is None or winner.exported.path is None:
-            return _compare(bench, request, pursuit, originals, None, None)
-        home = _home(bench, winner)
-        probe = stack.enter_context(Probe.open(home.target, winner.exported.path, winner.final.signature))
+            return _compare(bench, request, pursuit, originals, [], None)
+        home = bench.home(winner.plan)
         int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
-        side = _Side(home, winner.exported.path, probe, winner.final, winner.analysis, int8)
-        return _compare(bench, request, pursuit, originals, side, winner)
+        probes = stack.enter_context(opened(bench, home.target.thread_counts, winner.exported.path))
+        sides = [
+            _Side(replace(home, target=target), winner.exported.path, probe, winner.final, winner.analysis, int8)
+            for target, probe in probes.items()
+        ]
+        return _compare(bench, request, pursuit, originals, sides, winner)
 
 
-def _settled(bench: Workbench, originals: Sequence[_Side], optimized: _Side | None) -> tuple[_Side, Timing, Timing | None]:
-    """The final timing, of the original with the number of threads that suits it now, and of the optimized net.
+@dataclass(frozen=True)
+class _Timed:
+    """One of the two nets with the number of threads that it has, and its final timing."""
 
-    It is taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed. It stays within the run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
+    side: _Side
+    timing: Timing
+
+
+def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], optimized: Sequence[_Side]) -> tuple[_Timed, _Timed | None]:
+    """The final timing: the original with the number of threads that suits it now, the optimized net with as many as it needs.
+
+    It is taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed. It stays within the
+    run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
     """
-    probes = dict(enumerate(side.probe for side in (*originals, *([optimized] if optimized else []))))
+    sides = (*originals, *optimized)
     for attempt in range(_ATTEMPTS):
         began = bench.clock.elapsed_s
-        timings = interleaved(probes, bench.example, seconds=_SECONDS)
-        quickest = min(range(len(originals)), key=lambda i: timings[i].latency_s.median)
-        last = timings[len(originals)] if optimized else None
-        is_sure = last is None or ratio(last, timings[quickest]).trustworthy
+        timings = interleaved(dict(enumerate(side.probe for side in sides)), bench.example, seconds=_SECONDS)
+        timed = [_Timed(side, timings[number]) for number, side in enumerate(sides)]
+        original = min(timed[: len(originals)], key=lambda one: one.timing.latency_s.median)
+        last = _with_enough_threads(pursuit, original, timed[len(originals) :])
+        is_sure = last is None or ratio(last.timing, original.timing).trustworthy
         if is_sure and bench.is_as_before(timings[0]):
             break
         taken = bench.clock.elapsed_s - began
@@ -184,13 +194,29 @@ def _settled(bench: Workbench, originals: Sequence[_Side], optimized: _Side | No
             time.sleep(_PAUSE_S)
         else:
             break
-    return originals[quickest], timings[quickest], last
+    return original, last
+
+
+def _with_enough_threads(pursuit: Pursuit, original: _Timed, optimized: Sequence[_Timed]) -> _Timed | None:
+    """The optimized net with the fewest threads that are nearly as quick as any; or that hold a limit on latency with room to spare,
+    where more would not make it much quicker.
+    """
+    quickest = min((one.timing.latency_s.median for one in optimized), default=0.0)
+    for one in optimized:
+        seconds = one.timing.latency_s.median
+        as_at_first = seconds * max(1.0, pursuit.original["latency"] / original.timing.latency_s.median)
+        holds = "latency" in pursuit.bounds and not pursuit.over({"latency": as_at_first}, _ROOM)
+        if seconds <= (_WORTH_BELOW_A_LIMIT if holds else WORTH_ITS_THREADS) * quickest:
+            return one
+    return None
 
 
 def _compare(
-    bench: Workbench, request: Request, pursuit: Pursuit, originals: Sequence[_Side], optimized: _Side | None, winner: Winner | None
+    bench: Workbench, request: Request, pursuit: Pursuit, originals: Sequence[_Side], sides: Sequence[_Side], winner: Winner | None
 ) -> tuple[Summary, list[Array]]:
-    original, first_timing, second_timing = _settled(bench, originals, optimized)
+    first_timed, second_timed = _settled(bench, pursuit, originals, sides)
+    original, first_timing = first_timed.side, first_timed.timing
+    optimized, second_timing = (second_timed.side, second_timed.timing) if second_timed else (None, None)
     name, split = bench.data.judged
     first = bench.predict(original.baseline, name, split) if split is not None and bench.job.evaluate is None else None
     second = outputs_of(optimized.probe, split) if first is not None and split is not None and optimized else first
@@ -357,7 +383,7 @@ def _write(
     replaces: bool = False,
 ) -> Artifact:
     graph = winner.final if winner is not None else bench.graph
-    home = _home(bench, winner) if winner is not None else bench.best
+    home = bench.home(winner.plan) if winner is not None else bench.best
     path = winner.exported.path if winner is not None else bench.best.path
     assert path is not None and summary.optimized is not None
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in graph.module.state_dict().items()}
@@ -367,7 +393,7 @@ def _write(
         model=path,
         plan=summary.plan or Plan(summary.target, seed=request.seed),
         signature=graph.signature,
-        target=home.target,
+        target=msgspec.structs.replace(home.target, threads=summary.optimized.threads),
         threads_tried=request.threads,
         measurements={"original": summary.original, "optimized": summary.optimized},
         weights=weights,
