@@ -146,13 +146,19 @@ def _budget_options(function: F) -> F:
 @click.option("--confidence", type=float, help="0.95 makes the upper end of the drop's interval count.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the artifact goes; NAME.planish by default.")
 @click.option("--search", default="solver", show_default=True, help="How plans are found.")
-@click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="Plans that are exported and measured at most.")
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Plans that the search judges at most; a few of them are exported and measured.",
+)
 @click.option(
     "--time-limit",
     type=float,
     callback=_finite,
     metavar="SECONDS",
-    help="For the whole call; without it recovery alone may take half an hour.",
+    help="For the whole call; without it recovery alone may take 25 minutes.",
 )
 @click.option("--techniques", default=",".join(TECHNIQUES), show_default=True, help="Which may be used.")
 @keep_option

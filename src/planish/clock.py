@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from planish.events import Events
 
-SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE = 0.35, 0.1, 0.12
+SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE = 0.28, 0.1, 0.12
 """Of the time that is left, what the search, the sensitivities of one technique and the latency tables may take."""
 
 

@@ -145,13 +145,13 @@ def _why_kept(summary: Summary) -> str:
 def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, winner: Winner | None) -> tuple[Summary, list[Array]]:
     """The summary of a winner (or of the original alone), everything measured side by side, and its outputs on the example."""
     best = bench.best
-    best.living_probe(bench.graph.signature)
-    original = _Side(best, best.path, best.probe, bench.graph, bench.analysis, frozenset())
+    originals = [
+        _Side(replace(best, target=target), best.path, probe, bench.graph, bench.analysis, frozenset())
+        for target, probe in best.living_probes(bench.graph.signature).items()
+    ]
     if bench.data.judged[0] == "test":
         study.log(LOOKED)
     with contextlib.ExitStack() as stack:
-        fewer = stack.enter_context(opened(bench, best.target.thread_counts[:-1], best.path))
-        originals = [original, *(replace(original, baseline=replace(best, target=t), probe=probe) for t, probe in fewer.items())]
         if winner is None or winner.exported.path is None:
             return _compare(bench, request, pursuit, originals, [], None)
         home = bench.home(winner.plan)
@@ -186,7 +186,7 @@ def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], opt
         original = min(timed[: len(originals)], key=lambda one: one.timing.latency_s.median)
         last = _with_enough_threads(pursuit, original, timed[len(originals) :])
         is_sure = last is None or ratio(last.timing, original.timing).trustworthy
-        if is_sure and bench.is_as_before(timings[0]):
+        if is_sure and bench.is_as_before(original.timing):
             break
         taken = bench.clock.elapsed_s - began
         if attempt + 1 < _ATTEMPTS and bench.clock.left_s > 2 * taken + _PAUSE_S:
@@ -326,7 +326,7 @@ def _baselines(bench: Workbench) -> dict[str, Measurement]:
         out[baseline.target.name] = Measurement(
             runtime=baseline.target.name,
             machine=machine(),
-            threads=baseline.target.threads,
+            threads=baseline.threads,
             batch=bench.batch,
             latency_s=baseline.timing.latency_s,
             cpu_s=baseline.timing.cpu_s,

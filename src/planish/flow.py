@@ -60,11 +60,12 @@ def optimize(
         out: the artifact's directory; `NAME.planish` by default. The trials are kept in `NAME.study` beside it.
         search: the registered search method.
         trials: candidates that are judged at most.
-        time_limit: seconds for the whole call; without one recovery sees five epochs, half an hour at most.
+        time_limit: seconds for the whole call; without one recovery sees five epochs, 25 minutes at most.
         seed: of everything random.
         techniques: any of "prune", "quantize", "distill".
         keep: globs of parameters that must be left alone.
-        threads: of one call in the target, at most; all usable cores by default. Fewer are taken where that costs less than a tenth.
+        threads: of one call in the target, at most; all usable cores by default. Fewer are taken where that costs less than a tenth,
+            or where they hold a limit on latency with room to spare.
         control: also tune the uncompressed net on as many samples, and report the drop against it (on top of `time_limit`).
         overwrite: replace an artifact (and its study) that is there.
         accept_nearest: write the nearest net when nothing holds the budget.
@@ -160,7 +161,7 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
 
     clock = Clock(request.time_limit, events)
     if request.time_limit is None and "distill" in request.techniques:
-        events.say("no time limit: recovery may take half an hour; `--time-limit SECONDS` bounds the whole call")
+        events.say("no time limit: recovery may take 25 minutes; `--time-limit SECONDS` bounds the whole call")
     targets = targets_for(request.target, request.threads)
     work = request.study_folder.with_name(f".{request.study_folder.stem}.work")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SENSITIVITY_S = 180.0
-_LEFT = {"block": 0.22, "width": 0.4, "precision": 0.22}
+_LEFT = {"block": 0.22, "width": 0.6, "precision": 0.22}
 """What recovery is assumed to leave of the drop that a technique causes, until a winner tells. Narrowed widths were fitted to the data
-before (least squares) and gain less from training than a block that was merely bypassed."""
+before (least squares) and gain less from training than a block that was merely bypassed; figures in decision 011."""
 _LEFT_WITHOUT_BATCH_NORM = 1.3
 """Times as much where Muon does not train."""
 _RESERVE_S = 15.0
@@ -43,6 +43,7 @@ _AIMS = (0.72, 0.78, 0.85, 0.97)
 """Of a limit on what varies from run to run: the final measurement must hold it too, perhaps in another state of the machine. Each is
 aimed at where the one before is expected to cost more than `_COMFORT` of the drop that is allowed."""
 _COMFORT = 0.8
+_CLEARLY = 0.9
 _NEAR = 1.03
 _FEW = 4
 _SURPRISE = 1.1
@@ -50,7 +51,7 @@ _SURPRISE = 1.1
 _VISITS, _DOUBTED = 3, 2
 _TABLE_ERROR = 0.05
 """Relative standard deviation of what tables, corrected by many trials, say of a plan on a quiet machine."""
-_KERNELS = "kernels"
+_KERNELS, _OPTIONS = "kernels", "options for"
 _KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
 """Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
 _PATIENCE = 8
@@ -85,6 +86,9 @@ class Pursuit:
         """Options, tables, then candidates and trials until time or plans are used up; False where there is nothing to decide."""
         bench, request = self.bench, self.request
         allowed = self.allowed_drop
+        if self._original_holds():
+            bench.notes.append("the original holds every limit as it is, and loses nothing")
+            return False
         options = self._pruning_options()
         self.baseline, self.options = self._choose_runtime(options)
         self.template = Plan(self.baseline.target.name, saliency=request.saliency, seed=request.seed)
@@ -105,6 +109,14 @@ class Pursuit:
         self._aim()
         self._search()
         return True
+
+    def _original_holds(self) -> bool:
+        """Whether all limits are absolute and the original is clearly below them."""
+        limits = self.request.budget.limits
+        if not limits or any(limit.relative for limit in limits):
+            return False
+        bounds = ceilings(limits, self.original, self.bench.batch)
+        return all(self.original[q] <= bound * (_CLEARLY if q in _VARYING else 1.0) for q, bound in bounds.items())
 
     def _aim(self) -> None:
         """A search under the limits as they are aimed at now, that knows all evidence."""
@@ -156,13 +168,26 @@ class Pursuit:
         """Whether what is aimed at are the limits themselves."""
         return self._level == len(_AIMS) - 1
 
-    def relax(self, *, wholly: bool = False) -> bool:
-        """Aim closer to the limits (`wholly`: at them); False where they are aimed at already."""
+    def relax(self) -> bool:
+        """Aim closer to the limits; False where they are aimed at already."""
         if self.is_relaxed:
             return False
-        self._level = len(_AIMS) - 1 if wholly else self._level + 1
+        self._level += 1
         self._aim()
         return True
+
+    def step_back(self) -> None:
+        """After a winner that lost too much: aim closer to the limits, as far as it takes for a plan to be expected to lose little enough."""
+        assert self.search is not None
+        while self.relax():
+            for plan in self.search.ask(1):
+                self.tell(plan, self.trials.candidate(plan))
+            lost = [self.search.expected_drop(plan) for plan in self.search.best(1)]
+            if any(drop is not None and drop <= _COMFORT * self.allowed_drop for drop in lost):
+                break
+        for plan in self.search.best(1):
+            if (plan.digest, "trial") not in self._evidence:
+                self.try_plan(plan)
 
     def tell(self, plan: Plan, evidence: Evidence) -> None:
         """Tell the search, and whichever follows it."""
@@ -228,16 +253,30 @@ class Pursuit:
             saliency.kind = bench.output_kind
             self.trials.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
             multiple = width_step(bench.best.target)
-            return sensitivities(
-                bench.graph,
-                bench.analysis,
-                self.trials.scores,
-                bench.data.calibration,
-                multiple,
-                self.events.progress,
-                kind=bench.output_kind,
-                seconds=self._sensitivity_s,
+            return self._kept_options(
+                "pruning",
+                lambda: sensitivities(
+                    bench.graph,
+                    bench.analysis,
+                    self.trials.scores,
+                    bench.data.calibration,
+                    multiple,
+                    self.events.progress,
+                    kind=bench.output_kind,
+                    seconds=self._sensitivity_s,
+                ),
             )
+
+    def _kept_options(self, what: str, measure: Callable[[], list[Option]]) -> list[Option]:
+        """Options with their losses as the study has them, else as they are measured now: on as many samples as there is time for, so
+        that a run that is carried on would measure others, and choose other plans.
+        """
+        for *_, kind, detail in self.study.events():
+            if kind == f"{_OPTIONS} {what}":
+                return msgspec.json.decode(detail, type=list[Option])
+        found = [option for option in measure() if math.isfinite(option.loss)]
+        self.study.log(f"{_OPTIONS} {what}", msgspec.json.encode(found).decode())
+        return found
 
     @property
     def _sensitivity_s(self) -> float:
@@ -272,15 +311,18 @@ class Pursuit:
             return baseline, options
         with self.clock.stage("sensitivity of int8"):
             self.settle()
-            found = precision_options(
-                bench.graph,
-                bench.analysis,
-                baseline.runtime,
-                baseline.target,
-                bench.data.calibration,
-                progress=self.events.progress,
-                kind=bench.output_kind,
-                seconds=self._sensitivity_s,
+            found = self._kept_options(
+                baseline.target.name,
+                lambda: precision_options(
+                    bench.graph,
+                    bench.analysis,
+                    baseline.runtime,
+                    baseline.target,
+                    bench.data.calibration,
+                    progress=self.events.progress,
+                    kind=bench.output_kind,
+                    seconds=self._sensitivity_s,
+                ),
             )
         return baseline, [*options, *found]
 

@@ -78,7 +78,7 @@ class Recoverer:
 
     @property
     def left_s(self) -> float:
-        """Seconds that recovery may still take: until the limit less what the end of the run needs, or half an hour in all."""
+        """Seconds that recovery may still take: until the limit less what the end of the run needs, or 25 minutes in all."""
         clock = self.bench.clock
         if not math.isfinite(clock.left_s):
             return self._end - time.monotonic()

@@ -76,7 +76,7 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Args:
         method: its registered name.
         candidates, trials: how many of each were judged.
-        gap: duality gap of the last solution, as a share of its loss; None where the method has none.
+        gap: duality gap of the last solution, as a share of what it minimised; None where the method has none.
         kkt_residual: of the last solution.
         affine: (constant seconds, factor) of the correction fitted to measured trials.
         tilt: precision -> a further factor of its predicted seconds, fitted to the same trials.
@@ -106,7 +106,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         baselines: the original in every other runtime, eager and compiled included, by "runtime:device".
         ratios: optimized ÷ original: "latency" (an Estimate, paired), "size", "memory", "macs".
         drop: quality lost on `split`, in the metric's unit (positive is worse); None without data.
-        drop_interval: its paired 95 % bootstrap interval.
+        drop_interval: its paired bootstrap interval, of 95 % or the budget's confidence.
         split: "test" or "validation" (then the verdict is selection-biased and says so).
         control_drop: drop against the dense control that was tuned on as many samples; None without control=True.
         control_quality: the control's quality on `split`.

@@ -246,7 +246,8 @@ class BenchRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """One model of a comparison.
 
     Args:
-        name: "original" or the artifact's path; target: where it ran.
+        name: "original" or the artifact's path; target: where it ran; threads: of one call, those that suit the original best there, and
+            the artifact's own.
         latency_s, cpu_s: of one call; ratio: its latency ÷ that of the original's quickest runtime, paired.
         size_bytes: on disk.
         quality: on the judged split, where there is one and a metric with labels.
@@ -255,6 +256,7 @@ class BenchRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     name: str
     target: str
+    threads: int | None = None
     latency_s: Estimate | None = None
     cpu_s: Estimate | None = None
     ratio: Estimate | None = None
@@ -281,7 +283,8 @@ def bench(
     Args:
         job: the original and its data.
         paths: artifacts made from it.
-        threads: of one call, for all of them; all usable cores by default.
+        threads: of one call, at most: the original in each runtime has one, half or all of them, whichever is quickest, and an artifact
+            what `planish.load` gives it. All usable cores by default, and an artifact's own number.
         seconds: of counted time for each row.
         events: is told of the progress.
 
@@ -299,14 +302,20 @@ def bench(
         clock = Clock(None, events)
         with prepare(job, targets_for("cpu", count), (), Path(folder), 0, events, clock, compiled=False) as stand:
             name, split = stand.data.judged
-            originals = (*stand.baselines.values(), *stand.eager.values())
-            probes = {f"original {b.target.name}": b.living_probe(stand.graph.signature) for b in originals}
-            sizes = {f"original {b.target.name}": size_bytes(b.path) for b in originals}
+            signature = stand.graph.signature
+            probes: dict[str, Probe] = {}
+            sizes: dict[str, int] = {}
+            for baseline in (*stand.baselines.values(), *stand.eager.values()):
+                is_eager = baseline.target.runtime in stand.eager
+                found = {baseline.target: baseline.living_probe(signature)} if is_eager else baseline.living_probes(signature)
+                for target, probe in found.items():
+                    probes[f"original {target.name} {target.threads}"] = probe
+                    sizes[f"original {target.name} {target.threads}"] = size_bytes(baseline.path)
             opened: list[Probe] = []
             try:
                 for artifact in artifacts:
                     try:
-                        probe = Probe.open(artifact.manifest.target_with(count), artifact.model_path, artifact.signature)
+                        probe = Probe.open(artifact.manifest.target_with(threads), artifact.model_path, artifact.signature)
                     except RuntimeFailed as err:
                         rows.append(BenchRow(name=str(artifact.path), target=artifact.manifest.target.name, outcome=str(err)))
                         continue
@@ -317,10 +326,15 @@ def bench(
                 timings = interleaved(
                     probes, stand.example, seconds=seconds, progress=lambda share: events.progress(round(share * 100), 100)
                 )
-                best = min((key for key in probes if key.startswith("original ")), key=lambda key: timings[key].latency_s.median)
-                metric = stand.metric
+                originals = sorted((key for key in probes if key.startswith("original ")), key=lambda key: timings[key].latency_s.median)
+                best, metric = originals[0], stand.metric
+                slower = {
+                    key for i, key in enumerate(originals) if probes[key].target.name in {probes[k].target.name for k in originals[:i]}
+                }
                 measured = []
                 for key, probe in probes.items():
+                    if key in slower:
+                        continue
                     quality = None
                     if split is not None and metric.needs_labels and job.evaluate is None:
                         events.stage(f"quality on {name}")
@@ -343,6 +357,7 @@ def _row(key: str, probe: Probe, timings: dict[str, Timing], best: str, size: in
     return BenchRow(
         name=name,
         target=probe.target.name,
+        threads=probe.target.threads,
         latency_s=timing.latency_s,
         cpu_s=timing.cpu_s,
         ratio=ratio(timing, timings[best]),

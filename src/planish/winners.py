@@ -21,10 +21,11 @@ from planish.workbench import Workbench, outputs_of, predictor
 
 _SHARES = (0.45, 0.6, 1.0)
 """Of the time left, what each of the recoveries of an unlimited run may take: what one teaches, the next needs."""
-_FIRST_SHARE = 0.9
-"""Of the time left, what a plan that leaves room below the limits may take: if it loses too much, one just within them gets the rest."""
-_SECOND_S = 60.0
-"""Seconds below which no second plan is worth its trial, its recovery and its export."""
+_SECOND_SHARE, _SECOND_S = 0.1, 75.0
+"""Of the time left, and seconds, what is kept for a milder plan, its trial and its export, should one that leaves room below the limits
+lose too much."""
+_LEAST_FIRST = 2.5
+"""Only where the first plan has this many times as long."""
 _LOOKS = 3
 _HEATS = 3
 _CHOSEN = "chosen in heats"
@@ -71,7 +72,7 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     """Recover the most promising plans, and give the best.
 
     Under limits the plan that loses least, or a rival that does better in a short recovery, takes all the time that is left; one that leaves room below them takes most of it where the
-    rest is enough for one just within them, should it lose too much. Without, up to three plans are recovered, each proposed
+    rest is enough for a milder one, should it lose too much. Without, up to three plans are recovered, each proposed
     after what the one before taught. Where none of them holds, int8 alone is tried as it is: it loses least.
 
     Returns:
@@ -79,22 +80,21 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     """
     winners: list[Winner] = []
     recoverer = Recoverer(pursuit)
-    has_second = not pursuit.is_relaxed and (1 - _FIRST_SHARE) * recoverer.left_s >= _SECOND_S
-    shares = _SHARES if not pursuit.limits.costs else (_FIRST_SHARE, 1.0) if has_second else (1.0,)
+    shares = _SHARES if not pursuit.limits.costs else (1.0, 1.0)
     for share in shares:
-        if winners and pursuit.limits.costs:
-            if winners[-1].outcome.kind != "quality lost":
-                break
-            pursuit.relax(wholly=True)
         if winners and recoverer.left_s < LEAST_S:
             break
+        if winners and pursuit.limits.costs:
+            if winners[-1].outcome.kind != "quality lost" or pursuit.is_relaxed:
+                break
+            pursuit.step_back()
         plan = _confirmed(pursuit, winners)
         if plan is None:
             break
         is_worth_it = recoverer.left_s >= LEAST_S and _is_within(pursuit, plan)
         if is_worth_it and pursuit.limits.costs:
             plan = _best_of_heats(recoverer, plan, winners)
-            share = share if (1 - share) * recoverer.left_s >= _SECOND_S else 1.0
+            share = 1.0 if winners else _first_share(recoverer)
         winner = _made(recoverer, plan, share if is_worth_it else 0.0)
         if winner is not None:
             winners.append(winner)
@@ -105,6 +105,12 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
             winner = _made(recoverer, plan, 0.0) if is_worth or not winners else None
             winners += [winner] if winner is not None else []
     return min(winners, key=lambda winner: _rank(pursuit, winner), default=None)
+
+
+def _first_share(recoverer: Recoverer) -> float:
+    """Of the time left, what the first plan may take."""
+    left, second = recoverer.left_s, max(_SECOND_S, _SECOND_SHARE * recoverer.left_s)
+    return 1 - second / left if not recoverer.pursuit.is_relaxed and left >= (1 + _LEAST_FIRST) * second else 1.0
 
 
 def _rank(pursuit: Pursuit, winner: Winner) -> tuple[bool, bool, float, float]:
@@ -124,7 +130,7 @@ def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
 def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
     """The plan to recover next: under a limit on latency one that held it when it was measured a second time, if there is one."""
     assert pursuit.search is not None
-    if winners:
+    if winners and not pursuit.limits.costs:
         for plan in pursuit.search.ask(1):
             pursuit.tell(plan, pursuit.trials.candidate(plan))
             pursuit.try_plan(plan)

@@ -61,7 +61,9 @@ class Baseline:
         path: the exported model.
         probe: a measuring process that has it open.
         sqnr_db: its outputs on the example against the module's.
-        timing: of the interleaved comparison of all runtimes.
+        timing: of the interleaved comparison of all runtimes, with the number of threads that was quickest.
+        threads: that number.
+        fewer: further measuring processes, with fewer threads.
     """
 
     runtime: Runtime
@@ -70,12 +72,49 @@ class Baseline:
     probe: Probe
     sqnr_db: float
     timing: Timing | None = None
+    threads: int = 1
+    fewer: dict[Target, Probe] = field(default_factory=dict)
 
     def living_probe(self, signature: Signature) -> Probe:
         """The probe, in a new process if the old one has died: one crash must not be blamed on every trial after it."""
         if not self.probe.is_alive:
             self.probe = Probe.open(self.target, self.path, signature, timeout_s=300.0)
         return self.probe
+
+    def living_probes(self, signature: Signature) -> dict[Target, Probe]:
+        """A probe for each number of threads that may suit the original best, the fewest first."""
+        counts = self.target.thread_counts[:-1]
+        missing = [target for target in counts if target not in self.fewer or not self.fewer[target].is_alive]
+        self.fewer.update(open_each(missing, self.path, signature) if missing else {})
+        return {**{target: self.fewer[target] for target in counts if target in self.fewer}, self.target: self.living_probe(signature)}
+
+    def close(self) -> None:
+        """End its measuring processes."""
+        for probe in (self.probe, *self.fewer.values()):
+            probe.close()
+
+
+def open_each(targets: Sequence[Target], path: Path, signature: Signature) -> dict[Target, Probe]:
+    """An exported model in each of several targets; those that refuse it are left out.
+
+    Raises:
+        RuntimeFailed: all of them do.
+    """
+    probes: dict[Target, Probe] = {}
+    failed: RuntimeFailed | None = None
+    try:
+        for target in targets:
+            try:
+                probes[target] = Probe.open(target, path, signature, timeout_s=300.0)
+            except RuntimeFailed as err:
+                failed = err
+    except BaseException:
+        for probe in probes.values():
+            probe.close()
+        raise
+    if failed is not None and not probes:
+        raise failed
+    return probes
 
 
 @dataclass
@@ -203,7 +242,7 @@ class Workbench:
         """End every measuring process, and give torch its threads back."""
         self.threads.restore()
         for baseline in (*self.baselines.values(), *self.eager.values()):
-            baseline.probe.close()
+            baseline.close()
 
     def __enter__(self) -> Self:
         return self
@@ -354,12 +393,22 @@ def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: boo
         except RuntimeFailed as err:
             bench.notes.append(f"{name} cannot run the original: {err}")
             del bench.eager[name]
+    probes = {
+        target: probe for baseline in bench.baselines.values() for target, probe in baseline.living_probes(bench.graph.signature).items()
+    }
+    probes.update({baseline.target: baseline.probe for baseline in bench.eager.values()})
+    timings = interleaved(probes, bench.example, seconds=1.0)
     everyone = {**bench.baselines, **bench.eager}
-    timings = interleaved({name: baseline.probe for name, baseline in everyone.items()}, bench.example, seconds=1.0)
-    for name, baseline in everyone.items():
-        baseline.timing = timings[name]
+    for target, timing in timings.items():
+        baseline = everyone[target.runtime]
+        if baseline.timing is None or timing.latency_s.median < baseline.timing.latency_s.median:
+            baseline.timing, baseline.threads = timing, target.threads
     for baseline in bench.eager.values():
-        baseline.probe.close()
+        baseline.close()
+    for baseline in bench.baselines.values():
+        if baseline is not bench.best:
+            for probe in baseline.fewer.values():
+                probe.close()
 
 
 def _baseline(bench: Workbench, target: Target, wanted: list[Array]) -> Baseline:

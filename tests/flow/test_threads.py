@@ -12,7 +12,7 @@ import pytest
 import planish
 import replaying
 import small_jobs
-from planish import conclude, trial
+from planish import conclude, trial, verification, workbench
 from planish.artifact import open_artifact
 
 
@@ -44,3 +44,33 @@ def test_a_second_thread_must_be_worth_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert (manifest.target.threads, manifest.threads_tried) == (threads, 2)
     assert [manifest.target_with(most).threads for most in (None, 1, 2, 4)] == [threads, 1, threads, 4]
     assert f"options.inter_op_num_threads = {threads}, 1" in (out / "deploy.py").read_text()
+
+
+def test_the_original_has_the_same_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is quicker with one thread, so every ratio is relative to that, in trials too; `planish bench` gives it as well."""
+    replaying.install(monkeypatch.setattr)
+    before = trial.interleaved
+
+    def interleaved(probes: Any, *arguments: Any, **named: Any) -> Any:
+        timings = before(probes, *arguments, **named)
+        for key, probe in probes.items():
+            if probe.target.threads == 2:
+                found = timings[key]
+                latency = msgspec.structs.replace(found.latency_s, median=1.5 * found.latency_s.median)
+                timings[key] = replace(found, latency_s=latency, rounds=tuple(1.5 * s for s in found.rounds))
+        return timings
+
+    for module in (workbench, trial, conclude, verification):
+        monkeypatch.setattr(module, "interleaved", interleaved)
+    out = tmp_path / "net.planish"
+    result = planish.optimize(
+        small_jobs.stripes_job(), "onnxruntime:cpu", planish.Budget(latency="0.5x"), out, techniques=("quantize",), trials=1, threads=2
+    )
+    share = result.optimized.size_bytes / result.original.size_bytes
+    assert (result.original.threads, result.optimized.threads) == (1, 1)
+    assert result.summary.ratios["latency"].median == pytest.approx(share, rel=0.01)
+    found = next(one for one in result.summary.trials if one.stage == "trial")
+    assert found.latency_ratio is not None and found.latency_ratio.median == pytest.approx(share, rel=0.01)
+    rows = verification.bench(small_jobs.stripes_job(), [out], threads=2, seconds=0.1)
+    shown = {(row.name, row.target): row.threads for row in rows}
+    assert shown["original", "onnxruntime:cpu"] == shown[str(out), "onnxruntime:cpu"] == 1

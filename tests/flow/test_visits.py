@@ -23,7 +23,7 @@ def test_a_trial_that_surprises_is_measured_again_and_its_median_counts(tmp_path
 
     def interleaved(probes: Any, *arguments: Any, **named: Any) -> Any:
         timings = calm(probes, *arguments, **named)
-        (target,) = [key for key in probes if key is not None]
+        (target,) = [key for key in probes if key[0] == "optimized"]
         path = replaying.path_of(probes[target]).parent
         if path.parent.name == "trials":
             measured.append(path.name)

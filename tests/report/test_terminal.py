@@ -135,6 +135,7 @@ def test_verification_and_bench() -> None:
     row = {
         "name": "original",
         "target": "onnxruntime:cpu",
+        "threads": 2,
         "latency_s": estimate,
         "cpu_s": estimate,
         "ratio": estimate,

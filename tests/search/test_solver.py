@@ -139,6 +139,29 @@ def test_the_expected_drop_is_shared_out_by_what_each_technique_contributes():
     assert lost[0] < search.expected_drop(both) < lost[1]
 
 
+@pytest.mark.parametrize("recovered", [{}, {"width": 0.6, "block": 0.2, "precision": 0.2}])
+def test_without_limits_a_winner_that_lost_more_than_expected_lowers_the_loss_that_is_sought(recovered):
+    def sought(left):
+        solver = Solver(SPACE, COSTS, Limits(drop=0.05, recovered=recovered))
+        for _ in range(6):
+            for plan in solver.ask(1):
+                solver.tell(plan, respond(SPACE, COSTS, plan))
+        best = solver.best(1)[0]
+        solver.tell(best, Evidence("winner", None, left * solver.expected_drop(best)))
+        return solver.ledger.bracket(solver.ledger.coefficients())[0]
+
+    assert sought(3.0) < 0.9 * sought(1.0)
+
+
+def test_a_winner_that_gained_does_not_make_every_plan_free():
+    solver = Solver(SPACE, COSTS, Limits(drop=0.05))
+    plans = solver.ask(3)
+    for plan in plans:
+        solver.tell(plan, Evidence("candidate", 0.1, 0.6))
+    solver.tell(plans[0], Evidence("winner", None, -0.001))
+    assert solver.expected_drop(plans[1]) >= 0.1
+
+
 def test_best_prefers_what_holds_then_what_is_nearest():
     limits = Limits({"latency": 0.5 * FULL["latency"]}, drop=0.1)
     ledger = Solver(SPACE, COSTS, limits).ledger

@@ -123,7 +123,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Deployed:
 
     Args:
         path: the directory that `planish optimize` wrote.
-        threads: of one call, at most: where fewer were as quick when it was made, it has those. As it was made by default.
+        threads: of one call, at most: where fewer were enough when it was made, it has those. As it was made by default.
 
     Raises:
         MissingFile: nothing is there.

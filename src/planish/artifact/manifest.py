@@ -44,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         planish: the version of planish that wrote it.
         name: the workload's name.
         target: where it runs; `weight_range` and placement were chosen for these facts.
-        threads_tried: with more threads than the target's, up to this many, it was not clearly quicker.
+        threads_tried: with one, half of this many and this many threads it was measured; those of the target were enough (see decision 013).
         model: the file that the runtime opens.
         signature: what goes in and comes out; an axis that is a number here is static.
         plan: the plan's digest.

@@ -31,8 +31,8 @@ from planish.target import Target
 
 Request = dict[str, Any]
 
-_FEWEST_KEPT, _KEPT_THREADS = 16, 800
-"""How many kernels stay open: each has threads of its own."""
+_FEWEST_KEPT, _KEPT_THREADS, _KEPT_BYTES = 16, 800, 2**28
+"""How many kernels stay open: each has threads of its own, and its weights once or twice."""
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ class _Server:
         self._session: Session | None = None
         self._signature: Signature | None = None
         self._call: Callable[[], object] | None = None
-        self._kernels: dict[str, tuple[Session, Callable[[], object]]] = {}
+        self._kernels: dict[str, tuple[Session, Callable[[], object], int]] = {}
 
     def open(self, target: dict[str, Any], path: str, signature: dict[str, Any], memory_limit_bytes: int | None) -> None:
         if memory_limit_bytes is not None:
@@ -114,11 +114,12 @@ class _Server:
         """Time one small model of fixed shapes on inputs of its own. It stays open: opening takes longer than a visit."""
         place = msgspec.convert(target, Target)
         if path not in self._kernels:
-            while len(self._kernels) >= max(_FEWEST_KEPT, _KEPT_THREADS // place.threads):
+            size, most = os.path.getsize(path), max(_FEWEST_KEPT, _KEPT_THREADS // place.threads)
+            while self._kernels and (len(self._kernels) >= most or size + sum(kept[2] for kept in self._kernels.values()) > _KEPT_BYTES):
                 self._kernels.pop(next(iter(self._kernels)))[0].close()
             spec = msgspec.convert(signature, Signature)
             session = _open(place, path, spec)
-            self._kernels[path] = session, session.bind(example(spec))
+            self._kernels[path] = session, session.bind(example(spec)), size
         call = self._kernels[path][1]
         for _ in range(3):
             call()

@@ -69,7 +69,7 @@ class Table:
         self.path = (cache_dir or cache.cache_folder()) / "tables" / name
         self._known: dict[str, float] = {}
         self._models: dict[str, Kernel] = {}
-        self._provisional: set[str] = set()
+        self._visits: dict[str, list[float]] = {}
         self._failed: dict[str, str] = {}
         self._process: Process | None = None
         self._merge()
@@ -109,28 +109,24 @@ class Table:
     def _visit_all(self, wanted: Mapping[str, Kernel], progress: Callable[[float], None], deadline: float) -> None:
         """Visit after visit in a new order each, the first to all kernels: where time runs out, some of every kind are known."""
         generator = np.random.default_rng(0)
-        visits: dict[str, list[float]] = {key: [] for key in wanted}
+        self._visits |= {key: [] for key in wanted}
         done, saved = 0, time.monotonic()
         self._models |= wanted
-        while waiting := self._waiting(visits):
-            self._provisional |= set(waiting)
+        while waiting := [key for key in self._waiting() if key in wanted]:
             for key in generator.permutation(np.array(waiting, dtype=object)):
                 if time.monotonic() > deadline:
-                    self._provisional |= set(self._waiting(visits))
                     return
                 figure = self._measure(key, wanted[key])
                 if figure is not None:
-                    visits[key].append(figure)
-                    self._known[key] = min(visits[key])
-                    if _is_settled(visits[key]) or len(visits[key]) == _MOST_VISITS:
-                        self._provisional.discard(key)
+                    self._visits[key].append(figure)
+                    self._known[key] = min(self._visits[key])
                 done += 1
                 progress(min(1.0, done / (_VISITS * len(wanted))))
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     self._save()
                     saved = time.monotonic()
 
-    def _waiting(self, visits: Mapping[str, list[float]]) -> list[str]:
+    def _waiting(self) -> list[str]:
         """Kernels that must be visited again: visits disagree, or others of their kind suggest less (they may have been disturbed twice)."""
         names = list(self._known)
         above = dict(
@@ -138,7 +134,7 @@ class Table:
         )
         return [
             key
-            for key, figures in visits.items()
+            for key, figures in self._visits.items()
             if key not in self._failed and len(figures) < _MOST_VISITS and (not _is_settled(figures) or above[key] > _EXCESS)
         ]
 
@@ -184,9 +180,10 @@ class Table:
         return float(np.percentile(counted, _PERCENTILE))
 
     def _save(self) -> None:
-        """Write what is final: a figure that time left with one visit must not outlive this run."""
+        """Write what is final: a figure that time left with one visit, or that is doubted, must not outlive this run."""
         self._merge()
-        cache.write(self.path, {key: value for key, value in self._known.items() if key not in self._provisional})
+        open_ones = {*self._waiting(), *(key for key in self._failed if not _is_settled(self._visits.get(key, [])))}
+        cache.write(self.path, {key: value for key, value in self._known.items() if key not in open_ones})
 
 
 def _is_settled(figures: Sequence[float]) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planish.measurement import Estimate
+
+if TYPE_CHECKING:
+    from planish.result import Summary
 
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -24,6 +27,11 @@ def digits(value: float) -> str:
         return f"{value:.0f}" if abs(value) < 1e7 else f"{value:.3g}"
     places = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{places}f}" if places <= 6 else f"{value:.2e}"
+
+
+def confidence(summary: Summary) -> str:
+    """How sure the drop's interval is: `95 %`."""
+    return f"{100 * (summary.budget.confidence or 0.95):.3g} %"
 
 
 def _scaled(value: float | None, units: tuple[tuple[float, str], ...], space: str = " ") -> str:

@@ -126,8 +126,7 @@ def _hover(trial: Trial) -> str:
 def runtimes_figure(summary: Summary) -> Figure | None:
     """Latency of the original in every runtime and of the artifact, as bars with their intervals."""
     rows: list[tuple[str, Measurement, str]] = [(f"original, {name}", other, "bar") for name, other in summary.baselines.items()]
-    if summary.target not in summary.baselines:
-        rows.append((f"original, {summary.target}", summary.original, "bar"))
+    rows.append((f"original, {summary.original.runtime}", summary.original, "bar"))
     rows.sort(key=lambda row: -row[1].latency_s.median)
     if summary.optimized is not None:
         rows.append((f"optimized, {summary.target}", summary.optimized, "accent"))

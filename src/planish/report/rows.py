@@ -38,7 +38,7 @@ def tiles(summary: Summary) -> list[tuple[str, str, str]]:
     if summary.drop is not None:
         low, high = summary.drop_interval or (summary.drop, summary.drop)
         allowed = summary.budget.allowed_drop.allowed(one.quality) if one.quality is not None else None
-        within = f"95 %: {figures.signed(low)} … {figures.signed(high)}"
+        within = f"{figures.confidence(summary)}: {figures.signed(low)} … {figures.signed(high)}"
         asked = f", allowed {allowed:.4g}" if allowed is not None else ""
         tiles.append((figures.signed(summary.drop), f"drop of {plain(summary.metric, 40)} on {summary.split}", within + asked))
     for name, what, unit, before, after in (
@@ -58,7 +58,7 @@ def _measured(limit: Limit, measurement: Measurement) -> float | None:
         "latency": measurement.latency_s.median,
         "size": measurement.size_bytes,
         "memory": measurement.peak_memory_bytes,
-        "macs": measurement.macs,
+        "macs": measurement.macs / measurement.batch,
     }.get(limit.quantity)
 
 
@@ -76,8 +76,10 @@ def limits(summary: Summary) -> list[Line]:
     for limit in summary.budget.limits:
         before = _measured(limit, summary.original)
         after = _measured(limit, summary.optimized) if summary.optimized else None
-        if limit.relative and limit.quantity in summary.ratios and limit.quantity != "throughput":
+        if limit.relative and limit.quantity in summary.ratios:
             holds: bool | None = summary.ratios[limit.quantity].median <= limit.value
+        elif limit.relative and limit.quantity == "throughput" and "latency" in summary.ratios:
+            holds = 1 / summary.ratios["latency"].median >= limit.value
         else:
             holds = limit.holds(after, before) if before is not None and after is not None else None
         asked = figures.ratio(limit.value) if limit.relative else _figure(limit.quantity, limit.value)
@@ -136,6 +138,7 @@ def sides(summary: Summary) -> list[Line]:
             ratio("latency"),
             "wall time of a call",
         ),
+        cells("threads", lambda m: str(m.threads), NOTHING, "of a call: as many as suit it"),
         cells(
             "CPU time",
             lambda m: f"{figures.seconds(m.cpu_s.median)} ({figures.interval(m.cpu_s)})",
@@ -165,7 +168,7 @@ def baselines(summary: Summary) -> list[Line]:
     """The original in every runtime, quickest first: name, latency, peak memory, what the artifact gains on it."""
     two = summary.optimized
     rows = dict(summary.baselines)
-    rows.setdefault(summary.target, summary.original)
+    rows[summary.original.runtime] = summary.original
     return [
         Line(
             (
@@ -174,7 +177,7 @@ def baselines(summary: Summary) -> list[Line]:
                 figures.size(other.peak_memory_bytes),
                 figures.speed_up(two.latency_s.median / other.latency_s.median) if two is not None else NOTHING,
             ),
-            "target" if name == summary.target else "",
+            "target" if name == summary.original.runtime else "",
         )
         for name, other in sorted(rows.items(), key=lambda item: item[1].latency_s.median)
     ]
@@ -300,7 +303,7 @@ def search(summary: Summary) -> list[tuple[str, str]]:
     search = summary.search
     lines = [("method", search.method), ("candidates", str(search.candidates)), ("exported and measured", str(search.trials))]
     if search.gap is not None:
-        lines.append(("duality gap", f"{search.gap:.2%} of the loss"))
+        lines.append(("duality gap", f"{search.gap:.2%} of what it minimised"))
     if search.kkt_residual is not None:
         lines.append(("KKT residual", f"{search.kkt_residual:.2g}"))
     if search.affine is not None:

@@ -120,19 +120,20 @@ def _sides(summary: Summary) -> str:
     rows = [
         line(f"{summary.metric} ({one.split or 'no data'})", lambda m: figures.quality(m.quality)),
         line("latency", _latency, ratios.get("latency", "")),
+        line("threads", lambda m: str(m.threads)),
         line("CPU time", lambda m: figures.seconds(m.cpu_s.median)),
         line("size", lambda m: figures.size(m.size_bytes), ratios.get("size", "")),
         line("peak memory", lambda m: figures.size(m.peak_memory_bytes), ratios.get("memory", "")),
         line("MACs", lambda m: figures.count(m.macs), ratios.get("macs", "")),
     ]
     parts = [
-        folded(f"{summary.target}, {one.threads} thread{'s' if one.threads > 1 else ''}, batch {one.batch}"),
+        folded(f"{summary.target}, batch {one.batch}"),
         table(("", f"original in {one.runtime}" if moved else "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
     ]
     if summary.drop is not None and one.quality is not None:
         low, high = summary.drop_interval or (summary.drop, summary.drop)
         allowed = summary.budget.allowed_drop.allowed(one.quality)
-        drop = f"{figures.signed(summary.drop)}, 95 % interval {figures.signed(low)} … {figures.signed(high)}, allowed {allowed:.4g}"
+        drop = f"{figures.signed(summary.drop)}, {figures.confidence(summary)} interval {figures.signed(low)} … {figures.signed(high)}, allowed {allowed:.4g}"
         parts.append(folded(f"drop of {summary.metric} on {summary.split}: {drop}"))
     if summary.control_drop is not None:
         parts.append(folded(f"drop against the net as it was, tuned as long: {figures.signed(summary.control_drop)}"))
@@ -280,6 +281,7 @@ def bench_text(rows: Sequence[dict[str, Any]]) -> str:
         (
             row["name"],
             row["target"],
+            str(row["threads"] or NOTHING),
             _span(row["latency_s"]),
             figures.seconds(row["cpu_s"]["median"]) if row["cpu_s"] else NOTHING,
             figures.ratio(row["ratio"]["median"]) if row["ratio"] else NOTHING,
@@ -289,8 +291,8 @@ def bench_text(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    columns = ("model", "target", "latency", "CPU time", "÷ best original", "size", "quality", "")
-    return table(columns, lines, right=(2, 3, 4, 5, 6))
+    columns = ("model", "target", "threads", "latency", "CPU time", "÷ best original", "size", "quality", "")
+    return table(columns, lines, right=(2, 3, 4, 5, 6, 7))
 
 
 def _span(estimate: dict[str, Any] | None) -> str:

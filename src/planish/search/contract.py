@@ -56,7 +56,7 @@ class Standing:
 
     Args:
         is_feasible: whether some plan is predicted to hold the limits; True where the method cannot tell.
-        gap: what its last solution may lose to the best one, in predicted loss; None where nothing was solved exactly.
+        gap: what its last solution may lose to the best one, as a share of what it minimised; None where nothing was solved exactly.
         kkt: that solution's residual, relative; None where nothing was solved.
         correction: of predicted latencies, as trials taught it; None where none are predicted.
         tilt: precision -> how many times as slow against floating point as the tables say, as trials taught it.

@@ -22,6 +22,8 @@ from planish.search.space import Space
 _MARGIN = 0.04
 _LOSS_NOISE = 0.15
 _LOSS_DOUBT = 0.7
+_MOST_OFF = 4.0
+"""However much better or worse than assumed a plan recovered (the drops of small ones are noise), others are expected to at most so much."""
 
 
 @dataclass
@@ -242,7 +244,7 @@ class Ledger:
                 candidate = self.told[known].get("candidate")
                 if candidate and candidate.quality_drop and winner.quality_drop is not None and candidate.quality_drop > 0:
                     off.append(winner.quality_drop / candidate.quality_drop / self._share_left(known))
-            now.recovery = max(float(np.median(off)), 0.0) if off else 1.0
+            now.recovery = float(np.clip(np.median(off), 1 / _MOST_OFF, _MOST_OFF)) if off else 1.0
         return min(now.recovery * self._share_left(assignment), 1.0)
 
     def drop(self, assignment: Assignment) -> float | None:
@@ -257,7 +259,7 @@ class Ledger:
         return None
 
     def bracket(self, coefficients: NDArray[np.float64]) -> tuple[float, float | None]:
-        """The largest loss after recovery whose drop is allowed and the least above it whose drop is not (None: none is known).
+        """The largest loss, of what recovery was assumed to leave, whose drop is allowed and the least above it whose drop is not (None: none is known).
 
         The drop as a function of the loss is isotonic regression over all evaluated plans, with no drop at no loss.
         """
@@ -272,7 +274,7 @@ class Ledger:
                 continue
             drop = self.drop(assignment)
             if drop is not None:
-                points.append((predicted if loss is None else loss * self.remaining(assignment), drop))
+                points.append((predicted if loss is None else loss * self._share_left(assignment), drop))
         losses, drops = np.asarray(points).T
         fitted = IsotonicRegression().fit_transform(losses, drops)
         within = fitted <= self.limits.drop + 1e-12
@@ -294,7 +296,8 @@ class Ledger:
         costs = self.expected(assignment)
         over = sum(max(0.0, costs[quantity] / limit - 1.0) for quantity, limit in self.limits.costs.items() if quantity in costs)
         drop = self.drop(assignment)
-        loss = next((e.loss for e in self.told[assignment].values() if e.loss is not None), float(self.contributions(assignment).sum()))
+        losses = (e.loss for e in self.told[assignment].values() if e.loss is not None)
+        loss = next(losses, float(self.contributions(assignment).sum())) * self._share_left(assignment)
         lost = max(0.0, drop - self.limits.drop) / max(self.limits.drop, 0.01) if drop is not None else 0.0
         if over + lost > 1e-9:
             return (over + lost, loss, costs[self.costs.effort])

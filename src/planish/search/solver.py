@@ -47,7 +47,7 @@ class Solver:
         solution = self.solution
         if solution is None:
             return self.ledger.standing
-        return replace(self.ledger.standing, is_feasible=solution.feasible, gap=solution.gap, kkt=solution.kkt)
+        return replace(self.ledger.standing, is_feasible=solution.feasible, gap=_share(solution.gap, solution.objective), kkt=solution.kkt)
 
     def ask(self, n: int) -> list[Plan]:
         """See `Search.ask`."""
@@ -166,6 +166,10 @@ class Solver:
             drawn = draw(self.ledger.problem, ceilings, rng)
             if drawn is not None:
                 yield space.canonical(drawn)
+
+
+def _share(gap: float | None, objective: float) -> float | None:
+    return None if gap is None else gap / objective if objective > 0 else 0.0
 
 
 def _halving(number: int) -> float:

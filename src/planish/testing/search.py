@@ -117,6 +117,7 @@ def _played(method: Method, space: Space, costs: Costs, limits: Limits) -> list[
         for plan in search.ask(2):
             search.tell(plan, respond(space, costs, plan))
             out.append(plan)
+            assert (search.expected_drop(plan) or 0.0) > 0, "a plan that was told to lose something is expected to"
     best = search.best(2)
     assert best and set(best) <= set(out), "the best plans are among those told"
     return out

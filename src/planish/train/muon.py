@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from planish.graph.facts import arguments
 from planish.graph.graph import Graph
@@ -70,9 +71,9 @@ def convolved_weights(graph: Graph) -> list[Tensor]:
         if short_name(node) not in KINDS["conv"] or arguments(node)["groups"] != 1:
             continue
         source = arguments(node)["weight"]
-        while source.op == "call_function":
+        while isinstance(source, Node) and source.op == "call_function":
             source = source.args[0]
-        if source.op == "get_attr":
+        if isinstance(source, Node) and source.op == "get_attr":
             found[str(source.target)] = attribute(graph.module, str(source.target))
     return list(found.values())
 
