@@ -70,7 +70,8 @@ def test_the_original_has_the_same_choice(tmp_path: Path, monkeypatch: pytest.Mo
     assert (result.original.threads, result.optimized.threads) == (1, 1)
     assert result.summary.ratios["latency"].median == pytest.approx(share, rel=0.01)
     found = next(one for one in result.summary.trials if one.stage == "trial")
-    assert found.latency_ratio is not None and found.latency_ratio.median == pytest.approx(share, rel=0.01)
+    assert found.latency_ratio is not None and found.size_bytes is not None
+    assert found.latency_ratio.median == pytest.approx(found.size_bytes / result.original.size_bytes, rel=0.01)
     rows = verification.bench(small_jobs.stripes_job(), [out], threads=2, seconds=0.1)
     shown = {(row.name, row.target): row.threads for row in rows}
     assert shown["original", "onnxruntime:cpu"] == shown[str(out), "onnxruntime:cpu"] == 1
