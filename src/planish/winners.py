@@ -71,9 +71,9 @@ class Winner:
 def best_winner(pursuit: Pursuit) -> Winner | None:
     """Recover the most promising plans, and give the best.
 
-    Under limits the plan that loses least, or a rival that does better in a short recovery, takes all the time that is left; one that leaves room below them takes most of it where the
-    rest is enough for a milder one, should it lose too much. Without, up to three plans are recovered, each proposed
-    after what the one before taught. Where none of them holds, int8 alone is tried as it is: it loses least.
+    Under limits the plan that is expected to lose least, or a rival that does better in a short recovery, takes all the time that is left;
+    one that leaves room below them takes most of it where the rest is enough for a milder one, should it lose too much. Without limits, up
+    to three plans are recovered, each proposed after what the one before taught. Where none of them holds, int8 alone is tried as it is.
 
     Returns:
         None where no plan could be exported.
