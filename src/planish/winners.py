@@ -33,8 +33,9 @@ _AT_STAKE = 0.5
 """Of the drop that is allowed, what recovery must be expected to leave for it to matter which plan it is."""
 _OUTCLASSED = 1.5
 """A plan expected to lose this many times as much as the most promising one is no rival."""
-_WORTH = 1.07
-"""A plan that measured up to this share of a limit may hold it when it is measured longer."""
+_WORTH, _DOUBTS = 1.07, 2.0
+"""A plan that measured up to this share of a limit may hold it when it is measured longer; or so many standard deviations of a trial
+above it."""
 _WORST_SQNR_DB = 20.0
 """A quantized export below this many decibels against its own module is wrong, not merely coarse."""
 
@@ -124,7 +125,7 @@ def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
     """Whether what a plan costs, where that was measured, is near enough to the limits for its recovery to be worth the time."""
     known = pursuit.trials.known(plan, "trial")
     costs = pursuit.believed(plan, known.evidence).costs if known is not None else {}
-    return not pursuit.over(costs, _WORTH)
+    return not pursuit.over(costs, max(_WORTH, 1 + _DOUBTS * pursuit.trials.noise))
 
 
 def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:

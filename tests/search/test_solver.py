@@ -175,7 +175,7 @@ def test_best_prefers_what_holds_then_what_is_nearest():
     ]
     for plan, (share, drop) in zip(drawn, reports, strict=True):
         ledger.tell(plan, Evidence("trial", drop, drop, {"latency": share * limits.costs["latency"]}))
-    assert ledger.best(5, "trial") == [drawn[i] for i in (1, 0, 2, 3, 4)]
+    assert ledger.best(5, "trial") == [drawn[i] for i in (1, 0, 3, 2, 4)]
     ledger.tell(drawn[1], Evidence("winner", failed=True))
     assert ledger.best(1, "trial") == [drawn[0]]
     assert ledger.best(1, "candidate") == []

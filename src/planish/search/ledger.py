@@ -5,6 +5,7 @@ Everything here is a function of the evidence and not of the order in which it c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,9 @@ from planish.search.space import Space
 _MARGIN = 0.04
 _LOSS_NOISE = 0.15
 _LOSS_DOUBT = 0.7
+_COST_DOUBT, _DROP_DOUBT = 0.1, 0.7
+"""Standard deviations, relative and of the logarithm, of what a plan costs and of what recovery leaves: a tenth above a limit is as bad as
+twice the drop."""
 _MOST_OFF = 4.0
 """However much better or worse than assumed a plan recovered (the drops of small ones are noise), others are expected to at most so much."""
 
@@ -300,5 +304,5 @@ class Ledger:
         loss = next(losses, float(self.contributions(assignment).sum())) * self._share_left(assignment)
         lost = max(0.0, drop - self.limits.drop) / max(self.limits.drop, 0.01) if drop is not None else 0.0
         if over + lost > 1e-9:
-            return (over + lost, loss, costs[self.costs.effort])
+            return (over / _COST_DOUBT + math.log1p(lost) / _DROP_DOUBT, loss, costs[self.costs.effort])
         return (0.0, drop if drop is not None else loss, loss) if self.limits.costs else (0.0, costs[self.costs.effort], loss)
