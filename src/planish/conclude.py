@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -151,12 +150,11 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     ]
     if bench.data.judged[0] == "test":
         study.log(LOOKED)
-    with contextlib.ExitStack() as stack:
-        if winner is None or winner.exported.path is None:
-            return _compare(bench, request, pursuit, originals, [], None)
-        home = bench.home(winner.plan)
-        int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
-        probes = stack.enter_context(opened(bench, home.target.thread_counts, winner.exported.path))
+    if winner is None or winner.exported.path is None:
+        return _compare(bench, request, pursuit, originals, [], None)
+    home = bench.home(winner.plan)
+    int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
+    with opened(bench, home.target.thread_counts, winner.exported.path) as probes:
         sides = [
             _Side(replace(home, target=target), winner.exported.path, probe, winner.final, winner.analysis, int8)
             for target, probe in probes.items()

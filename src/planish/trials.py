@@ -97,13 +97,8 @@ class Trials:
         compressed = self.carry_out(plan)
         found = judge(self.bench, compressed.final)
         diverged = not math.isfinite(found.loss) or found.drop == math.inf
-        evidence = Evidence(
-            "candidate",
-            None if diverged else found.loss,
-            None if diverged else found.drop,
-            {"macs": float(compressed.macs)},
-            failed=diverged,
-        )
+        loss, lost = (None, None) if diverged else (found.loss, found.drop)
+        evidence = Evidence("candidate", loss, lost, {"macs": float(compressed.macs)}, failed=diverged)
         outcome = Outcome("diverged", "its outputs or its quality are not finite") if diverged else Outcome("measured")
         self.record(plan, "candidate", outcome, evidence, time.monotonic() - began)
         return evidence
