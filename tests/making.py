@@ -165,6 +165,7 @@ def summary(**changes: Any) -> Summary:
             quality=0.8910,
             proof=Proof("CPU", {"QLinearConv": 17, "Conv": 2}, {"i8": 17, "f32": 2}, 17, 2),
         ),
+        "elsewhere": {"openvino:cpu": Estimate(1.02, 1.0, 1.05, 22), "torch:cpu": Estimate(6.6, 6.4, 6.9, 22)},
         "baselines": {
             "openvino:cpu": measurement(runtime="openvino:cpu", latency_s=Estimate(1.5e-3, 1.4e-3, 1.6e-3, 200)),
             "torch:cpu": measurement(runtime="torch:cpu", latency_s=Estimate(9.6e-3, 9.1e-3, 10.2e-3, 200)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -53,8 +54,11 @@ def test_quality_with_labels_is_judged(tmp_path: Path) -> None:
     assert not found.holds
     assert said(found) == ["its quality on test is 1.0000, 0.9000 is claimed"]
     found = verified(tmp_path, job(), quality=0.97, quality_interval=(0.9, 1.0))
+    assert not found.holds, "the samples are the same: the interval is no excuse"
+    elsewhere = msgspec.structs.replace(making.measurement().machine, fingerprint="elsewhere")
+    found = verified(tmp_path, job(), quality=0.97, quality_interval=(0.9, 1.0), machine=elsewhere)
     assert found.holds
-    assert said(found) == ["its quality on test is 1.0000, 0.9700 is claimed: within the claimed interval, 0.9000 to 1.0000"]
+    assert said(found)[-1].endswith("is 1.0000, 0.9700 is claimed: on another machine, and within the claimed interval, 0.9000 to 1.0000")
 
 
 def test_the_tolerance_follows_the_metric_s_scale(tmp_path: Path) -> None:
@@ -80,8 +84,14 @@ def test_evaluate_is_called_with_the_artifact(tmp_path: Path) -> None:
     def evaluate(predict: Any) -> float:
         return float((predict(X) - Y).abs().max() < 1e-3)
 
-    assert verified(tmp_path, job(evaluate=evaluate), quality_interval=None).quality == 1.0
-    assert not verified(tmp_path, job(evaluate=lambda predict: 0.5), quality_interval=None).holds
+    claims = {"quality_interval": None, "split": "evaluate"}
+    assert verified(tmp_path, job(evaluate=evaluate), **claims).quality == 1.0
+    assert not verified(tmp_path, job(evaluate=lambda predict: 0.5), **claims).holds
+    assert verified(tmp_path, job(evaluate=lambda predict: torch.rand(1).item()), **claims).quality == pytest.approx(0.4963, abs=1e-4)
+    drawn = iter((0.5, 0.6))
+    found = verified(tmp_path, job(evaluate=lambda predict: next(drawn)), **claims)
+    assert found.holds
+    assert "reported and not judged, since a second call of `evaluate` gave 0.6000" in said(found)[-1]
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

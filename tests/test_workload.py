@@ -246,6 +246,22 @@ def test_a_shuffling_loader_is_settled_and_leaves_the_random_state_alone(tmp_pat
     assert first.digest == second.digest and not np.array_equal(first.test.inputs[0], X.numpy())
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError("7.png"), EOFError("cut off"), ValueError("no image")])
+def test_what_a_dataset_raises_is_told_as_a_fault_of_the_data(tmp_path: Path, error: Exception) -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, i: int) -> Any:
+            if i == 7:
+                raise error
+            return X[i], 0
+
+    job = Workload(model=nn.Linear(3, 2), example_inputs=(X[:2],), train=Broken(), metric="accuracy")
+    with pytest.raises(DataError, match=f"train: sample 7: reading it failed: {type(error).__name__}: {error}"):
+        job.materialize(tmp_path)
+
+
 def test_a_generator_is_read_once_and_can_be_asked_for_again(tmp_path: Path) -> None:
     workload = job(test=(batch for batch in BATCHES))
     first, second = workload.materialize(tmp_path / "a"), workload.materialize(tmp_path / "b")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from planish.pursuit import Pursuit
-from planish.result import OperatorRow, Search
+from planish.result import OperatorRow, Search, Trial
 from planish.winners import Winner
 from planish.workbench import Workbench
 
 
 def nearest(pursuit: Pursuit) -> tuple[int, ...]:
-    """The fastest trial, the smallest, and the one that loses least, of those that were measured."""
+    """Of the trials, the nearest on each limit (the fastest where there is none), and the one that loses least."""
     picks: list[int] = []
     trials = pursuit.trials.all
-    keys: tuple[Any, ...] = (
-        lambda t: t.latency_ratio.median if t.latency_ratio else math.inf,
-        lambda t: t.size_bytes or math.inf,
-        lambda t: t.drop if t.drop is not None and t.stage != "trial" else math.inf,
-    )
-    for key in keys:
+    keys: dict[str, Callable[[Trial], float]] = {
+        "latency": lambda t: t.latency_ratio.median if t.latency_ratio else math.inf,
+        "size": lambda t: t.size_bytes or math.inf,
+        "memory": lambda t: t.peak_memory_bytes or math.inf,
+        "macs": lambda t: t.macs if t.macs is not None and t.latency_ratio else math.inf,
+        "drop": lambda t: t.drop if t.drop is not None and t.stage != "trial" else math.inf,
+    }
+    for quantity in (*(pursuit.bounds or ("latency",)), "drop"):
+        key = keys[quantity]
         index = min(range(len(trials)), key=lambda i: key(trials[i]), default=None)
         if index is not None and key(trials[index]) < math.inf and index not in picks:
             picks.append(index)

@@ -41,11 +41,6 @@ class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The limit as an absolute figure, given what the original measures in the same target."""
         return self.value * original if self.relative else self.value
 
-    def holds(self, measured: float, original: float) -> bool:
-        """Whether `measured` is within the limit (throughput is a floor, everything else a ceiling)."""
-        bound = self.bound(original)
-        return measured >= bound if self.quantity == "throughput" else measured <= bound
-
     def __str__(self) -> str:
         return f"{self.quantity} {self.value:g}{'x' if self.relative else ''}"
 

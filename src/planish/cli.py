@@ -151,7 +151,7 @@ def _budget_options(function: F) -> F:
     type=click.IntRange(1),
     default=20,
     show_default=True,
-    help="Plans that the search judges at most; a few of them are exported and measured.",
+    help="Plans that the search proposes at most; a few are exported and measured, and the choice of the winner may try a few more.",
 )
 @click.option(
     "--time-limit",

@@ -32,7 +32,8 @@ from planish.study.store import CONCLUDED, LOOKED, Study
 from planish.trial import drop, module_outputs_of_example, opened
 from planish.verdict import judge_budget
 from planish.winners import Winner
-from planish.workbench import WORTH_ITS_THREADS, Array, Baseline, Workbench, outputs_of, predictor, sqnr_db
+from planish.workbench import WORTH_ITS_THREADS, Array, Baseline, Workbench, outputs_of, predictor, worst_sqnr_db
+from planish.workload import EVALUATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,6 +114,12 @@ def _said(summary: Summary) -> list[str]:
     out = []
     if summary.split == "validation" and summary.drop_interval is not None:
         out.append("selection-biased: there is no test split, so the drop is judged on the validation split that guided the search")
+    if summary.split == EVALUATE:
+        out.append("selection-biased: `evaluate` judges the result, and guided the search too")
+    planned = sum(row.precision == "int8" for row in summary.operators)
+    proof = summary.optimized.proof if summary.optimized else None
+    if proof is not None and proof.int8_kernels < planned:
+        out.append(f"{planned} operators were to run in int8, and the runtime says that {proof.int8_kernels} kernels do")
     needs = (summary.optimized.peak_memory_bytes if summary.optimized else None) or 0
     needed = summary.original.peak_memory_bytes or 0
     if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
@@ -148,7 +155,7 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
         _Side(replace(best, target=target), best.path, probe, bench.graph, bench.analysis, frozenset())
         for target, probe in best.living_probes(bench.graph.signature).items()
     ]
-    if bench.data.judged[0] == "test":
+    if bench.judged[0] == "test":
         study.log(LOOKED)
     if winner is None or winner.exported.path is None:
         return _compare(bench, request, pursuit, originals, [], None)
@@ -215,7 +222,7 @@ def _compare(
     first_timed, second_timed = _settled(bench, pursuit, originals, sides)
     original, first_timing = first_timed.side, first_timed.timing
     optimized, second_timing = (second_timed.side, second_timed.timing) if second_timed else (None, None)
-    name, split = bench.data.judged
+    name, split = bench.judged
     first = bench.predict(original.baseline, name, split) if split is not None and bench.job.evaluate is None else None
     second = outputs_of(optimized.probe, split) if first is not None and split is not None and optimized else first
     before = _measurement(bench, original, first_timing, name, first)
@@ -244,6 +251,7 @@ def _compare(
         original=before,
         optimized=after,
         baselines=_baselines(bench),
+        elsewhere=_elsewhere(bench),
         ratios={
             "latency": latency,
             "size": _exact(after.size_bytes, before.size_bytes),
@@ -292,7 +300,7 @@ def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str, outpu
         quality=quality,
         quality_interval=quality_interval,
         split=name,
-        sqnr_db=_finite(sqnr_db(module_outputs_of_example(graph), side.probe.outputs(bench.example))),
+        sqnr_db=_finite(worst_sqnr_db(module_outputs_of_example(graph), side.probe.outputs(bench.example))),
         proof=side.probe.proof(),
         roofline_s=roofline_s(target, total - int8, moved, int8),
         versions=side.baseline.runtime.versions(),
@@ -305,9 +313,9 @@ def _finite(value: float) -> float | None:
 
 
 def _quality(bench: Workbench, side: _Side, outputs: list[Array] | None) -> tuple[float | None, tuple[float, float] | None]:
-    name, split = bench.data.judged
+    name, split = bench.judged
     if bench.job.evaluate is not None:
-        return float(bench.job.evaluate(predictor(side.probe))), None
+        return bench.evaluated(predictor(side.probe)), None
     if split is None or outputs is None:
         return None, None
     reference = split.targets if bench.metric.needs_labels else bench.predict(bench.best, name, split)
@@ -338,11 +346,22 @@ def _baselines(bench: Workbench) -> dict[str, Measurement]:
     return out
 
 
+def _elsewhere(bench: Workbench) -> dict[str, Estimate]:
+    """Latency of the original everywhere else ÷ where it is quickest, paired, from the first comparison."""
+    quickest = bench.best.timing
+    assert quickest is not None
+    everyone = {baseline.target.name: baseline.timing for baseline in (*bench.baselines.values(), *bench.eager.values())}
+    return {name: ratio(timing, quickest) for name, timing in everyone.items() if timing is not None and timing is not quickest}
+
+
 def _with_control(bench: Workbench, request: Request, summary: Summary, winner: Winner) -> Summary:
-    """The original tuned on as many samples as the recovery saw, exported and judged like the winner."""
-    name, split = bench.data.judged
+    """The original tuned on its labels, for as many samples as the recovery saw, exported and judged like the winner."""
+    name, split = bench.judged
     if bench.data.train is None or split is None or not winner.plan.recovery.samples or bench.job.evaluate is not None:
         bench.notes.append("control: there was no recovery to compare with")
+        return summary
+    if bench.data.train.targets is None:
+        bench.notes.append("control: without labels there is nothing that the original could still learn, so there is none")
         return summary
     with bench.clock.stage("dense control"):
         graph = bench.graph.copy()
@@ -355,8 +374,7 @@ def _with_control(bench: Workbench, request: Request, summary: Summary, winner: 
             winner.plan.recovery,
             request.seed,
             progress=bench.events.progress,
-            keep_best=False,
-            follows_hints=False,
+            by_labels_alone=True,
         )
         folder = bench.folder / "control"
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from planish.errors import DataError
+from planish.errors import DataError, PlanishError
 from planish.signature import Signature
 
 _CHUNK_BYTES = 16 * 2**20
@@ -411,10 +412,24 @@ def _collate(samples: Sequence[tuple[list[Any], Any]], fields: Fields, first: in
     return inputs, stack(targets, "target")
 
 
+def _given(items: Iterator[Any], what: str) -> Iterator[Any]:
+    """`items`; what the user's own code raises while it gives them is told as a fault of the data, with its place."""
+    for i in itertools.count():
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except PlanishError:
+            raise
+        except Exception as err:
+            raise DataError(f"{what} {i}: reading it failed: {type(err).__name__}: {err}") from err
+        yield item
+
+
 def _from_samples(items: Iterator[Any], name: str, fields: Fields, inputs_only: bool) -> Iterator[tuple[list[Any], Any, str]]:
     pending: list[tuple[list[Any], Any]] = []
     first, size = 0, 256
-    for i, item in enumerate(items):
+    for i, item in enumerate(_given(items, f"{name}: sample")):
         pending.append(parse_item(item, fields, inputs_only, f"{name}: sample {i}"))
         if i == 0:
             nbytes = sum(as_array(value, f"{name}: sample 0").nbytes for value in pending[0][0])
@@ -466,7 +481,7 @@ def read(source: Any, name: str, fields: Fields, inputs_only: bool = False) -> I
         items = iter(source)
     else:
         raise DataError(f"{name}: must be a Dataset, a DataLoader or a list of batches (inputs, target); got {type(source).__name__}")
-    for i, item in enumerate(items):
+    for i, item in enumerate(_given(items, f"{name}: batch")):
         where = f"{name}: batch {i}"
         yield *parse_item(item, fields, inputs_only, where), where
 

@@ -14,6 +14,7 @@ from planish import registry
 from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.errors import BudgetError, PlanError
 from planish.graph.macs import macs
+from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
 from planish.plan import Option, Plan
@@ -52,13 +53,15 @@ _SURPRISE = 1.1
 _VISITS, _DOUBTED = 3, 2
 _TABLE_ERROR = 0.05
 """Relative standard deviation of what tables, corrected by many trials, say of a plan on a quiet machine."""
-_KERNELS, _OPTIONS = "kernels", "options for"
+_KERNELS, _OPTIONS, _AIMED, _LOOKED_AGAIN = "kernels", "options for", "aimed at", "looked again"
+"""Events of the study: what the clock, or the machine as it was then, decided. A run that is carried on decides the same."""
 _KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
 """Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
-"""Without limits the search goes to the edge of what it may lose on validation; this share of it leaves room for another split."""
+"""Of what may be lost on validation: the search without limits goes to that edge, and of several winners the one beyond it comes second,
+so that there is room for another split."""
 
 
 class Pursuit:
@@ -132,7 +135,7 @@ class Pursuit:
             bounds["macs"] = min(max(fit.inverse(latency), 1.0), bounds.get("macs", math.inf))
         self.limits = Limits(
             bounds,
-            self.allowed_drop * (1.0 if self.bounds else _SELECTION_MARGIN),
+            self.allowed_drop if self.bounds else self.safe_drop,
             self._expected_to_be_left,
         )
         self.search = registry.get("search", self.request.search)(self.space, self.costs, self.limits, self.request.seed)
@@ -186,7 +189,8 @@ class Pursuit:
             lost = [self.search.expected_drop(plan) for plan in self.search.best(1)]
             if any(drop is not None and drop <= _COMFORT * self.allowed_drop for drop in lost):
                 break
-        for plan in self.search.best(1):
+        for best in self.search.best(1):
+            plan = best.replace(recovery=self.template.recovery)
             if (plan.digest, "trial") not in self._evidence:
                 self.try_plan(plan)
 
@@ -216,6 +220,11 @@ class Pursuit:
         """Adapt torch's threads to how busy the machine is now; asked before every training step, and never a reason to stop."""
         self.bench.threads.settle()
         return False
+
+    @property
+    def safe_drop(self) -> float:
+        """The drop on validation that leaves room for another split: what a choice among several is held against."""
+        return _SELECTION_MARGIN * self.allowed_drop
 
     # What the original costs, and what may be lost
 
@@ -255,7 +264,7 @@ class Pursuit:
             self.trials.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
             multiple = width_step(bench.best.target)
             return self._kept_options(
-                "pruning",
+                f"pruning by {multiple}",
                 lambda: sensitivities(
                     bench.graph,
                     bench.analysis,
@@ -272,11 +281,10 @@ class Pursuit:
         """Options with their losses as the study has them, else as they are measured now: on as many samples as there is time for, so
         that a run that is carried on would measure others, and choose other plans.
         """
-        for *_, kind, detail in self.study.events():
-            if kind == f"{_OPTIONS} {what}":
-                return msgspec.json.decode(detail, type=list[Option])
+        for known in self.study.kept(f"{_OPTIONS} {what}", list[Option]):
+            return list(known)
         found = [option for option in measure() if math.isfinite(option.loss)]
-        self.study.log(f"{_OPTIONS} {what}", msgspec.json.encode(found).decode())
+        self.study.keep(f"{_OPTIONS} {what}", found)
         return found
 
     @property
@@ -303,7 +311,8 @@ class Pursuit:
                     continue
                 plan = Plan(baseline.target.name, precisions=whole, saliency=self.request.saliency, seed=self.request.seed)
                 ratio = self.trials.trial(plan).ratio
-                if ratio is not None and not (ratio.trustworthy and ratio.median < 1.0):  # one noisy figure rules no runtime out
+                is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
+                if ratio is not None and not is_sure and self.trials.visits(plan) == 1:  # one noisy figure rules no runtime out
                     again = self.trials.visit(plan)
                     ratio = again.ratio if again is not None else ratio
                 if ratio is not None:
@@ -320,7 +329,7 @@ class Pursuit:
         with self.clock.stage("sensitivity of int8"):
             self.settle()
             found = self._kept_options(
-                baseline.target.name,
+                f"{baseline.target.name} with {machine().isa}",
                 lambda: precision_options(
                     bench.graph,
                     bench.analysis,
@@ -340,11 +349,10 @@ class Pursuit:
 
         A study keeps the number: a run that is carried on, with whatever time, must predict what it predicted before.
         """
-        for *_, kind, detail in self.study.events():
-            if kind == _KERNELS:
-                return int(detail)
+        for known in self.study.kept(_KERNELS, int):
+            return int(known)
         number = max(_FEWEST_KERNELS, round(min(TABLES_SHARE * self.clock.left_s / _KERNEL_S, _MOST_KERNELS)))
-        self.study.log(_KERNELS, str(number))
+        self.study.keep(_KERNELS, number)
         return number
 
     def _lookup(self) -> Any:
@@ -375,16 +383,22 @@ class Pursuit:
                 self.tell(plan, self.trials.candidate(plan))
         with clock.stage("candidates"):
             began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
+            levels = self.study.kept(_AIMED, int)
             while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
-                share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
-                is_hopeless = not self.search.standing.is_feasible
-                is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
                 is_stuck = waited >= _PATIENCE
-                if (is_hopeless or ((is_time or is_stuck) and not self._is_comfortable())) and self.relax():
-                    waited = 0
-                    continue
-                if is_stuck:
-                    break
+                if asked < len(levels):
+                    while self._level < levels[asked] and self.relax():
+                        waited = 0
+                else:
+                    share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
+                    is_hopeless = not self.search.standing.is_feasible
+                    is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
+                    if (is_hopeless or ((is_time or is_stuck) and not self._is_comfortable())) and self.relax():
+                        waited = 0
+                        continue
+                    if is_stuck:
+                        break
+                    self.study.keep(_AIMED, self._level)
                 started = clock.elapsed_s
                 if not self.try_one():
                     if not self.relax():
@@ -436,13 +450,16 @@ class Pursuit:
 
         The one that is chosen among many noisy figures is likely to be one that looked better than it is.
         """
-        found = self._visit(plan)
-        if found is not None and self._is_worth_a_visit(plan):
-            found = self._visit(plan)
-        if found is None:
+        looked = f"{plan.digest} {self.trials.place(plan)}"
+        if looked not in self.study.kept(_LOOKED_AGAIN, str):
+            if self._visit(plan) is not None and self._is_worth_a_visit(plan):
+                self._visit(plan)
+            self.study.keep(_LOOKED_AGAIN, looked)
+        found = self.trials.known(plan, "trial")
+        if found is None or found.ratio is None:
             return True
-        costs = (found if self.trials.visits(plan) >= _VISITS else self.believed(plan, found)).costs
-        return costs["latency"] <= _NEAR * self._aimed()["latency"]
+        evidence = found.evidence if self.trials.visits(plan) >= _VISITS else self.believed(plan, found.evidence)
+        return evidence.costs["latency"] <= _NEAR * self._aimed()["latency"]
 
     def try_plan(self, plan: Plan) -> None:
         """A trial, and the search told."""

@@ -34,6 +34,7 @@ class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         latency_ratio: optimized ÷ original, paired and interleaved in the target; None for candidates.
         macs: of the compressed graph, for one call.
         size_bytes: of the exported model; None for candidates.
+        peak_memory_bytes: where a limit on memory was given.
         seconds: what the trial took.
     """
 
@@ -46,6 +47,7 @@ class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     latency_ratio: Estimate | None = None
     macs: int | None = None
     size_bytes: int | None = None
+    peak_memory_bytes: int | None = None
     seconds: float = 0.0
 
 
@@ -104,10 +106,11 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         higher_is_better: of the metric.
         original, optimized: both measured in the target, interleaved in the same run; optimized is None when nothing was measured.
         baselines: the original in every other runtime, eager and compiled included, by "runtime:device".
+        elsewhere: their latency ÷ the original's where it is quickest, paired.
         ratios: optimized ÷ original: "latency" (an Estimate, paired), "size", "memory", "macs".
         drop: quality lost on `split`, in the metric's unit (positive is worse); None without data.
         drop_interval: its paired bootstrap interval, of 95 % or the budget's confidence.
-        split: "test" or "validation" (then the verdict is selection-biased and says so).
+        split: "test", or "validation" or "evaluate" (then the verdict is selection-biased and says so).
         control_drop: drop against the dense control that was tuned on as many samples; None without control=True.
         control_quality: the control's quality on `split`.
         plan: the chosen plan; None when the original itself is the answer and nothing was changed.
@@ -133,6 +136,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     original: Measurement
     optimized: Measurement | None
     baselines: dict[str, Measurement] = {}
+    elsewhere: dict[str, Estimate] = {}
     ratios: dict[str, Estimate] = {}
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None

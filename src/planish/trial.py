@@ -6,7 +6,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from planish.graph.macs import macs
 from planish.measure.latency import Timing, interleaved, ratio
 from planish.measure.memory import size_bytes
 from planish.measure.probe import Probe
-from planish.measurement import Estimate, Outcome, Proof
+from planish.measurement import Estimate, Outcome
 from planish.metrics import Metric
 from planish.plan import Plan
 from planish.prune.apply import apply
@@ -30,7 +30,7 @@ from planish.prune.compensate import compensate
 from planish.prune.contract import Scores
 from planish.quantize.apply import quantize
 from planish.target import Target
-from planish.workbench import WORTH_ITS_THREADS, Array, Workbench, as_tensor, module_outputs, open_each, sqnr_db
+from planish.workbench import WORTH_ITS_THREADS, Array, Workbench, as_tensor, module_outputs, open_each, worst_sqnr_db
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,16 @@ class Exported:
         outcome: "measured", or how it failed; then the rest is None.
         path: the runtime model.
         ratio: latency, optimized ÷ original, paired.
-        timing, original: of the same interleaved rounds.
         size_bytes: on disk.
         sqnr_db: the runtime's outputs on the example against the module's own.
-        proof: what ran.
         target: where, with as many threads as are worth having.
     """
 
     outcome: Outcome
     path: Path | None = None
     ratio: Estimate | None = None
-    timing: Timing | None = None
-    original: Timing | None = None
     size_bytes: int | None = None
     sqnr_db: float | None = None
-    proof: Proof | None = None
-    folder: Path | None = field(default=None, repr=False)
     target: Target | None = None
 
 
@@ -122,7 +116,7 @@ def judge(bench: Workbench, graph: Graph) -> Judged:
     outputs = module_outputs(graph, bench.data.calibration)
     loss = float(divergence(tensors, bench.output_kind).per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
     if bench.job.evaluate is not None:
-        return Judged(loss, bench.lost(float(bench.job.evaluate(module_predictor(graph)))))
+        return Judged(loss, bench.lost(bench.evaluated(module_predictor(graph))))
     split = bench.judging
     if split is None:
         return Judged(loss, None)
@@ -166,12 +160,8 @@ def export_and_measure(bench: Workbench, graph: Graph, plan: Plan, folder: Path,
                 Outcome("measured"),
                 path,
                 ratio(timing, original),
-                timing,
-                original,
                 size_bytes(path),
-                sqnr_db(module_outputs_of_example(graph), probes[target].outputs(bench.example)),
-                probes[target].proof(),
-                folder,
+                worst_sqnr_db(module_outputs_of_example(graph), probes[target].outputs(bench.example)),
                 target,
             )
     except RuntimeFailed as err:
@@ -202,10 +192,16 @@ def opened(bench: Workbench, targets: Sequence[Target], path: Path) -> Iterator[
 
 def _timed(bench: Workbench, probes: Mapping[Target, Probe], seconds: float) -> tuple[Target, Timing, Timing]:
     """The target whose threads are worth having, the timing there, and the original's with the number of threads that suits it now."""
-    everyone: dict[tuple[str, Target], Probe] = {("original", t): p for t, p in bench.best.living_probes(bench.graph.signature).items()}
-    everyone.update({("optimized", target): probe for target, probe in probes.items()})
-    for _ in range(2):
-        timings = interleaved(everyone, bench.example, seconds=seconds)
+    for attempt in range(2):
+        originals = bench.best.living_probes(bench.graph.signature)
+        everyone = {("original", target): probe for target, probe in originals.items()}
+        everyone.update({("optimized", target): probe for target, probe in probes.items()})
+        try:
+            timings = interleaved(everyone, bench.example, seconds=seconds)
+        except RuntimeFailed:
+            if attempt or all(probe.is_alive for probe in originals.values()):
+                raise
+            continue  # it was the original's process that died, which says nothing of the plan
         original = min((timings[key] for key in everyone if key[0] == "original"), key=lambda timing: timing.latency_s.median)
         if bench.is_as_before(original):
             break

@@ -75,8 +75,9 @@ class Trials:
         stored = self.study.lookup(plan.digest, stage)
         if stored is None or stored.state != "finished" or stored.evidence is None or stored.outcome is None:
             return None
-        kept = msgspec.convert(stored.evidence, Kept)
-        if stage != "candidate" and kept.place != self._place(plan):
+        kept: Kept = self.study.decode(msgspec.json.encode(stored.evidence).decode(), Kept)
+        is_of_this_machine = stage != "candidate" or bool(plan.precisions)  # int8 weights have another range without VNNI
+        if is_of_this_machine and kept.place != self.place(plan):
             return None
         evidence = kept.evidence
         if kept.ratio is not None:
@@ -194,12 +195,13 @@ class Trials:
         again: bool = False,
     ) -> None:
         """Keep how a plan ended, in the study and among this run's trials."""
-        kept = Kept(evidence, ratio, self._place(plan), self._visits.get(plan.digest, ()) if stage == "trial" else ())
+        kept = Kept(evidence, ratio, self.place(plan), self._visits.get(plan.digest, ()) if stage == "trial" else ())
         self.study.record(plan, stage, outcome, kept, None, seconds, again=again)
         self._list(plan, stage, outcome, evidence, seconds, ratio)
 
-    def _place(self, plan: Plan) -> str:
-        versions = self.bench.home(plan).runtime.versions()
+    def place(self, plan: Plan) -> str:
+        """Where a plan is measured: machine, and versions of its runtime and of the original's."""
+        versions = {**self.bench.best.runtime.versions(), **self.bench.home(plan).runtime.versions()}
         return " ".join((machine().fingerprint, *(f"{name}={version}" for name, version in sorted(versions.items()))))
 
     def _listed(self, plan: Plan, stage: Kind) -> Trial | None:
@@ -217,6 +219,7 @@ class Trials:
                 latency_ratio=ratio,
                 macs=int(evidence.costs["macs"]) if "macs" in evidence.costs else None,
                 size_bytes=int(evidence.costs["size"]) if "size" in evidence.costs else None,
+                peak_memory_bytes=int(evidence.costs["memory"]) if "memory" in evidence.costs else None,
                 seconds=seconds,
             )
         )

@@ -2,10 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 from planish.budget import Budget, Limit
 from planish.errors import BudgetError
 from planish.measurement import Estimate, Measurement
 from planish.result import Verdict
+
+
+@dataclass(frozen=True)
+class Held:
+    """One limit, or the drop, held against what was measured.
+
+    Args:
+        quantity: a limit's, or "drop".
+        state: "doubtful" where the machine is too noisy to tell.
+        said: what is wrong; "" where it holds.
+    """
+
+    quantity: str
+    state: Literal["holds", "missed", "doubtful"] = "holds"
+    said: str = ""
+
+
+def held(
+    budget: Budget,
+    before: Measurement,
+    after: Measurement,
+    latency: Estimate,
+    lost: float | None,
+    lost_interval: tuple[float, float] | None,
+) -> list[Held]:
+    """Every limit, then the drop where it was judged (see `judge_budget`)."""
+    found = []
+    for limit in budget.limits:
+        value, low, high, text = _against(limit, before, after, latency)
+        bound = limit.value if limit.relative else limit.bound(1.0)
+        holds = value >= bound if limit.quantity == "throughput" else value <= bound
+        is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
+        if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
+            said = f"{limit.quantity} {text}, between {low:.3g} and {high:.3g}: the machine is too noisy to tell"
+            found.append(Held(limit.quantity, "doubtful", said))
+        elif not holds:
+            found.append(Held(limit.quantity, "missed", f"{limit.quantity} {text}, the limit is {_shown(limit)}"))
+        else:
+            found.append(Held(limit.quantity))
+    if lost is not None:
+        allowed = _allowed(budget, before)
+        judged = lost_interval[1] if budget.confidence is not None and lost_interval is not None else lost
+        what = "the upper end of the drop's interval" if budget.confidence is not None else "the drop"
+        holds = judged <= allowed + 1e-12
+        found.append(Held("drop") if holds else Held("drop", "missed", f"{what} is {judged:.4g}, {allowed:.4g} is allowed"))
+    return found
+
+
+def _allowed(budget: Budget, before: Measurement) -> float:
+    return budget.allowed_drop.allowed(before.quality) if before.quality is not None else budget.allowed_drop.value
+
+
+def _said(found: Sequence[Held], state: str) -> str:
+    return "; ".join(one.said for one in found if one.state == state)
 
 
 def judge_budget(
@@ -28,27 +86,12 @@ def judge_budget(
         lost_interval: its paired interval.
         is_original: whether the artifact is the original itself.
     """
-    missed: list[str] = []
-    doubtful: list[str] = []
-    for limit in budget.limits:
-        value, low, high, text = _against(limit, before, after, latency)
-        bound = limit.value if limit.relative else limit.bound(1.0)
-        holds = value >= bound if limit.quantity == "throughput" else value <= bound
-        is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
-        if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
-            doubtful.append(f"{limit.quantity} {text}, between {low:.3g} and {high:.3g}: the machine is too noisy to tell")
-        elif not holds:
-            missed.append(f"{limit.quantity} {text}, the limit is {_shown(limit)}")
-    allowed = budget.allowed_drop.allowed(before.quality) if before.quality is not None else budget.allowed_drop.value
-    if lost is not None:
-        judged = lost_interval[1] if budget.confidence is not None and lost_interval is not None else lost
-        if not judged <= allowed + 1e-12:
-            what = "the upper end of the drop's interval" if budget.confidence is not None else "the drop"
-            missed.append(f"{what} is {judged:.4g}, {allowed:.4g} is allowed")
-    if missed:
-        return "infeasible", "nothing found holds the budget; nearest: " + "; ".join(missed)
-    if doubtful:
-        return "undecided", "; ".join(doubtful)
+    found = held(budget, before, after, latency, lost, lost_interval)
+    allowed = _allowed(budget, before)
+    if missed := _said(found, "missed"):
+        return "infeasible", "nothing found holds the budget; nearest: " + missed
+    if doubtful := _said(found, "doubtful"):
+        return "undecided", doubtful
     if is_original:
         return "met", "the original itself: " + ("it holds every limit" if budget.limits else "nothing faster was found in this target")
     if latency.median >= 1:

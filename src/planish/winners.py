@@ -24,6 +24,7 @@ _SHARES = (0.45, 0.6, 1.0)
 _SECOND_SHARE, _SECOND_S = 0.1, 75.0
 """Of the time left, and seconds, what is kept for a milder plan, its trial and its export, should one that leaves room below the limits
 lose too much."""
+_PLANS = 2
 _LEAST_FIRST = 2.5
 """Only where the first plan has this many times as long."""
 _LOOKS = 3
@@ -79,26 +80,8 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     Returns:
         None where no plan could be exported.
     """
-    winners: list[Winner] = []
     recoverer = Recoverer(pursuit)
-    shares = _SHARES if not pursuit.limits.costs else (1.0, 1.0)
-    for share in shares:
-        if winners and recoverer.left_s < LEAST_S:
-            break
-        if winners and pursuit.limits.costs:
-            if winners[-1].outcome.kind != "quality lost" or pursuit.is_relaxed:
-                break
-            pursuit.step_back()
-        plan = _confirmed(pursuit, winners)
-        if plan is None:
-            break
-        is_worth_it = recoverer.left_s >= LEAST_S and _is_within(pursuit, plan)
-        if is_worth_it and pursuit.limits.costs:
-            plan = _best_of_heats(recoverer, plan, winners)
-            share = 1.0 if winners else _first_share(recoverer)
-        winner = _made(recoverer, plan, share if is_worth_it else 0.0)
-        if winner is not None:
-            winners.append(winner)
+    winners = _under_limits(recoverer) if pursuit.limits.costs else _as_fast_as_possible(recoverer)
     if not any(winner.holds for winner in winners):
         tried = {unrecovered(winner.plan) for winner in winners if not winner.plan.recovery.samples}
         for plan in pursuit.known_trials():
@@ -106,6 +89,42 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
             winner = _made(recoverer, plan, 0.0) if is_worth or not winners else None
             winners += [winner] if winner is not None else []
     return min(winners, key=lambda winner: _rank(pursuit, winner), default=None)
+
+
+def _under_limits(recoverer: Recoverer) -> list[Winner]:
+    """The most promising plan recovered, and a milder one where it loses too much, or nearly, and the aim leaves room below the limits."""
+    pursuit = recoverer.pursuit
+    winners: list[Winner] = []
+    for _ in range(_PLANS):
+        if winners:
+            last = winners[-1]
+            is_milder_wanted = last.outcome.kind in ("measured", "quality lost") and (last.drop or 0.0) > pursuit.safe_drop
+            if not is_milder_wanted or pursuit.is_relaxed or recoverer.left_s < LEAST_S:
+                break
+            pursuit.step_back()
+        plan = _confirmed(pursuit, winners)
+        if plan is None:
+            break
+        is_worth_it = recoverer.left_s >= LEAST_S and (_is_within(pursuit, plan) or pursuit.request.accept_nearest)
+        if is_worth_it:
+            plan = _best_of_heats(recoverer, plan, winners)
+        winner = _made(recoverer, plan, (1.0 if winners else _first_share(recoverer)) if is_worth_it else 0.0)
+        winners += [winner] if winner is not None else []
+    return winners
+
+
+def _as_fast_as_possible(recoverer: Recoverer) -> list[Winner]:
+    """Up to three plans recovered, each proposed after what the one before taught."""
+    winners: list[Winner] = []
+    for share in _SHARES:
+        if winners and recoverer.left_s < LEAST_S:
+            break
+        plan = _confirmed(recoverer.pursuit, winners)
+        if plan is None:
+            break
+        winner = _made(recoverer, plan, share if recoverer.left_s >= LEAST_S else 0.0)
+        winners += [winner] if winner is not None else []
+    return winners
 
 
 def _first_share(recoverer: Recoverer) -> float:
@@ -118,7 +137,7 @@ def _rank(pursuit: Pursuit, winner: Winner) -> tuple[bool, bool, float, float]:
     """What is compared: costs above a limit come before quality, since the judged split decides on the drop and not validation."""
     latency = winner.exported.ratio.median if winner.exported.ratio else math.inf
     lost = winner.drop or 0.0
-    return (winner.outcome.kind == "mismatch", winner.outcome.kind == "over budget", max(0.0, lost - pursuit.allowed_drop), latency)
+    return (winner.outcome.kind == "mismatch", winner.outcome.kind == "over budget", max(0.0, lost - pursuit.safe_drop), latency)
 
 
 def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
@@ -246,7 +265,7 @@ def _validation_drop(bench: Workbench, plan: Plan, exported: Exported, confidenc
     home = exported.target or bench.home(plan).target
     with Probe.open(home, exported.path, bench.graph.signature) as probe:
         if bench.job.evaluate is not None:
-            lost = bench.lost(float(bench.job.evaluate(predictor(probe))))
+            lost = bench.lost(bench.evaluated(predictor(probe)))
             return lost, lost
         assert split is not None
         outputs = outputs_of(probe, split)

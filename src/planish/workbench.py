@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from planish.artifact.deployed import sqnr_db
 from planish.clock import Clock
 from planish.data import Data, Split
 from planish.errors import DataError, RuntimeFailed, UsageError
@@ -31,9 +32,7 @@ from planish.runtimes.contract import Runtime, get_runtime
 from planish.signature import Signature
 from planish.target import Target, parse_target
 from planish.train.threads import Threads
-
-if TYPE_CHECKING:
-    from planish.workload import Workload
+from planish.workload import EVALUATE, Workload
 
 Array = NDArray[Any]
 LEAST_SQNR_DB = 50.0
@@ -181,6 +180,11 @@ class Workbench:
         return self.baselines[plan.target.partition(":")[0]]
 
     @property
+    def judged(self) -> tuple[str, Split | None]:
+        """What quality is judged on: a split and its name; ("evaluate", None) where the job judges."""
+        return (EVALUATE, None) if self.job.evaluate is not None else self.data.judged
+
+    @property
     def judging(self) -> Split | None:
         """The part of validation that judges candidates: at most 2,000 samples, evenly spread; None without validation."""
         split = self.data.validation
@@ -200,7 +204,7 @@ class Workbench:
         if self._quality is None:
             found: float | None = None
             if self.job.evaluate is not None:
-                found = float(self.job.evaluate(predictor(self.best.living_probe(self.graph.signature))))
+                found = self.evaluated(predictor(self.best.living_probe(self.graph.signature)))
             elif self.data.validation is not None:
                 outputs = self.predict(self.best, "validation", self.data.validation)
                 found = self.metric.score(outputs, self.data.validation.targets if self.metric.needs_labels else outputs)
@@ -210,6 +214,10 @@ class Workbench:
                 )
             self._quality = found
         return self._quality
+
+    def evaluated(self, predict: Callable[[Any], Any]) -> float:
+        """The job's `evaluate` of a net, from the same random numbers for each."""
+        return self.job.evaluated(predict, self.seed)
 
     def lost(self, quality: float) -> float:
         """What `quality`, by the job's `evaluate`, is worse than the original's; infinite where it is not finite."""
@@ -290,17 +298,9 @@ def as_tensor(array: Array) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def sqnr_db(wanted: Sequence[Array], got: Sequence[Array]) -> float:
+def worst_sqnr_db(wanted: Sequence[Array], got: Sequence[Array]) -> float:
     """The lowest signal-to-noise ratio over outputs, in decibels; infinite where they are equal."""
-    worst = math.inf
-    for a, b in zip(wanted, got, strict=True):
-        if a.shape != b.shape:
-            return -math.inf
-        noise = float(np.square(a.astype(np.float64) - b).sum())
-        signal = float(np.square(a.astype(np.float64)).sum())
-        if noise:
-            worst = min(worst, 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf)
-    return worst
+    return min(sqnr_db(a, b) for a, b in zip(wanted, got, strict=True))
 
 
 def width_step(target: Target) -> int:
@@ -418,7 +418,7 @@ def _baseline(bench: Workbench, target: Target, wanted: list[Array]) -> Baseline
     path = runtime.export(bench.graph, folder)
     probe = Probe.open(target, path, bench.graph.signature, timeout_s=300.0)
     try:
-        found = sqnr_db(wanted, probe.outputs(bench.example))
+        found = worst_sqnr_db(wanted, probe.outputs(bench.example))
     except BaseException:
         probe.close()
         raise

@@ -25,6 +25,8 @@ from planish.signature import Signature
 if TYPE_CHECKING:
     from torch import nn
 
+EVALUATE = "evaluate"
+"""Stands for the split where the job itself judges."""
 _CALIBRATION = 512
 _HELD_OUT = 5000
 
@@ -161,6 +163,12 @@ class Workload:
             return get_metric(self.metric)
         structure = signature.unflatten if signature is not None else lambda flat: flat[0] if len(flat) == 1 else tuple(flat)
         return function_metric(self.metric, self.higher_is_better, structure)
+
+    def evaluated(self, predict: Callable[[Any], Any], seed: int) -> float:
+        """The quality of a net by `evaluate`, with Python's, numpy's and torch's global random states fixed by `seed`."""
+        assert self.evaluate is not None
+        with settled_randomness(seed):
+            return float(self.evaluate(predict))
 
     def score(self, outputs: Any, targets: Any) -> float:
         """The metric of outputs in the model's structure (torch or numpy); targets likewise, or the original's outputs."""

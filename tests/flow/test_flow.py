@@ -65,7 +65,8 @@ def met(tmp_path_factory: pytest.TempPathFactory, tried: list[str]) -> Iterator[
             folder / "stripes.planish",
             trials=1,
             threads=1,
-            techniques=("quantize",),
+            techniques=("quantize", "distill"),
+            control=True,
         )
 
 
@@ -83,6 +84,13 @@ def test_the_budget_is_met_as_measured_without_a_network(met: Result, tried: lis
     assert met.optimized.proof.int8_kernels > 0
     assert met.optimized.peak_memory_bytes is not None
     assert tried == []
+
+
+def test_the_dense_control_is_another_net_judged_on_the_same_images(met: Result) -> None:
+    assert met.plan is not None and met.plan.recovery.samples > 0
+    assert met.summary.control_quality is not None and met.summary.control_drop is not None and met.original.quality is not None
+    gained = met.summary.control_quality - met.original.quality
+    assert met.summary.control_drop == pytest.approx(met.drop + gained)
 
 
 def test_the_json_object_has_the_design_s_keys(met: Result) -> None:

@@ -16,7 +16,7 @@ import pytest
 import planish
 import replaying
 import small_jobs
-from planish import cli, flow, recovery, trial, trials
+from planish import cli, flow, pursuit, recovery, trial, trials
 from planish.artifact import study_folder
 from planish.errors import MissingFile, OutputExists, StudyError
 from planish.graph.capture import capture
@@ -219,6 +219,23 @@ def _until_pruned(before: Any) -> Any:
         return answer
 
     return record
+
+
+def test_a_run_is_carried_on_with_the_aims_that_the_clock_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first aims at the limit itself at once, for lack of time; the second has all the time, and knows what the first proposed."""
+    out = tmp_path / "stripes.planish"
+    with monkeypatch.context() as patch:
+        patch.setattr(pursuit, "SEARCH_SHARE", 1e-9)
+        patch.setattr(Study, "record", _until_pruned(Study.record))
+        with pytest.raises(Killed):
+            run(out, time_limit=600)
+    with Study.open(study_folder(out)) as study:
+        assert study.kept("aimed at", int) == [3]
+        proposed = {stored.plan.digest for stored in study.finished("candidate") if stored.plan.widths}
+    result = flow.resume(out, small_jobs.stripes_job())
+    assert proposed and proposed <= {trial.plan.digest for trial in result.trials}
+    with Study.open(study_folder(out)) as study:
+        assert set(study.kept("aimed at", int)) == {3}
 
 
 def test_a_study_stays_until_another_stands_in_its_place(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import pytest
 import planish
 import replaying
 import small_jobs
-from planish import cli, conclude, pursuit, winners
+from planish import cli, conclude, pursuit, trial, winners
+from planish.errors import RuntimeFailed
 from planish.result import Result
 
 TESTS = Path(__file__).parents[1]
@@ -53,12 +54,38 @@ def test_a_budget_that_cannot_be_met(tmp_path: Path, put: Any, capfd: pytest.Cap
 def test_the_nearest_is_written_where_it_was_asked_for(tmp_path: Path, put: Any) -> None:
     replaying.install(put)
     out = tmp_path / "stripes.planish"
-    result = run(out, planish.Budget(latency="0.01x"), accept_nearest=True)
+    result = run(out, planish.Budget(latency="0.01x"), accept_nearest=True, techniques=("quantize", "distill"))
     assert result.verdict == "infeasible"
     assert result.summary.exit_code == 3
     assert result.ratios["latency"].median < 0.5
+    assert result.plan is not None and result.plan.recovery.samples > 0, "however far above its limit, it is recovered"
     x, _ = small_jobs.images(3, seed=4)
     assert planish.load(out, threads=1)(x.numpy()).shape == (3, small_jobs.CLASSES)
+
+
+def test_the_nearest_on_each_limit_are_named(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    result = run(tmp_path / "stripes.planish", planish.Budget(macs="0.01x"), techniques=("prune",))
+    assert result.verdict == "infeasible"
+    measured = [t.macs for t in result.trials if t.latency_ratio is not None]
+    assert min(measured) in [result.trials[i].macs for i in result.summary.nearest]
+
+
+def test_a_crash_of_the_original_is_not_held_against_a_plan(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    before, died = trial.interleaved, []
+
+    def dies(probes: Any, *arguments: Any, **named: Any) -> Any:
+        if not died:
+            died.append(True)
+            next(probe for (whose, _), probe in probes.items() if whose == "original").close()
+            raise RuntimeFailed("crashed", "gone")
+        return before(probes, *arguments, **named)
+
+    put(trial, "interleaved", dies)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"))
+    assert died and result.verdict == "met"
+    assert {t.outcome.kind for t in result.trials} == {"measured"}
 
 
 def test_where_nothing_is_faster_an_unlimited_run_keeps_the_original(tmp_path: Path, put: Any) -> None:
@@ -180,14 +207,15 @@ def test_a_limit_is_undercut_where_that_costs_little(tmp_path: Path, put: Any, c
     assert low <= result.ratios["latency"].median / 0.6 <= high
 
 
-def test_a_winner_that_loses_too_much_is_followed_by_a_milder_one(tmp_path: Path, put: Any) -> None:
+@pytest.mark.parametrize("lost", [0.5, 0.27], ids=["too much", "nearly"])
+def test_a_winner_that_loses_too_much_is_followed_by_a_milder_one(tmp_path: Path, put: Any, lost: float) -> None:
     replaying.install(put)
     judged: list[float] = []
     before = winners._validation_drop
 
     def first_is_bad(bench: Any, plan: Any, exported: Any, confidence: Any) -> Any:
         judged.append(exported.ratio.median)
-        return (0.5, 0.5) if len(judged) == 1 else before(bench, plan, exported, confidence)
+        return (lost, lost) if len(judged) == 1 else before(bench, plan, exported, confidence)
 
     put(winners, "_validation_drop", first_is_bad)
     result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop="30pt"), trials=6, techniques=("prune", "distill"))

@@ -73,7 +73,7 @@ def test_a_fault_is_one_sentence(start, at, fault, kind, says):
         use(start, at, fault)
     assert caught.value.kind == kind
     assert says in str(caught.value)
-    assert "faulty:cpu, faulty.json" in str(caught.value)
+    assert "faulty:cpu, " in str(caught.value) and "/faulty.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class RecoverReport:
     Args:
         norms: how many batch norms were recalibrated.
         loss_before: the loss on held-out samples (validation, else calibration) after recalibration and before training.
-        loss_after: the same at the end; with `keep_best` never above `loss_before`.
+        loss_after: the same at the end; never above `loss_before`.
         fit: what training did; None where no samples were asked for.
     """
 
@@ -62,9 +63,8 @@ def recover(
     deadline: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    keep_best: bool = True,
     checkpoint: Checkpoint | None = None,
-    follows_hints: bool = True,
+    by_labels_alone: bool = False,
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -78,18 +78,17 @@ def recover(
         deadline: `time.monotonic()` seconds by which it must have ended.
         progress: called as `progress(samples done, samples in all)`.
         should_stop: asked before every step.
-        keep_best: put the weights from before training back where it did not lower the held-out loss. Off for a dense control, which
-            starts with no distance to its teacher at all.
         checkpoint: saved now and then; where it holds something, training goes on from there.
-        follows_hints: off for a dense control: it starts where all hints are met, and they would hold it there.
+        by_labels_alone: for a dense control: it starts where its teacher is, which would hold it there.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
-    hints = teacher.show(graph if follows_hints else None)
+    hints = teacher.show(None if by_labels_alone else graph)
     student = with_hints(graph, hints)
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
     loss = distillation(metric, reference, split.targets, hints=len(hints))
+    loss = dataclasses.replace(loss, label_weight=1.0) if by_labels_alone else loss
     own = len(graph.signature.outputs)
 
     def total(outputs: Sequence[Tensor], wanted: Sequence[Tensor], targets: Tensor | None) -> Tensor:
@@ -129,7 +128,6 @@ def recover(
         Settings(samples=settings.samples, learning_rate=rate, batch_size=settings.batch_size, seed=seed),
         augment=augment if job.augment is not None else None,
         judge=judge,
-        keep_best=keep_best,
         deadline=deadline,
         progress=progress,
         should_stop=should_stop,

@@ -205,7 +205,7 @@ class Probe:
         """
         if not Path(path).is_file():
             raise MissingFile(f"measure: there is no model file at {str(path)!r}")
-        process = Process(target, f"{target.name}, {Path(path).name}")
+        process = Process(target, f"{target.name}, {'/'.join(Path(path).parts[-3:])}")
         try:
             process.ask(
                 "open",

@@ -82,6 +82,16 @@ def speed_up(value: float | None) -> str:
     return text if text == NOTHING else f"{text} as fast"
 
 
+def gained(summary: Summary, runtime: str) -> str:
+    """How many times as fast the artifact is as the original in `runtime`: what it gains on the quickest of them, times how much slower
+    than that this one was in the comparison of all."""
+    found = summary.ratios.get("latency")
+    if found is None:
+        return NOTHING
+    slower = 1.0 if runtime == summary.original.runtime else summary.elsewhere[runtime].median if runtime in summary.elsewhere else None
+    return NOTHING if slower is None else speed_up(found.median / slower)
+
+
 def quality(value: float | None) -> str:
     """Four significant digits: a quality is compared in its last one."""
     return NOTHING if value is None or not math.isfinite(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"

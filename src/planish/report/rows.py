@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from planish.report import figures
 from planish.report.figures import NOTHING, plain
 from planish.report.plots import front, relative_latency
+from planish.verdict import held
 
 if TYPE_CHECKING:
     from planish.budget import Limit
@@ -71,32 +72,32 @@ def _figure(quantity: str, value: float | None) -> str:
 
 
 def limits(summary: Summary) -> list[Line]:
-    """What was asked, what that is in figures, what was measured, and whether it holds."""
+    """What was asked, what that is in figures, what was measured, and whether it holds, as the verdict has it."""
+    one, two = summary.original, summary.optimized
+    states: dict[str, str] = {}
+    if two is not None and "latency" in summary.ratios:
+        found = held(summary.budget, one, two, summary.ratios["latency"], summary.drop, summary.drop_interval)
+        states = {line.quantity: line.state for line in found}
     lines = []
     for limit in summary.budget.limits:
-        before = _measured(limit, summary.original)
-        after = _measured(limit, summary.optimized) if summary.optimized else None
-        if limit.relative and limit.quantity in summary.ratios:
-            holds: bool | None = summary.ratios[limit.quantity].median <= limit.value
-        elif limit.relative and limit.quantity == "throughput" and "latency" in summary.ratios:
-            holds = 1 / summary.ratios["latency"].median >= limit.value
-        else:
-            holds = limit.holds(after, before) if before is not None and after is not None else None
+        before, after = _measured(limit, one), _measured(limit, two) if two else None
         asked = figures.ratio(limit.value) if limit.relative else _figure(limit.quantity, limit.value)
         bound = _figure(limit.quantity, limit.bound(before)) if before is not None else NOTHING
-        lines.append(_judged(limit.quantity, asked, bound, _figure(limit.quantity, after), holds))
-    if summary.drop is not None and summary.original.quality is not None:
-        allowed = summary.budget.allowed_drop.allowed(summary.original.quality)
+        state = states.get(limit.quantity, "") if after is not None else ""
+        lines.append(_judged(limit.quantity, asked, bound, _figure(limit.quantity, after), state))
+    if summary.drop is not None and one.quality is not None:
+        allowed = summary.budget.allowed_drop.allowed(one.quality)
         judged = summary.drop
         if summary.budget.confidence is not None and summary.drop_interval is not None:
             judged = summary.drop_interval[1]
         measured = figures.signed(judged) + (" (upper end)" if summary.budget.confidence is not None else "")
-        lines.append(_judged("drop", str(summary.budget.allowed_drop), f"{allowed:.4g}", measured, judged <= allowed))
+        lines.append(_judged("drop", str(summary.budget.allowed_drop), f"{allowed:.4g}", measured, states.get("drop", "")))
     return lines
 
 
-def _judged(quantity: str, asked: str, bound: str, measured: str, holds: bool | None) -> Line:
-    word, state = {True: ("holds", "good"), False: ("missed", "bad"), None: ("not measured", "muted")}[holds]
+def _judged(quantity: str, asked: str, bound: str, measured: str, held: str) -> Line:
+    shown = {"holds": ("holds", "good"), "missed": ("missed", "bad"), "doubtful": ("too noisy to tell", "muted")}
+    word, state = shown.get(held, ("not measured", "muted"))
     return Line((quantity, asked, bound, measured, word), state)
 
 
@@ -166,7 +167,6 @@ def sides(summary: Summary) -> list[Line]:
 
 def baselines(summary: Summary) -> list[Line]:
     """The original in every runtime, quickest first: name, latency, peak memory, what the artifact gains on it."""
-    two = summary.optimized
     rows = dict(summary.baselines)
     rows[summary.original.runtime] = summary.original
     return [
@@ -175,7 +175,7 @@ def baselines(summary: Summary) -> list[Line]:
                 name,
                 f"{figures.seconds(other.latency_s.median)} ({figures.interval(other.latency_s)})",
                 figures.size(other.peak_memory_bytes),
-                figures.speed_up(two.latency_s.median / other.latency_s.median) if two is not None else NOTHING,
+                figures.gained(summary, name),
             ),
             "target" if name == summary.original.runtime else "",
         )

@@ -147,15 +147,7 @@ def _latency(measurement: Measurement) -> str:
 def _others(summary: Summary) -> str:
     if not summary.baselines:
         return ""
-    two = summary.optimized
-    rows = [
-        (
-            name,
-            figures.seconds(other.latency_s.median),
-            figures.speed_up(two.latency_s.median / other.latency_s.median) if two else NOTHING,
-        )
-        for name, other in summary.baselines.items()
-    ]
+    rows = [(name, figures.seconds(other.latency_s.median), figures.gained(summary, name)) for name, other in summary.baselines.items()]
     return table(("the original elsewhere", "latency", "optimized is"), rows, right=(1, 2))
 
 

@@ -249,7 +249,7 @@ class _Solve:
             return None
         change, owner, target = np.concatenate(changes, axis=1), np.asarray(owners), np.asarray(targets)
         single = self.best(now[:, None] + change)
-        if single is not None and (self.violated(now) or self.improves(now, now + change[:, single])):
+        if single is not None and self.improves(now, now + change[:, single]):
             return _moved(here, [(owner[single], target[single])])
         gains = np.flatnonzero(change[self.row] < 0)
         if not len(gains):

@@ -214,10 +214,15 @@ class Study:
             raise StudyError(
                 f"study: {self._path} has version {values.get('version', 'none')[:20]!r}; this planish reads version {VERSION}"
             )
-        decoded: Meta = self._decode(values.get("meta", ""), Meta)
+        decoded: Meta = self.decode(values.get("meta", ""), Meta)
         return decoded
 
-    def _decode(self, text: str, kind: Any) -> Any:
+    def decode(self, text: str, kind: Any) -> Any:
+        """JSON that this database holds, as `kind`.
+
+        Raises:
+            StudyError: it is not that.
+        """
         try:
             return msgspec.json.decode(text, type=kind)
         except (msgspec.DecodeError, ValueError) as err:
@@ -313,7 +318,7 @@ class Study:
             return True
 
     def _place(self, evidence: str | None) -> Any:
-        return None if evidence is None else self._decode(evidence, dict[str, Any]).get("place")
+        return None if evidence is None else self.decode(evidence, dict[str, Any]).get("place")
 
     def given(self) -> list[Plan]:
         """The plans that this study was made to try first, in that order, whether they were tried since or not."""
@@ -349,6 +354,20 @@ class Study:
     def forget_checkpoints(self) -> None:
         """Delete them: the run came to its end."""
         shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
+
+    def kept(self, kind: str, type_: Any) -> list[Any]:
+        """The details of all events of a kind as what they are, JSON of `type_`, oldest first.
+
+        Raises:
+            StudyError: one is not.
+        """
+        with self._begin() as connection:
+            rows = connection.execute(sa.select(events.c.detail).where(events.c.kind == kind).order_by(events.c.id)).all()
+        return [self.decode(row.detail, type_) for row in rows]
+
+    def keep(self, kind: str, value: Any) -> None:
+        """Enter an event whose detail is `value` as JSON."""
+        self.log(kind, msgspec.json.encode(value).decode())
 
     def log(self, kind: str, detail: str = "") -> None:
         """Enter an event."""
@@ -386,7 +405,7 @@ class Study:
             connection.execute(trials.update().where(trials.c.state == "running").values(**values))
 
     def _stored(self, row: Any) -> Stored:
-        plan: Plan = self._decode(row.plan, Plan)
+        plan: Plan = self.decode(row.plan, Plan)
         if plan.digest != row.digest:
             raise StudyError(f"study: {self._path}: the plan of trial {row.id} does not match its digest; it was changed by hand")
         text = msgspec.json.encode({"kind": row.outcome, "detail": row.detail or ""}).decode()
@@ -395,9 +414,9 @@ class Study:
             plan=plan,
             stage=row.stage,
             state=row.state,
-            outcome=None if row.outcome is None else self._decode(text, Outcome),
-            evidence=None if row.evidence is None else self._decode(row.evidence, dict[str, Any]),
-            measurement=None if row.measurement is None else self._decode(row.measurement, Measurement),
+            outcome=None if row.outcome is None else self.decode(text, Outcome),
+            evidence=None if row.evidence is None else self.decode(row.evidence, dict[str, Any]),
+            measurement=None if row.measurement is None else self.decode(row.measurement, Measurement),
             seconds=row.seconds or 0.0,
             attempts=row.attempts,
         )

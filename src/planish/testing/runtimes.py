@@ -9,7 +9,6 @@ Each check raises `AssertionError` with what was expected and what came.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from planish.artifact.deployed import sqnr_db
 from planish.errors import RuntimeFailed
 from planish.graph.capture import capture
 from planish.graph.graph import Graph
@@ -80,13 +80,6 @@ def make_case(name: str, folder: Path) -> Case:
     before = {key: value.clone() for key, value in graph.module.state_dict().items()}
     runtime = get_runtime(name)
     return Case(runtime, graph, before, runtime.export(graph, folder))
-
-
-def sqnr_db(expected: Array, actual: Array) -> float:
-    """Signal to quantization noise in dB; infinite where both are equal."""
-    noise = float(np.square(expected.astype(np.float64) - actual).sum())
-    signal = float(np.square(expected.astype(np.float64)).sum())
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def says_what_it_is(case: Case) -> None:

@@ -120,7 +120,6 @@ def fit(
     *,
     augment: Callable[[list[Tensor]], list[Tensor]] | None = None,
     judge: Callable[[], float] | None = None,
-    keep_best: bool = True,
     deadline: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -136,7 +135,6 @@ def fit(
         augment: flat inputs -> flat inputs.
         judge: a loss of the graph on data that is not trained on, in evaluation mode; the best of the weights before, the last ones and their
             average is kept.
-        keep_best: whether the weights before are a candidate.
         deadline: `time.monotonic()` seconds by which the schedule has decayed to zero and the judge has decided.
         progress: called as `progress(samples done, samples in all)` after every step.
         should_stop: asked before every step; True ends training as the deadline does.
@@ -148,7 +146,7 @@ def fit(
     if settings.samples < 1:
         raise ValueError(f"samples: must be at least 1; got {settings.samples}")
     with settled_randomness(settings.seed):
-        return _Run(graph, split, loss, settings, augment, judge, keep_best, deadline, checkpoint).run(progress, should_stop)
+        return _Run(graph, split, loss, settings, augment, judge, deadline, checkpoint).run(progress, should_stop)
 
 
 class _Run:
@@ -162,12 +160,11 @@ class _Run:
         settings: Settings,
         augment: Callable[[list[Tensor]], list[Tensor]] | None,
         judge: Callable[[], float] | None,
-        keep_best: bool,
         deadline: float | None,
         checkpoint: Checkpoint | None,
     ) -> None:
         self.graph, self.split, self.loss, self.settings = graph, split, loss, settings
-        self.augment, self.judge, self.keep_best, self.deadline = augment, judge, keep_best, deadline
+        self.augment, self.judge, self.deadline = augment, judge, deadline
         self.checkpoint = checkpoint
         self.began = time.monotonic()
         self.batch_size = min(settings.batch_size, split.n)
@@ -367,8 +364,6 @@ class _Run:
             recalibrate_batch_norm(self.graph, self.split, _NORM_SAMPLES)
             candidates["average"] = self._state()
             self._judge("average")
-        if "last" in candidates and not self.keep_best:
-            del candidates["before"]
         if self.judge is None:
             kept = "last" if "last" in candidates else "before"
         else:
