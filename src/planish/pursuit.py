@@ -189,8 +189,7 @@ class Pursuit:
             lost = [self.search.expected_drop(plan) for plan in self.search.best(1)]
             if any(drop is not None and drop <= _COMFORT * self.allowed_drop for drop in lost):
                 break
-        for best in self.search.best(1):
-            plan = best.replace(recovery=self.template.recovery)
+        for plan in self.search.best(1):
             if (plan.digest, "trial") not in self._evidence:
                 self.try_plan(plan)
 

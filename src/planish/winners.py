@@ -115,11 +115,16 @@ def _under_limits(recoverer: Recoverer) -> list[Winner]:
 
 def _as_fast_as_possible(recoverer: Recoverer) -> list[Winner]:
     """Up to three plans recovered, each proposed after what the one before taught."""
+    pursuit = recoverer.pursuit
+    assert pursuit.search is not None
     winners: list[Winner] = []
     for share in _SHARES:
         if winners and recoverer.left_s < LEAST_S:
             break
-        plan = _confirmed(recoverer.pursuit, winners)
+        for proposed in pursuit.search.ask(1) if winners else []:
+            pursuit.tell(proposed, pursuit.trials.candidate(proposed))
+            pursuit.try_plan(proposed)
+        plan = _confirmed(pursuit, winners)
         if plan is None:
             break
         winner = _made(recoverer, plan, share if recoverer.left_s >= LEAST_S else 0.0)
@@ -149,11 +154,6 @@ def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
 
 def _confirmed(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
     """The plan to recover next: under a limit on latency one that held it when it was measured a second time, if there is one."""
-    assert pursuit.search is not None
-    if winners and not pursuit.limits.costs:
-        for plan in pursuit.search.ask(1):
-            pursuit.tell(plan, pursuit.trials.candidate(plan))
-            pursuit.try_plan(plan)
     looked: set[str] = set()
     while True:
         chosen = _next(pursuit, winners)

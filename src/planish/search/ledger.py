@@ -80,7 +80,6 @@ class Ledger:
     def tell(self, plan: Plan, evidence: Evidence) -> None:
         """Enter what became of a plan."""
         assignment = self.remember(plan)
-        self.plans[assignment] = plan
         self.told.setdefault(assignment, {})[evidence.kind] = evidence
         self._derived = None
 
