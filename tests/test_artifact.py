@@ -91,6 +91,7 @@ def test_tuples_and_dicts_come_back_as_such(tmp_path: Path) -> None:
     [
         (np.ones((2, 4)), "'images' must be float32; got float64"),
         (np.ones((2, 5), np.float32), "must have shape"),
+        (np.ones((0, 4), np.float32), "'images' is empty"),
         ({"image": np.ones((2, 4), np.float32)}, r"missing \['images'\]"),
         ((np.ones(1), np.ones(1)), "takes 1 tensors"),
         (torch.ones(2, 4, dtype=torch.bfloat16), "bfloat16 have no numpy counterpart"),

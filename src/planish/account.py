@@ -31,15 +31,16 @@ def nearest(pursuit: Pursuit) -> tuple[int, ...]:
     return tuple(picks)
 
 
-def operator_rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None) -> tuple[OperatorRow, ...]:
-    """Every operator before and after, with the table's seconds where the target has a table."""
+def operator_rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None, before_s: float, after_s: float) -> tuple[OperatorRow, ...]:
+    """Every operator before and after; where the target has a latency table, with its share of what each net was measured to take."""
     costs = pursuit.costs
     seconds_before: Mapping[str, float] = {}
     seconds_after: Mapping[str, float] = {}
     if costs is not None and costs.effort == "latency":
-        seconds_before = costs.shares(costs.space.identity)
+        seconds_before = _shared_out(before_s, costs.shares(costs.space.identity))
         if winner is not None:
-            seconds_after = costs.shares(costs.space.assignment(winner.plan.replace(recovery=costs.space.template.recovery)))
+            chosen = costs.space.assignment(winner.plan.replace(recovery=costs.space.template.recovery))
+            seconds_after = _shared_out(after_s, costs.shares(chosen))
     rows = []
     for name, operator in bench.analysis.operators.items():
         after = winner.analysis.operators.get(name) if winner else operator
@@ -65,6 +66,11 @@ def operator_rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None) -> 
     return tuple(rows)
 
 
+def _shared_out(seconds: float, shares: Mapping[str, float]) -> dict[str, float]:
+    total = sum(shares.values())
+    return {name: seconds * share / total for name, share in shares.items()} if total > 0 else {}
+
+
 def _width(operator: Any) -> int | None:
     if operator.kind not in ("conv", "linear", "lstm", "gru", "embedding"):
         return None
@@ -87,7 +93,7 @@ def _why(
         if ("precision", name) not in offered:
             reasons.append("int8 is not offered here")
         else:
-            reasons.append("int8 would lose more than its time is worth")
+            reasons.append("int8 was predicted to lose more than its time is worth")
     if before is not None and after == before:
         why = bench.analysis.reasons.get(operator.weight or "", "")
         if why:
@@ -95,7 +101,7 @@ def _why(
         elif not any(technique == "width" for technique, _ in offered):
             reasons.append("width: pruning was not asked for, or offers no multiple of what the target likes")
         else:
-            reasons.append("width: narrower would lose more than its time is worth")
+            reasons.append("width: narrower was predicted to lose more than its time is worth")
     return "; ".join(reasons)
 
 

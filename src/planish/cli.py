@@ -209,7 +209,8 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     def work() -> Result:
         return flow.optimize(workload, **arguments)
 
-    return _show_result(console, _resumable(work, out, job))
+    console.limit_s = options["time_limit"]
+    return _show_result(console, _resumable(work, out, job, options["time_limit"]))
 
 
 @cli.command(epilog=_example("planish resume out/net.planish job.py"))
@@ -239,7 +240,8 @@ def resume(console: Console, /, path: Path, job: Path | None, **options: Any) ->
             events=console,
         )
 
-    return _show_result(console, _resumable(work, path, job))
+    console.limit_s = options["time_limit"]
+    return _show_result(console, _resumable(work, path, job, options["time_limit"]))
 
 
 @cli.command(epilog=_example("planish verify out/net.planish job.py"))
@@ -374,7 +376,7 @@ class _Interrupted(PlanishError):
     exit_code = INTERRUPTED
 
 
-def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Result:
+def _resumable(work: Callable[[], Result], out: Path, job: Path | None, time_limit: float | None) -> Result:
     try:
         return work()
     except KeyboardInterrupt as err:
@@ -382,7 +384,8 @@ def _resumable(work: Callable[[], Result], out: Path, job: Path | None) -> Resul
 
         if not study_folder(out).exists():
             raise _Interrupted("interrupted before anything was tried: nothing is kept") from err
-        command = shlex.join(["planish", "resume", str(out), *([str(job)] if job else [])])
+        limit = [] if time_limit is None else ["--time-limit", f"{time_limit:g}"]
+        command = shlex.join(["planish", "resume", str(out), *([str(job)] if job else []), *limit])
         raise _Interrupted(f"interrupted; finished trials are kept; resume with: {command}") from err
 
 

@@ -98,7 +98,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         summary = _timed(bench, _with_control(bench, request, summary, winner))
         if artifact is not None:
             artifact = _write(bench, request, study, summary, winner, outputs, replaces=True)
-    if clock.limit_s is not None and not request.control and clock.elapsed_s > 1.05 * clock.limit_s:
+    if clock.limit_s is not None and clock.elapsed_s > 1.05 * clock.limit_s:
         longest = sorted(clock.seconds.items(), key=lambda stage: -stage[1])[:_NAMED_STAGES]
         stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in longest)
         bench.events.say(f"it took {clock.elapsed_s:.0f} s, longer than the time limit of {clock.limit_s:.0f} s; most of it: {stages}")
@@ -234,6 +234,8 @@ def _compare(
         assert before.quality is not None and after.quality is not None
         lost = before.quality - after.quality if bench.metric.higher_is_better else after.quality - before.quality
         lost = lost if math.isfinite(lost) else math.inf
+    elif winner is None and first is not None:
+        lost, lost_interval = 0.0, (0.0, 0.0)
     elif first is not None and second is not None and split is not None:
         found_interval = paired_interval(
             bench.metric, first, second, split.targets, confidence=request.budget.confidence or 0.95, seed=request.seed
@@ -264,7 +266,7 @@ def _compare(
         plan=winner.plan if winner else None,
         trials=tuple(pursuit.trials.all),
         nearest=nearest(pursuit) if verdict != "met" else (),
-        operators=operator_rows(bench, pursuit, winner),
+        operators=operator_rows(bench, pursuit, winner, first_timing.latency_s.median, (second_timing or first_timing).latency_s.median),
         groups=group_widths(bench, winner),
         search=search_account(pursuit),
         machine=machine(),
@@ -355,7 +357,7 @@ def _elsewhere(bench: Workbench) -> dict[str, Estimate]:
 
 
 def _with_control(bench: Workbench, request: Request, summary: Summary, winner: Winner) -> Summary:
-    """The original tuned on its labels, for as many samples as the recovery saw, exported and judged like the winner."""
+    """The original tuned as the winner was, on as many samples, exported and judged like it."""
     name, split = bench.judged
     if bench.data.train is None or split is None or not winner.plan.recovery.samples or bench.job.evaluate is not None:
         bench.notes.append("control: there was no recovery to compare with")
@@ -374,7 +376,7 @@ def _with_control(bench: Workbench, request: Request, summary: Summary, winner: 
             winner.plan.recovery,
             request.seed,
             progress=bench.events.progress,
-            by_labels_alone=True,
+            is_control=True,
         )
         folder = bench.folder / "control"
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,16 +31,24 @@ def open_standard_files() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  it lives as long as the process
 
 
+_TELLING = 3
+"""With fewer steps done nothing is said of the time left: the first is often the longest."""
+
+
 class Console:
     """Events of a run on stderr, its answer on stdout.
 
     Args:
         as_json: the answer is one JSON object; whatever else is written to stdout, by anybody, goes to stderr.
         verbose: events say more.
+
+    Attributes:
+        limit_s: seconds that the whole command may take: no estimate of the time left says more.
     """
 
     def __init__(self, *, as_json: bool = False, verbose: bool = False) -> None:
         self.as_json, self.verbose = as_json, verbose
+        self.limit_s: float | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._title, self._began, self._started, self._spoke = "", time.monotonic(), time.monotonic(), 0.0
@@ -96,7 +104,10 @@ class Console:
         if 0 < done < total and now - self._spoke > _QUIET_S:
             self._spoke = now
             left = (now - self._began) / done * (total - done)
-            self._line(f"[{duration(now - self._started)}] {self._title}: {done} of {total}, about {duration(left)} left")
+            if self.limit_s is not None:
+                left = min(left, max(0.0, self.limit_s - (now - self._started)))
+            told = f", about {duration(left)} left" if done >= _TELLING else ""
+            self._line(f"[{duration(now - self._started)}] {self._title}: {done} of {total}{told}")
 
     def say(self, text: str) -> None:
         """A sentence that the user should see."""

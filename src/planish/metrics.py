@@ -410,6 +410,7 @@ def paired_interval(
 
     References:
         Efron and Tibshirani 1993, chapter 13: the same resampled samples serve both models, so that what both get wrong cancels.
+        Hanley and Lippman-Hand 1983 (the rule of three): where no sample differs, which no replicate can show, how many others might.
     """
     if not metric.needs_labels:
         targets = original_outputs
@@ -423,4 +424,8 @@ def paired_interval(
 
     count = len(original_outputs[0])
     drawn = [drop(weights) for weights in _replicates(count, seed, n, metric.is_fast)]
-    return _quantiles(float(drop(np.ones((1, count)))[0]), drawn, confidence)
+    found = _quantiles(float(drop(np.ones((1, count)))[0]), drawn, confidence)
+    if found.low == found.high and metric.per_sample and metric.low is not None and metric.high is not None:
+        most = (metric.high - metric.low) * (1 - ((1 - confidence) / 2) ** (1 / count))
+        return Interval(found.value, found.value - most, found.value + most)
+    return found

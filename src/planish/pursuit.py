@@ -520,8 +520,11 @@ class Pursuit:
         return msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
 
     def _predicted(self, plan: Plan) -> float:
-        """Seconds that the tables say, uncorrected."""
+        """Seconds that the tables say, corrected by the trials so far."""
         assert self.costs is not None
+        expected = self._expected(plan)
+        if expected is not None:
+            return expected[0]
         return self.costs.predict(self.space.assignment(plan))["latency"]
 
     @property

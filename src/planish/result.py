@@ -58,7 +58,7 @@ class OperatorRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         name, kind: as in the graph.
         width_before, width_after: output channels; None where it has none.
         precision: scheme it runs in ("fp32", "int8"), or "removed".
-        time_before_s, time_after_s: from the target's table; None where the table does not hold it.
+        time_before_s, time_after_s: the measured latency, shared out as the target's latency table says; None where it has none.
         why: why it was not made faster, or "".
     """
 

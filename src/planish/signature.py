@@ -75,6 +75,8 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise DataError(
                     f"{where}: {spec.name!r} must be {spec.dtype}; got {array.dtype}; convert it, as with .astype('{spec.dtype}')"
                 )
+            if array.size == 0:
+                raise DataError(f"{where}: {spec.name!r} is empty, of shape {list(array.shape)}; give at least one sample")
             if array.ndim != len(spec.shape):
                 raise DataError(f"{where}: {spec.name!r} must have shape {list(spec.shape)}; got {list(array.shape)}")
             for size, wanted in zip(array.shape, spec.shape, strict=True):

@@ -250,10 +250,11 @@ def _outcome(pursuit: Pursuit, exported: Exported, evidence: Evidence, lost: flo
     allowed, over = pursuit.allowed_drop, pursuit.over(evidence.costs)
     if exported.sqnr_db is not None and exported.sqnr_db < _WORST_SQNR_DB:
         return Outcome("mismatch", f"the exported model agrees with its module to {exported.sqnr_db:.0f} dB only")
-    if over:
-        return Outcome("over budget", f"{', '.join(over)} above the limit")
+    said = [f"{', '.join(over)} above the limit"] if over else []
     if lost is not None and not lost <= allowed:
-        return Outcome("quality lost", f"{lost:.4g} lost on validation, {allowed:.4g} allowed")
+        said.append(f"{lost:.4g} lost on validation, {allowed:.4g} allowed")
+    if said:
+        return Outcome("over budget" if over else "quality lost", "; ".join(said))
     return Outcome("measured")
 
 

@@ -94,7 +94,7 @@ def test_the_original_itself_is_not_made_worse(tmp_path: Path) -> None:
     graph, job, data, teacher = setting(tmp_path)
     report = recover(graph.copy(), teacher, job, data, Recovery(samples=512, learning_rate=0.5))
     assert report.loss_after <= report.loss_before
-    control = recover(graph.copy(), teacher, job, data, Recovery(samples=512), by_labels_alone=True)
+    control = recover(graph.copy(), teacher, job, data, Recovery(samples=512), is_control=True)
     assert teacher.hints == ()
     assert control.fit is not None and control.fit.kept != "before"
 

@@ -49,6 +49,9 @@ def test_a_budget_that_cannot_be_met(tmp_path: Path, put: Any, capfd: pytest.Cap
     assert not out.exists()
     assert cli.main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
     assert "infeasible" in (tmp_path / "page.html").read_text()
+    assert cli.main(["resume", str(out), str(job), "--accept-nearest"]) == 3
+    assert "kept" in capfd.readouterr().err
+    assert out.exists()
 
 
 def test_the_nearest_is_written_where_it_was_asked_for(tmp_path: Path, put: Any) -> None:

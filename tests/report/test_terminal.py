@@ -48,6 +48,20 @@ def test_figures(show: object, value: float | None, wanted: str) -> None:
     assert show(value) == wanted
 
 
+def test_what_is_gained_elsewhere_is_told_as_surely_as_it_is_known() -> None:
+    summary = making.summary()
+    assert figures.gained(summary, summary.original.runtime) == "2.26× as fast"
+    assert figures.gained(summary, "torch:cpu") == "about 15× as fast"
+    noisy = msgspec.structs.replace(summary, elsewhere={"torch:cpu": Estimate(500.4, 90.0, 900.0, 22, False)})
+    assert figures.gained(noisy, "torch:cpu") == "about 1100× as fast (noisy)"
+    assert figures.gained(noisy, "openvino:cpu") == "–"
+
+
+def test_what_evaluate_gives_has_no_interval() -> None:
+    text = terminal.result_text(making.summary(metric="evaluate", split="evaluate", drop=0.0025, drop_interval=None))
+    assert "drop of evaluate: +0.0025, allowed" in text
+
+
 def test_an_interval_warns_when_it_decides_nothing() -> None:
     assert figures.interval(Estimate(1.4e-3, 1.3e-3, 1.5e-3, 9)) == "1.30 – 1.50 ms"
     assert figures.interval(Estimate(1.4e-3, 0.3e-3, 9.5e-3, 9, False)) == "0.300 – 9.50 ms (not trustworthy)"

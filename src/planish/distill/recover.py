@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,7 @@ class RecoverReport:
     Args:
         norms: how many batch norms were recalibrated.
         loss_before: the loss on held-out samples (validation, else calibration) after recalibration and before training.
-        loss_after: the same at the end; never above `loss_before`.
+        loss_after: the same at the end; except for a control never above `loss_before`.
         fit: what training did; None where no samples were asked for.
     """
 
@@ -64,7 +63,7 @@ def recover(
     progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
-    by_labels_alone: bool = False,
+    is_control: bool = False,
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -79,16 +78,16 @@ def recover(
         progress: called as `progress(samples done, samples in all)`.
         should_stop: asked before every step.
         checkpoint: saved now and then; where it holds something, training goes on from there.
-        by_labels_alone: for a dense control: it starts where its teacher is, which would hold it there.
+        is_control: for the original itself, tuned: no hints, all of which it meets and which would hold it there, and what training gives is
+            kept, since it starts with no distance to its teacher at all.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
-    hints = teacher.show(None if by_labels_alone else graph)
+    hints = teacher.show(None if is_control else graph)
     student = with_hints(graph, hints)
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
     loss = distillation(metric, reference, split.targets, hints=len(hints))
-    loss = dataclasses.replace(loss, label_weight=1.0) if by_labels_alone else loss
     own = len(graph.signature.outputs)
 
     def total(outputs: Sequence[Tensor], wanted: Sequence[Tensor], targets: Tensor | None) -> Tensor:
@@ -132,5 +131,6 @@ def recover(
         progress=progress,
         should_stop=should_stop,
         checkpoint=checkpoint,
+        keep_best=not is_control,
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)

@@ -34,6 +34,19 @@ def confidence(summary: Summary) -> str:
     return f"{100 * (summary.budget.confidence or 0.95):.3g} %"
 
 
+def drop_of(summary: Summary) -> str:
+    """`drop of accuracy on test`."""
+    return f"drop of {plain(summary.metric, 40)}" + (f" on {summary.split}" if summary.split != summary.metric else "")
+
+
+def drop_interval(summary: Summary) -> str:
+    """`95 % interval −0.002 … +0.011, `; nothing where there is none (a job's `evaluate` is one number)."""
+    if summary.drop_interval is None:
+        return ""
+    low, high = summary.drop_interval
+    return f"{confidence(summary)} interval {signed(low)} … {signed(high)}, "
+
+
 def _scaled(value: float | None, units: tuple[tuple[float, str], ...], space: str = " ") -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
@@ -88,8 +101,15 @@ def gained(summary: Summary, runtime: str) -> str:
     found = summary.ratios.get("latency")
     if found is None:
         return NOTHING
-    slower = 1.0 if runtime == summary.original.runtime else summary.elsewhere[runtime].median if runtime in summary.elsewhere else None
-    return NOTHING if slower is None else speed_up(found.median / slower)
+    if runtime == summary.original.runtime:
+        return speed_up(found.median)
+    slower = summary.elsewhere.get(runtime)
+    if slower is None or not slower.median or not math.isfinite(found.median):
+        return NOTHING
+    noisy = "" if found.trustworthy and slower.trustworthy else " (noisy)"
+    times = slower.median / found.median
+    shown = f"{times:.2g}" if times < 10 else f"{float(f'{times:.2g}'):.0f}"
+    return f"about {shown}× as fast{noisy}"
 
 
 def quality(value: float | None) -> str:

@@ -98,7 +98,12 @@ def result_text(summary: Summary) -> str:
     if summary.verdict == "infeasible" and summary.nearest:
         parts.append("nearest trials:\n" + trials_text([summary.trials[i] for i in summary.nearest]))
     if summary.verdict == "infeasible" and summary.artifact is None:
-        parts.append(folded("nothing was written: loosen the limit or the drop, give more time, or take the nearest with --accept-nearest"))
+        parts.append(
+            folded(
+                "nothing was written: loosen the limit or the drop, give more time, or take the nearest with "
+                "--accept-nearest (`planish resume` takes it too, and goes on from what was tried)"
+            )
+        )
     parts += [folded(note, "- ") for note in summary.notes]
     seconds = summary.seconds.get("total")
     if summary.artifact is not None:
@@ -118,7 +123,10 @@ def _sides(summary: Summary) -> str:
         return label, show(one), show(two) if two is not None else NOTHING, ratio
 
     rows = [
-        line(f"{summary.metric} ({one.split or 'no data'})", lambda m: figures.quality(m.quality)),
+        line(
+            summary.metric if one.split == summary.metric else f"{summary.metric} ({one.split or 'no data'})",
+            lambda m: figures.quality(m.quality),
+        ),
         line("latency", _latency, ratios.get("latency", "")),
         line("threads", lambda m: str(m.threads)),
         line("CPU time", lambda m: figures.seconds(m.cpu_s.median)),
@@ -131,10 +139,9 @@ def _sides(summary: Summary) -> str:
         table(("", f"original in {one.runtime}" if moved else "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
     ]
     if summary.drop is not None and one.quality is not None:
-        low, high = summary.drop_interval or (summary.drop, summary.drop)
+        between = figures.drop_interval(summary)
         allowed = summary.budget.allowed_drop.allowed(one.quality)
-        drop = f"{figures.signed(summary.drop)}, {figures.confidence(summary)} interval {figures.signed(low)} … {figures.signed(high)}, allowed {allowed:.4g}"
-        parts.append(folded(f"drop of {summary.metric} on {summary.split}: {drop}"))
+        parts.append(folded(f"{figures.drop_of(summary)}: {figures.signed(summary.drop)}, {between}allowed {allowed:.4g}"))
     if summary.control_drop is not None:
         parts.append(folded(f"drop against the net as it was, tuned as long: {figures.signed(summary.control_drop)}"))
     return "".join(parts)
@@ -148,7 +155,7 @@ def _others(summary: Summary) -> str:
     if not summary.baselines:
         return ""
     rows = [(name, figures.seconds(other.latency_s.median), figures.gained(summary, name)) for name, other in summary.baselines.items()]
-    return table(("the original elsewhere", "latency", "optimized is"), rows, right=(1, 2))
+    return table(("the original elsewhere", "latency at first", "optimized is"), rows, right=(1, 2))
 
 
 def trials_text(trials: Sequence[Trial]) -> str:
@@ -165,7 +172,7 @@ def trials_text(trials: Sequence[Trial]) -> str:
         )
         for trial in trials
     ]
-    return table(("stage", "outcome", "latency", "size", "MACs", "drop", "why"), rows, right=(2, 3, 4, 5))
+    return table(("stage", "outcome", "latency", "size", "MACs", "drop (validation)", "why"), rows, right=(2, 3, 4, 5))
 
 
 def doctor_text(data: dict[str, Any]) -> str:

@@ -124,6 +124,7 @@ def fit(
     progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
+    keep_best: bool = True,
 ) -> FitReport:
     """Train `graph.module` in place on `split`; it is left in evaluation mode, in the plain memory layout.
 
@@ -139,6 +140,7 @@ def fit(
         progress: called as `progress(samples done, samples in all)` after every step.
         should_stop: asked before every step; True ends training as the deadline does.
         checkpoint: saved now and then and at the end; where it holds something, training goes on from there.
+        keep_best: whether the weights before are a candidate.
 
     References:
         Nesterov momentum: Sutskever et al. 2013. AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024.
@@ -146,7 +148,7 @@ def fit(
     if settings.samples < 1:
         raise ValueError(f"samples: must be at least 1; got {settings.samples}")
     with settled_randomness(settings.seed):
-        return _Run(graph, split, loss, settings, augment, judge, deadline, checkpoint).run(progress, should_stop)
+        return _Run(graph, split, loss, settings, augment, judge, deadline, checkpoint, keep_best).run(progress, should_stop)
 
 
 class _Run:
@@ -162,9 +164,10 @@ class _Run:
         judge: Callable[[], float] | None,
         deadline: float | None,
         checkpoint: Checkpoint | None,
+        keep_best: bool,
     ) -> None:
         self.graph, self.split, self.loss, self.settings = graph, split, loss, settings
-        self.augment, self.judge, self.deadline = augment, judge, deadline
+        self.augment, self.judge, self.deadline, self.keep_best = augment, judge, deadline, keep_best
         self.checkpoint = checkpoint
         self.began = time.monotonic()
         self.batch_size = min(settings.batch_size, split.n)
@@ -364,6 +367,8 @@ class _Run:
             recalibrate_batch_norm(self.graph, self.split, _NORM_SAMPLES)
             candidates["average"] = self._state()
             self._judge("average")
+        if "last" in candidates and not self.keep_best:
+            del candidates["before"]
         if self.judge is None:
             kept = "last" if "last" in candidates else "before"
         else:
