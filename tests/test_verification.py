@@ -53,12 +53,13 @@ def test_quality_with_labels_is_judged(tmp_path: Path) -> None:
     found = verified(tmp_path, job(), quality=0.9, quality_interval=(0.85, 0.95))
     assert not found.holds
     assert said(found) == ["its quality on test is 1.0000, 0.9000 is claimed"]
-    found = verified(tmp_path, job(), quality=0.97, quality_interval=(0.9, 1.0))
+    found = verified(tmp_path, job(), quality=0.92, quality_interval=(0.85, 1.0))
     assert not found.holds, "the samples are the same: the interval is no excuse"
+    assert verified(tmp_path, job(), quality=0.96).holds, "one or two of 40 samples may round otherwise"
     elsewhere = msgspec.structs.replace(making.measurement().machine, fingerprint="elsewhere")
-    found = verified(tmp_path, job(), quality=0.97, quality_interval=(0.9, 1.0), machine=elsewhere)
+    found = verified(tmp_path, job(), quality=0.92, quality_interval=(0.85, 1.0), machine=elsewhere)
     assert found.holds
-    assert said(found)[-1].endswith("is 1.0000, 0.9700 is claimed: on another machine, and within the claimed interval, 0.9000 to 1.0000")
+    assert said(found)[-1].endswith("is 1.0000, 0.9200 is claimed: on another machine, and within the claimed interval, 0.8500 to 1.0000")
 
 
 def test_the_tolerance_follows_the_metric_s_scale(tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ class _Quality:
         other: parts of the job that are not those of the job that the artifact was made from.
         why_not: why there is no value.
         again: what a second call of `evaluate` gave, where the first is not what is claimed.
+        grain: what two samples are worth.
     """
 
     value: float | None
@@ -196,6 +197,7 @@ class _Quality:
     other: str = ""
     why_not: str = ""
     again: float | None = None
+    grain: float = 0.0
 
     def against(self, claimed: Measurement, *, is_same_machine: bool) -> tuple[bool, list[str]]:
         """Whether it is what is claimed, as far as that can be told, and what there is to say.
@@ -214,7 +216,7 @@ class _Quality:
         if why_not:
             return True, [*another, f"quality was not compared: {why_not}"]
         assert self.value is not None and claimed.quality is not None
-        if abs(self.value - claimed.quality) <= _SAME_QUALITY * abs(claimed.quality):
+        if abs(self.value - claimed.quality) <= max(_SAME_QUALITY * abs(claimed.quality), self.grain + 1e-12):
             return True, []
         says = f"its quality{f' on {self.split}' if self.split else ''} is {self.value:.4f}, {claimed.quality:.4f} is claimed"
         if self.again is not None and self.again != self.value:
@@ -245,7 +247,11 @@ def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) ->
         from planish.workbench import outputs_of
 
         outputs = outputs_of(probe, split)
-        return _Quality(float(metric.score(outputs, split.targets if metric.needs_labels else _original(job, split))), name, other)
+        grain = 0.0
+        if metric.per_sample and metric.low is not None and metric.high is not None:
+            grain = 2 * (metric.high - metric.low) / split.n
+        found = float(metric.score(outputs, split.targets if metric.needs_labels else _original(job, split)))
+        return _Quality(found, name, other, grain=grain)
 
 
 def _original(job: Workload, split: Split) -> list[Any]:
