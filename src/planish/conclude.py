@@ -204,14 +204,18 @@ def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], opt
 
 def _with_enough_threads(pursuit: Pursuit, original: _Timed, optimized: Sequence[_Timed]) -> _Timed | None:
     """The optimized net with the fewest threads that are nearly as quick as any; or that hold a limit on latency with room to spare,
-    where more would not make it much quicker.
+    where more would not make it much quicker. Where fewer threads miss the limit, with the quickest.
     """
     quickest = min((one.timing.latency_s.median for one in optimized), default=0.0)
     for one in optimized:
         seconds = one.timing.latency_s.median
         as_at_first = seconds * max(1.0, pursuit.original["latency"] / original.timing.latency_s.median)
-        holds = "latency" in pursuit.bounds and not pursuit.over({"latency": as_at_first}, _ROOM)
-        if seconds <= (_WORTH_BELOW_A_LIMIT if holds else WORTH_ITS_THREADS) * quickest:
+        worth = WORTH_ITS_THREADS
+        if pursuit.over({"latency": as_at_first}):
+            worth = 1.0
+        elif "latency" in pursuit.bounds and not pursuit.over({"latency": as_at_first}, _ROOM):
+            worth = _WORTH_BELOW_A_LIMIT
+        if seconds <= worth * quickest:
             return one
     return None
 

@@ -16,7 +16,16 @@ from planish import conclude, trial, verification, workbench
 from planish.artifact import open_artifact
 
 
-@pytest.mark.parametrize(("gain", "limit", "threads"), [(0.95, "0.3x", 1), (0.85, "0.3x", 2), (0.85, "0.8x", 1), (0.7, "0.8x", 2)])
+@pytest.mark.parametrize(
+    ("gain", "limit", "threads"),
+    [
+        pytest.param(0.95, "0.3x", 1, id="a twentieth quicker"),
+        pytest.param(0.85, "0.3x", 2, id="more than a tenth quicker"),
+        pytest.param(0.85, "0.8x", 1, id="with room below the limit a tenth is not enough"),
+        pytest.param(0.7, "0.8x", 2, id="with room below the limit three tenths are"),
+        pytest.param(0.95, "0.27x", 2, id="one thread misses the limit, two hold it"),
+    ],
+)
 def test_a_second_thread_must_be_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, limit: str, threads: int) -> None:
     """A tenth quicker, or three tenths where one thread holds the limit with room to spare."""
     replaying.install(monkeypatch.setattr)
