@@ -209,8 +209,7 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     def work() -> Result:
         return flow.optimize(workload, **arguments)
 
-    console.limit_s = options["time_limit"]
-    return _show_result(console, _resumable(work, out, job, options["time_limit"]))
+    return _show_result(console, _resumable(console, work, out, job, options["time_limit"]))
 
 
 @cli.command(epilog=_example("planish resume out/net.planish job.py"))
@@ -240,8 +239,7 @@ def resume(console: Console, /, path: Path, job: Path | None, **options: Any) ->
             events=console,
         )
 
-    console.limit_s = options["time_limit"]
-    return _show_result(console, _resumable(work, path, job, options["time_limit"]))
+    return _show_result(console, _resumable(console, work, path, job, options["time_limit"]))
 
 
 @cli.command(epilog=_example("planish verify out/net.planish job.py"))
@@ -376,7 +374,8 @@ class _Interrupted(PlanishError):
     exit_code = INTERRUPTED
 
 
-def _resumable(work: Callable[[], Result], out: Path, job: Path | None, time_limit: float | None) -> Result:
+def _resumable(console: Console, work: Callable[[], Result], out: Path, job: Path | None, time_limit: float | None) -> Result:
+    console.limit_s = time_limit
     try:
         return work()
     except KeyboardInterrupt as err:

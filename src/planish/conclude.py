@@ -227,7 +227,7 @@ def _compare(
     original, first_timing = first_timed.side, first_timed.timing
     optimized, second_timing = (second_timed.side, second_timed.timing) if second_timed else (None, None)
     name, split = bench.judged
-    first = bench.predict(original.baseline, name, split) if split is not None and bench.job.evaluate is None else None
+    first = bench.predict(original.baseline, name, split) if split is not None else None
     second = outputs_of(optimized.probe, split) if first is not None and split is not None and optimized else first
     before = _measurement(bench, original, first_timing, name, first)
     after = _measurement(bench, optimized, second_timing, name, second) if optimized and second_timing else before
@@ -363,7 +363,7 @@ def _elsewhere(bench: Workbench) -> dict[str, Estimate]:
 def _with_control(bench: Workbench, request: Request, summary: Summary, winner: Winner) -> Summary:
     """The original tuned as the winner was, on as many samples, exported and judged like it."""
     name, split = bench.judged
-    if bench.data.train is None or split is None or not winner.plan.recovery.samples or bench.job.evaluate is not None:
+    if bench.data.train is None or split is None or not winner.plan.recovery.samples:
         bench.notes.append("control: there was no recovery to compare with")
         return summary
     if bench.data.train.targets is None:

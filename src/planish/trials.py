@@ -75,7 +75,7 @@ class Trials:
         stored = self.study.lookup(plan.digest, stage)
         if stored is None or stored.state != "finished" or stored.evidence is None or stored.outcome is None:
             return None
-        kept: Kept = self.study.decode(msgspec.json.encode(stored.evidence).decode(), Kept)
+        kept: Kept = self.study.decode(stored.evidence, Kept)
         is_of_this_machine = stage != "candidate" or bool(plan.precisions)  # int8 weights have another range without VNNI
         if is_of_this_machine and kept.place != self.place(plan):
             return None

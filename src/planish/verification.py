@@ -108,7 +108,8 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
     kept = artifact.check_arrays()
     findings: list[str] = []
     holds = True
-    same = machine().fingerprint == claimed.machine.fingerprint and target.threads == claimed.threads
+    is_same_machine = machine().fingerprint == claimed.machine.fingerprint
+    same = is_same_machine and target.threads == claimed.threads
     if threads is not None and target.threads < threads:
         findings.append(f"run with {target.threads} of the {threads} threads asked for: it was not quicker with more when it was made")
     if not same:
@@ -133,7 +134,7 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
         if not timing.latency_s.trustworthy:
             findings.append("the latency is not trustworthy: the machine is too noisy")
         judged = _Quality(None, "", "", "no job was given") if job is None else _quality(artifact, probe, job, events)
-    agrees, said = judged.against(claimed, is_same_machine=machine().fingerprint == claimed.machine.fingerprint)
+    agrees, said = judged.against(claimed, is_same_machine=is_same_machine)
     holds = holds and agrees
     findings += said
     return Verification(
@@ -229,6 +230,8 @@ class _Quality:
 
 def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) -> _Quality:
     """The quality on the job's judged split, by its metric or `evaluate`; without labels against the original's outputs in torch."""
+    from planish.workbench import outputs_of, predictor
+
     events.stage("computing quality")
     metric = job.metric_object(artifact.signature)
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:
@@ -237,15 +240,11 @@ def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) ->
         made_from, given = artifact.manifest.job, job.fingerprint(data)
         other = ", ".join(part for part in sorted(made_from) if made_from[part] != given.get(part))
         if job.evaluate is not None:
-            from planish.workbench import predictor
-
             found = job.evaluated(predictor(probe), artifact.plan.seed)
             is_claimed = found == artifact.measurements["optimized"].quality
             return _Quality(found, EVALUATE, other, again=None if is_claimed else job.evaluated(predictor(probe), artifact.plan.seed))
         if split is None:
             return _Quality(None, "", other, "the job has no data to judge it on")
-        from planish.workbench import outputs_of
-
         outputs = outputs_of(probe, split)
         grain = 0.0
         if metric.per_sample and metric.low is not None and metric.high is not None:
@@ -321,7 +320,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:
         clock = Clock(None, events)
         with prepare(job, targets_for("cpu", count), (), Path(folder), 0, events, clock, compiled=False) as stand:
-            name, split = stand.data.judged
+            name, split = stand.judged
             signature = stand.graph.signature
             probes: dict[str, Probe] = {}
             sizes: dict[str, int] = {}
@@ -356,7 +355,7 @@ def bench(
                     if key in slower:
                         continue
                     quality = None
-                    if split is not None and metric.needs_labels and job.evaluate is None:
+                    if split is not None and metric.needs_labels:
                         events.stage(f"quality on {name}")
                         quality = float(metric.score(outputs_of(probe, split), split.targets))
                     measured.append(_row(key, probe, timings, best, sizes[key], quality))

@@ -39,12 +39,15 @@ def drop_of(summary: Summary) -> str:
     return f"drop of {plain(summary.metric, 40)}" + (f" on {summary.split}" if summary.split != summary.metric else "")
 
 
-def drop_interval(summary: Summary) -> str:
-    """`95 % interval −0.002 … +0.011, `; nothing where there is none (a job's `evaluate` is one number)."""
-    if summary.drop_interval is None:
-        return ""
-    low, high = summary.drop_interval
-    return f"{confidence(summary)} interval {signed(low)} … {signed(high)}, "
+def around_drop(summary: Summary) -> str:
+    """`95 % interval −0.002 … +0.011, allowed 0.01`; without an interval where there is none (a job's `evaluate` is one number)."""
+    parts = []
+    if summary.drop_interval is not None:
+        low, high = summary.drop_interval
+        parts.append(f"{confidence(summary)} interval {signed(low)} … {signed(high)}")
+    if summary.original.quality is not None:
+        parts.append(f"allowed {summary.budget.allowed_drop.allowed(summary.original.quality):.4g}")
+    return ", ".join(parts)
 
 
 def _scaled(value: float | None, units: tuple[tuple[float, str], ...], space: str = " ") -> str:

@@ -37,9 +37,7 @@ def tiles(summary: Summary) -> list[tuple[str, str, str]]:
         change = f"{figures.seconds(one.latency_s.median)} → {figures.seconds(two.latency_s.median)} a call"
         tiles.append((figures.factor(ratio.median), "as fast", f"{change} ({surely})"))
     if summary.drop is not None:
-        allowed = summary.budget.allowed_drop.allowed(one.quality) if one.quality is not None else None
-        asked = f"allowed {allowed:.4g}" if allowed is not None else ""
-        tiles.append((figures.signed(summary.drop), figures.drop_of(summary), figures.drop_interval(summary) + asked))
+        tiles.append((figures.signed(summary.drop), figures.drop_of(summary), figures.around_drop(summary)))
     for name, what, unit, before, after in (
         ("size", "of the size", figures.size, one.size_bytes, two.size_bytes if two else None),
         ("memory", "of the peak memory", figures.size, one.peak_memory_bytes, two.peak_memory_bytes if two else None),

@@ -139,9 +139,7 @@ def _sides(summary: Summary) -> str:
         table(("", f"original in {one.runtime}" if moved else "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
     ]
     if summary.drop is not None and one.quality is not None:
-        between = figures.drop_interval(summary)
-        allowed = summary.budget.allowed_drop.allowed(one.quality)
-        parts.append(folded(f"{figures.drop_of(summary)}: {figures.signed(summary.drop)}, {between}allowed {allowed:.4g}"))
+        parts.append(folded(f"{figures.drop_of(summary)}: {figures.signed(summary.drop)}, {figures.around_drop(summary)}"))
     if summary.control_drop is not None:
         parts.append(folded(f"drop against the net as it was, tuned as long: {figures.signed(summary.control_drop)}"))
     return "".join(parts)

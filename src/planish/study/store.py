@@ -217,14 +217,14 @@ class Study:
         decoded: Meta = self.decode(values.get("meta", ""), Meta)
         return decoded
 
-    def decode(self, text: str, kind: Any) -> Any:
-        """JSON that this database holds, as `kind`.
+    def decode(self, value: Any, kind: Any) -> Any:
+        """What this database holds, as JSON text or as plain data read from it, as `kind`.
 
         Raises:
             StudyError: it is not that.
         """
         try:
-            return msgspec.json.decode(text, type=kind)
+            return msgspec.json.decode(value, type=kind) if isinstance(value, str) else msgspec.convert(value, kind)
         except (msgspec.DecodeError, ValueError) as err:
             raise StudyError(f"study: {self._path} holds an entry that is damaged or was not written by planish: {err}") from err
 
