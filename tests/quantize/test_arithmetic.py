@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
 from planish.quantize.arithmetic import UINT8, Grid, fake_quantize, int8_weights, quantizer_from_range, sqnr_db
 
 GRIDS = [UINT8, Grid(-63, 63, symmetric=True), Grid(-127, 127, symmetric=True)]
@@ -76,3 +79,25 @@ def test_channels_of_the_second_dimension_have_their_own_scales() -> None:
 def test_sqnr_of_a_known_error() -> None:
     assert sqnr_db(torch.ones(4), torch.ones(4) * 1.1) == pytest.approx(20.0, abs=1e-5)
     assert sqnr_db(torch.ones(4), torch.ones(4)) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "low", "high"), [(0.03, 7, 0, 255), (0.004, 0, 0, 255), (0.1, 20, -63, 63), (1.7e-3, 128, 10, 200)]
+)
+def test_rounding_and_its_gradient_are_torchs_own(scale: float, zero_point: int, low: int, high: int) -> None:
+    values = torch.randn(4, 16, 9, 7, generator=torch.Generator().manual_seed(3)).contiguous(memory_format=torch.channels_last)
+    values[0, 0, 0, :3] = torch.tensor([0.0, 1e6, -1e6])
+    weights, results = torch.randn(values.shape, generator=torch.Generator().manual_seed(4)), []
+    for rounding in (fake_quantize_per_tensor_affine, torch.fake_quantize_per_tensor_affine):
+        x = values.clone().requires_grad_()
+        out = rounding(x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), low, high)
+        (out * weights).sum().backward()
+        assert x.grad is not None
+        results.append((out.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_is_not_a_number_stays_none() -> None:
+    rounded = fake_quantize_per_tensor_affine(torch.tensor([math.nan, 1.0]), torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), 0, 255)
+    assert math.isnan(rounded[0]) and float(rounded[1]) == pytest.approx(1.0)

@@ -6,12 +6,17 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
+from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 
 aten = torch.ops.aten
 _decomposed = torch.ops.quantized_decomposed
-_PER_TENSOR = (aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams)
+_PER_TENSOR = (
+    fake_quantize_per_tensor_affine,
+    aten.fake_quantize_per_tensor_affine.default,
+    aten.fake_quantize_per_tensor_affine.tensor_qparams,
+)
 _PER_CHANNEL = aten.fake_quantize_per_channel_affine.default
 _FULL_RANGES = {(0, 255): torch.uint8, (-128, 127): torch.int8}
 

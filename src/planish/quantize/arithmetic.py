@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
+
 TINY_RANGE = 1e-20
 """Ranges below this count as zero: the reciprocal of their scale would leave float32 in the runtimes."""
 
@@ -103,7 +105,7 @@ def fake_quantize(values: Tensor, quantizer: Quantizer) -> Tensor:
     """
     grid = quantizer.grid
     if grid.axis is None:
-        return torch.fake_quantize_per_tensor_affine(values, quantizer.scale, quantizer.zero_point, grid.low, grid.high)
+        return fake_quantize_per_tensor_affine(values, quantizer.scale, quantizer.zero_point, grid.low, grid.high)
     return torch.fake_quantize_per_channel_affine(values, quantizer.scale, quantizer.zero_point, grid.axis, grid.low, grid.high)
 
 

@@ -66,7 +66,10 @@ def _channel_axis(node: Node) -> int:
 
 
 def _channel_means(node: Node, output: Tensor) -> Tensor:
-    return output.movedim(_channel_axis(node), -1).flatten(0, -2).double().mean(0).float()
+    axis = _channel_axis(node) % output.dim()
+    rest = [other for other in range(1, output.dim()) if other != axis]
+    each = output.mean(rest) if rest else output  # of each sample: many float32 values at most, never a copy of all in float64
+    return each.double().mean(0).float()
 
 
 def _along_channels(node: Node, shift: Tensor, rank: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
 from planish.quantize.contract import Observer
@@ -44,10 +46,10 @@ def watch(
                     found = environment[node]
                     if not isinstance(found, Tensor) or not found.is_floating_point():
                         reasons[node] = f"{node.name} is no floating-point tensor"
-                    elif not bool(torch.isfinite(found).all()):
+                    elif not math.isfinite(size := float(torch.stack(torch.aminmax(found)).abs().max())):
                         reasons[node] = f"{node.name} is not finite on the calibration data"
                     else:
-                        largest[node] = max(largest[node], float(found.abs().max()))
+                        largest[node] = max(largest[node], size)
                         observers[node].update(found)
                 replay.release(node, environment)
     for node, size in largest.items():
@@ -134,12 +136,12 @@ def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: 
         assert torch.equal(getattr(module, name), tensor), name
     first = min((by_name[read.node] for read in readers), key=list(graph.nodes).index)
     grid = quantizer.grid
-    target: torch._ops.OpOverload
+    target: Callable[..., Tensor]
     arguments: tuple[Node | int, ...]
     with graph.inserting_before(first):
         scale, zero_point = graph.get_attr(names[0]), graph.get_attr(names[1])
         if grid.axis is None:
-            target, arguments = aten.fake_quantize_per_tensor_affine.tensor_qparams, (source, scale, zero_point, grid.low, grid.high)
+            target, arguments = fake_quantize_per_tensor_affine, (source, scale, zero_point, grid.low, grid.high)
         else:
             target = aten.fake_quantize_per_channel_affine.default
             arguments = (source, scale, zero_point, grid.axis, grid.low, grid.high)

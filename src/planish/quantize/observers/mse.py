@@ -84,13 +84,13 @@ class MeanSquaredError:
     def _search_tensor(self, low: Tensor, high: Tensor) -> Quantizer:
         used = self._count > 0
         count = self._count[used]
-        values = (self._sum[used] / count).float()
+        values, count = (self._sum[used] / count).float(), count.float()
 
         def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
             """The widest candidate range whose error is close to the least."""
             candidates = quantizer_from_range(lows, highs, Grid(self.grid.low, self.grid.high, self.grid.symmetric, axis=0))
             rounded = fake_quantize(values.expand(len(lows), -1).contiguous(), candidates)
-            error = ((rounded.double() - values) ** 2 * count).sum(1)
+            error = (rounded - values).square() @ count
             chosen = int((error <= CLOSE * error.min()).nonzero()[0])
             return lows[chosen], highs[chosen]
 
@@ -107,10 +107,10 @@ class MeanSquaredError:
 
     def _search_channels(self, low: Tensor, high: Tensor, rows: Tensor) -> Quantizer:
         grid = Grid(self.grid.low, self.grid.high, self.grid.symmetric, axis=0)
-        errors = torch.empty(len(RATIOS), len(rows), dtype=torch.float64)
+        errors = torch.empty(len(RATIOS), len(rows))
         for index, ratio in enumerate(RATIOS):
             rounded = fake_quantize(rows, quantizer_from_range(ratio * low, ratio * high, grid))
-            errors[index] = (rounded - rows).double().square().sum(1)
+            errors[index] = (rounded - rows).square().sum(1)
         is_close = errors <= CLOSE * errors.min(0).values
         chosen = RATIOS[is_close.int().argmax(0)]
         return quantizer_from_range(chosen * low, chosen * high, self.grid)
