@@ -87,7 +87,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
     if winner is not None:
-        bench.notes += _said(summary)
+        bench.notes += [*_said(summary), *_seen_before(bench, summary)]
     summary = _timed(bench, summary)
     artifact = None
     if summary.verdict == "met" or request.accept_nearest:
@@ -125,6 +125,22 @@ def _said(summary: Summary) -> list[str]:
     if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
         out.append(f"it needs {needs / needed:.1f} times the memory of the original while it runs; `--memory 1x` forbids that")
     return out
+
+
+def _seen_before(bench: Workbench, summary: Summary) -> list[str]:
+    """A sentence where the original does so much better on validation than on test that it was trained on the one (decision 008)."""
+    before, first = summary.original, bench.original_quality
+    if summary.split != "test" or before.quality is None or before.quality_interval is None or first is None:
+        return []
+    low, high = before.quality_interval
+    better = first - high if bench.metric.higher_is_better else low - first
+    if better <= high - low:
+        return []
+    said = (
+        f"the original has {bench.metric.name} {first:.4g} on validation and {before.quality:.4g} on test: it was probably trained on the "
+        "validation samples, where a compressed net seems to lose more than it does; others would have guided the search to a better net"
+    )
+    return [said]
 
 
 def _timed(bench: Workbench, summary: Summary) -> Summary:

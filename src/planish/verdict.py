@@ -38,15 +38,18 @@ def held(
     """Every limit, then the drop where it was judged (see `judge_budget`)."""
     found = []
     for limit in budget.limits:
-        value, low, high, text = _against(limit, before, after, latency)
+        value, low, high = _against(limit, before, after, latency)
         bound = limit.value if limit.relative else limit.bound(1.0)
         holds = value >= bound if limit.quantity == "throughput" else value <= bound
         is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
         if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
-            said = f"{limit.quantity} {text}, between {low:.3g} and {high:.3g}: the machine is too noisy to tell"
+            between = f"between {_text(limit, low, high)} and {_text(limit, high, low)}"
+            said = f"{limit.quantity} {_text(limit, value, bound)}, {between}: the machine is too noisy to tell"
             found.append(Held(limit.quantity, "doubtful", said))
         elif not holds:
-            found.append(Held(limit.quantity, "missed", f"{limit.quantity} {text}, the limit is {_shown(limit)}"))
+            found.append(
+                Held(limit.quantity, "missed", f"{limit.quantity} {_text(limit, value, bound)}, the limit is {_text(limit, bound, value)}")
+            )
         else:
             found.append(Held(limit.quantity))
     if lost is not None:
@@ -101,21 +104,27 @@ def judge_budget(
     )
 
 
-def _shown(limit: Limit) -> str:
-    return f"{limit.value:.3g}x" if limit.relative else f"{limit.value:.4g}"
+_UNITS = {"latency": (1e3, " ms"), "throughput": (1.0, "/s"), "size": (1e-6, " MB"), "memory": (1e-6, " MB"), "macs": (1e-6, " million")}
 
 
-def _against(limit: Limit, before: Measurement, after: Measurement, latency: Estimate) -> tuple[float, float, float, str]:
-    """What a limit is held against: the figure, its interval, and how it reads; ratios for relative limits."""
+def _text(limit: Limit, value: float, beside: float) -> str:
+    """A figure in its unit, with as many digits as it takes to tell it from another."""
+    factor, unit = (1.0, "x") if limit.relative else _UNITS[limit.quantity]
+    shown = next(((a, b) for d in range(3, 10) if (a := f"{factor * value:.{d}g}") != (b := f"{factor * beside:.{d}g}")), None)
+    return f"{shown[0] if shown else f'{factor * value:.3g}'}{unit}"
+
+
+def _against(limit: Limit, before: Measurement, after: Measurement, latency: Estimate) -> tuple[float, float, float]:
+    """What a limit is held against: the figure and its interval; ratios for relative limits."""
     absolute = after.latency_s
     batch = after.batch
     if limit.quantity == "latency":
         e = latency if limit.relative else absolute
-        return e.median, e.low, e.high, f"{e.median:.3g}x" if limit.relative else f"{e.median * 1e3:.4g} ms"
+        return e.median, e.low, e.high
     if limit.quantity == "throughput":
         if limit.relative:
-            return 1 / latency.median, 1 / latency.high, 1 / latency.low, f"{1 / latency.median:.3g}x"
-        return batch / absolute.median, batch / absolute.high, batch / absolute.low, f"{batch / absolute.median:.4g}/s"
+            return 1 / latency.median, 1 / latency.high, 1 / latency.low
+        return batch / absolute.median, batch / absolute.high, batch / absolute.low
     pairs = {
         "size": (after.size_bytes, before.size_bytes),
         "memory": (after.peak_memory_bytes or 0, before.peak_memory_bytes or 0),
@@ -125,4 +134,4 @@ def _against(limit: Limit, before: Measurement, after: Measurement, latency: Est
         raise BudgetError("energy: this machine cannot tell what a call uses, so nothing can be promised; give a latency")
     now, then = pairs[limit.quantity]
     value = now / then if limit.relative and then else float(now)
-    return value, value, value, f"{value:.3g}x" if limit.relative else f"{value:.4g}"
+    return value, value, value

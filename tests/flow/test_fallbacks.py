@@ -73,6 +73,16 @@ def test_the_original_is_kept_where_nothing_that_holds_a_limit_it_just_holds_kee
     assert any("the original is kept" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("unseen", [0, 40])
+def test_validation_that_the_original_was_trained_on_is_named(tmp_path: Path, unseen: int) -> None:
+    x, y = small_jobs.images(320, seed=2)
+    y[256 : 256 + unseen] = (y[256 : 256 + unseen] + 1) % small_jobs.CLASSES
+    job = small_jobs.stripes_job(test=[(x[256:], y[256:])])
+    result = run(job, tmp_path / "net.planish", planish.Budget(latency="0.5x", drop=0.5))
+    assert result.plan is not None
+    assert any("trained on the validation samples" in note for note in result.notes) == (unseen > 0)
+
+
 def test_without_a_limit_and_without_data_there_is_nothing_to_stop_at(tmp_path: Path) -> None:
     job = small_jobs.stripes_job(train=None, validation=None, test=None, metric="cosine")
     with pytest.raises(planish.PlanishError, match="without a limit the quality that is lost is what ends the search"):

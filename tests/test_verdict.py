@@ -1,0 +1,39 @@
+"""What a verdict says of figures, without a run."""
+
+from __future__ import annotations
+
+import pytest
+
+import planish
+from making import measurement
+from planish.measurement import Estimate
+from planish.verdict import judge_budget
+
+
+@pytest.mark.parametrize(
+    ("limit", "ratio", "said"),
+    [
+        ({"latency": "0.3x"}, 0.30041, "latency 0.3004x, the limit is 0.3x"),
+        ({"latency": "0.3x"}, 0.4, "latency 0.4x, the limit is 0.3x"),
+        ({"latency": "2ms"}, 0.5, "latency 5.2 ms, the limit is 2 ms"),
+        ({"throughput": "300/s"}, 0.5, "throughput 192/s, the limit is 300/s"),
+        ({"size": "1MB"}, 0.5, "size 2 MB, the limit is 1 MB"),
+        ({"size": "1.999999MB"}, 0.5, "size 2.000001 MB, the limit is 1.999999 MB"),
+        ({"macs": "1M"}, 0.5, "macs 3 million, the limit is 1 million"),
+    ],
+)
+def test_a_limit_that_is_missed_is_told_from_the_figure_in_its_own_unit(limit: dict[str, str], ratio: float, said: str) -> None:
+    seconds = Estimate(5.2e-3, 5.2e-3, 5.2e-3, 20)
+    before = measurement(latency_s=seconds, size_bytes=4_000_000, macs=6_000_000)
+    after = measurement(latency_s=seconds, size_bytes=2_000_001, macs=3_000_000)
+    budget = planish.Budget(**limit, drop=0.5)
+    verdict, reason = judge_budget(budget, before, after, Estimate(ratio, ratio, ratio, 20), 0.0, None, is_original=False)
+    assert (verdict, reason) == ("infeasible", f"nothing found holds the budget; nearest: {said}")
+
+
+def test_noise_is_told_in_the_limit_s_unit() -> None:
+    seconds = Estimate(2.1e-3, 1.9e-3, 2.4e-3, 20, trustworthy=False)
+    verdict, reason = judge_budget(
+        planish.Budget(latency="2ms", drop=0.5), measurement(), measurement(latency_s=seconds), seconds, 0.0, None, is_original=False
+    )
+    assert (verdict, reason) == ("undecided", "latency 2.1 ms, between 1.9 ms and 2.4 ms: the machine is too noisy to tell")
