@@ -15,7 +15,7 @@ from planish.graph.graph import Graph
 from planish.plan import Plan, Recovery
 from planish.pursuit import Pursuit
 from planish.train.checkpoint import Checkpoint
-from planish.trial import Compressed, quantized
+from planish.trial import Compressed, lost_on_validation, quantized
 from planish.workbench import RECOVERY_S
 
 LEAST_S = 5.0
@@ -29,6 +29,10 @@ _HEAT_SHARE = 0.15
 _LEAST_HEAT_S = 10.0
 _FEWEST_SAMPLES = 2000
 """Fewer tell no more than what was lost before recovery does."""
+_JUDGED = 5000
+"""Samples of validation that judge a heat."""
+_LEAST_LOST = 0.1
+"""Of the drop that is allowed: below it, what a heat lost on validation says nothing."""
 _ALIKE = 0.9
 """A heat that time cut below this share of the first one's samples is not compared with it."""
 
@@ -52,7 +56,7 @@ class Trained:
 class _Heat:
     compressed: Compressed
     samples: int
-    loss: float
+    distance: float
 
 
 class Recoverer:
@@ -102,19 +106,33 @@ class Recoverer:
             compressed = self._anew(plan)
             with self.bench.clock.stage("recovery heats"):
                 report = self._recover(compressed.graph, plan, "heat", samples, time.monotonic() + seconds)
-            heat = _Heat(compressed, report.samples, math.inf if report.diverged or math.isnan(report.loss_after) else report.loss_after)
-            self.bench.events.say(f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {heat.loss:.3g} from the original")
+                heat = _Heat(compressed, report.samples, self._distance(compressed.graph, report))
+            self.bench.events.say(
+                f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {report.loss_after:.3g} from the original, {heat.distance:.3g} with what it lost"
+            )
             if best is None:
                 # most of the teacher's outputs are known from now on, but the machine may become slower
                 samples, seconds = max(1, heat.samples), 2 * seconds
                 fewest = math.ceil(_ALIKE * samples)
-            if best is None or (heat.loss < best.loss and heat.samples >= fewest):
+            if best is None or (heat.distance < best.distance and heat.samples >= fewest):
                 best = heat
             if heat.samples < _FEWEST_SAMPLES and len(plans) > 1:
                 break
         assert best is not None
         self._begun = best
         return best.compressed.plan
+
+    def _distance(self, graph: Graph, report: RecoverReport) -> float:
+        """How far a net is from the original after its heat: the loss times what it lost on validation, where that is known.
+
+        Each alone is too uncertain: the loss of two plans that ended half a point apart was the same to 0.1 % (decision 011).
+        """
+        if report.diverged or math.isnan(report.loss_after):
+            return math.inf
+        lost = lost_on_validation(self.bench, graph, _JUDGED)
+        if lost is None:
+            return report.loss_after
+        return report.loss_after * max(lost, _LEAST_LOST * self.pursuit.allowed_drop)
 
     def carry_out(self, plan: Plan) -> Compressed:
         """A plan carried out, or as its heat left it; nobody else has its net."""

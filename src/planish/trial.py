@@ -32,6 +32,9 @@ from planish.quantize.apply import quantize
 from planish.target import Target
 from planish.workbench import WORTH_ITS_THREADS, Array, Workbench, as_tensor, module_outputs, open_each, worst_sqnr_db
 
+_JUDGING = 2000
+"""Samples of validation that judge a candidate."""
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -115,13 +118,18 @@ def judge(bench: Workbench, graph: Graph) -> Judged:
     tensors = [as_tensor(array) for array in reference]
     outputs = module_outputs(graph, bench.data.calibration)
     loss = float(divergence(tensors, bench.output_kind).per_sample([as_tensor(array) for array in outputs], tensors).double().mean())
+    return Judged(loss, lost_on_validation(bench, graph, _JUDGING))
+
+
+def lost_on_validation(bench: Workbench, graph: Graph, most: int) -> float | None:
+    """The quality that a graph loses on at most so many samples of validation, in PyTorch; None where there is nothing to judge on."""
     if bench.job.evaluate is not None:
-        return Judged(loss, bench.lost(bench.evaluated(module_predictor(graph))))
-    split = bench.judging
+        return bench.lost(bench.evaluated(module_predictor(graph)))
+    split = bench.judging(most)
     if split is None:
-        return Judged(loss, None)
-    original = bench.cached("judging", lambda: module_outputs(bench.graph, split))
-    return Judged(loss, drop(bench.metric, original, module_outputs(graph, split), split.targets))
+        return None
+    original = bench.cached(f"{most} of validation", lambda: module_outputs(bench.graph, split))
+    return drop(bench.metric, original, module_outputs(graph, split), split.targets)
 
 
 def module_predictor(graph: Graph) -> Callable[[Any], Any]:

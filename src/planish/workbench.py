@@ -42,7 +42,6 @@ RECOVERY_S = 1500.0
 _EAGER = ("torch", "torch-compile")
 _VALUE_METRICS = ("rmse", "mae", "spearman", "cosine")
 _BATCH = 100
-_JUDGING = 2000
 WORTH_ITS_THREADS = 1.1
 """More threads that make a call less than this many times as quick are not worth having: waking them depends on the machine's state."""
 _DRIFT = 0.1
@@ -148,7 +147,7 @@ class Workbench:
     notes: list[str] = field(default_factory=list)
     threads: Threads = field(default_factory=Threads)
     _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
-    _judging: Split | None = None
+    _judging: dict[int, Split] = field(default_factory=dict)
     _quality: float | None = None
 
     @property
@@ -184,15 +183,14 @@ class Workbench:
         """What quality is judged on: a split and its name; ("evaluate", None) where the job judges."""
         return (EVALUATE, None) if self.job.evaluate is not None else self.data.judged
 
-    @property
-    def judging(self) -> Split | None:
-        """The part of validation that judges candidates: at most 2,000 samples, evenly spread; None without validation."""
+    def judging(self, most: int) -> Split | None:
+        """At most so many samples of validation, evenly spread; None without validation."""
         split = self.data.validation
-        if split is None or split.n <= _JUDGING:
+        if split is None or split.n <= most:
             return split
-        if self._judging is None:
-            self._judging = split.take(np.linspace(0, split.n - 1, _JUDGING).astype(np.int64))
-        return self._judging
+        if most not in self._judging:
+            self._judging[most] = split.take(np.linspace(0, split.n - 1, most).astype(np.int64))
+        return self._judging[most]
 
     @property
     def original_quality(self) -> float | None:

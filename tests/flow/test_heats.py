@@ -61,6 +61,7 @@ def _run(
     done: list[_Recovered] = []
     before = recovery.recover
     left = iter(losses)
+    drops = iter(changes.pop("drops", [None] * 9))
 
     def recover(graph: Any, teacher: Any, job: Any, data: Any, settings: Any, *arguments: Any, checkpoint: Any, **named: Any) -> Any:
         plan, _, stage = checkpoint.path.stem.partition("-")
@@ -71,6 +72,7 @@ def _run(
         return dataclasses.replace(report, loss_after=next(left)) if stage == "heat" else report
 
     monkeypatch.setattr(recovery, "recover", recover)
+    monkeypatch.setattr(recovery, "lost_on_validation", lambda *_: next(drops))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = _Residual().eval()
@@ -108,6 +110,15 @@ def test_a_heat_that_ends_with_no_number_is_lost(tmp_path: Path, monkeypatch: py
     heats = [one for one in done if one.stage == "heat"]
     (last,) = [one for one in done if one.stage == "recovery"]
     assert last.plan == heats[winner if winner < len(heats) else 1].plan
+
+
+@pytest.mark.parametrize(("drops", "winner"), [([0.1, 0.3, 0.3], 0), ([0.3, 0.3, 0.05], 2), ([-0.01, -0.02, -0.03], 1)])
+def test_what_was_lost_on_validation_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drops: list[float], winner: int) -> None:
+    """Losses that tell little; beyond a tenth of what is allowed a smaller drop is no better."""
+    _, done = _run(tmp_path, monkeypatch, [2.2, 2.0, 2.1], drops=drops)
+    heats = [one for one in done if one.stage == "heat"]
+    (last,) = [one for one in done if one.stage == "recovery"]
+    assert len(heats) == 3 and last.plan == heats[winner].plan
 
 
 def test_a_heat_that_is_too_short_ends_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
