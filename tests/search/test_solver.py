@@ -262,3 +262,17 @@ def test_int8_tables_taken_in_a_slow_minute_do_not_keep_the_search_from_int8():
         for which in (False, True)
     )
     assert corrected <= 1.15 * exact
+
+
+def test_other_blocks_are_tried_than_those_that_the_best_plan_bypasses():
+    """Here the first six plans all bypassed one block, with other widths each."""
+    space, costs = made_up(blocks=4, seed=1)
+    limits = Limits({"latency": 0.5 * costs.predict(space.identity)["latency"]}, drop=1.0)
+    solver = Solver(space, costs, limits)
+    tried = []
+    for _ in range(6):
+        (plan,) = solver.ask(1)
+        assert costs.predict(space.assignment(plan))["latency"] <= limits.costs["latency"]
+        solver.tell(plan, respond(space, costs, plan))
+        tried.append(plan.blocks)
+    assert tried[0] and len(set(tried)) > 1

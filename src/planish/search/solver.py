@@ -90,6 +90,8 @@ class Solver:
         if not self.solution.feasible:
             yield from (canonical(assignment) for assignment in self.solution.nearest.values())
             return
+        if number % 2:
+            yield from self._other_blocks(mean)
         for attempt in range(1, _SAMPLES + 1):
             rng = np.random.default_rng([self.seed, number, attempt])
             found = self._solve(self.ledger.coefficients(rng), attempt)
@@ -101,6 +103,21 @@ class Solver:
             if found.feasible:
                 yield canonical(found.assignment)
         yield from self._rest(number)
+
+    def _other_blocks(self, coefficients: NDArray[np.float64]) -> Iterator[Assignment]:
+        """The best plan that keeps a block that the best plan bypasses, for each of these blocks, those that cost most first.
+
+        What recovery leaves of a bypassed block is what predictions know least (decision 011), and samples of the coefficients mostly move
+        a width.
+        """
+        assert self.solution is not None
+        space, chosen = self.ledger.space, self.solution.assignment
+        losses = coefficients * self.ledger.contributions(chosen)
+        for variable in np.argsort(-losses, kind="stable").tolist():
+            if space.variables[variable].technique == "block" and chosen[variable] != space.identity[variable]:
+                found = self._solve(coefficients, 0, (variable, chosen[variable]))
+                if found.feasible:
+                    yield space.canonical(found.assignment)
 
     def _solve(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None = None) -> Solution:
         """The best plan for loss coefficients; with `avoided` (variable, value), the best of those that decide otherwise there.
