@@ -128,7 +128,7 @@ def lost_on_validation(bench: Workbench, graph: Graph, most: int) -> float | Non
     split = bench.judging(most)
     if split is None:
         return None
-    original = bench.cached(f"{most} of validation", lambda: module_outputs(bench.graph, split))
+    original = bench.cached(f"{split.n} of validation", lambda: module_outputs(bench.graph, split))
     return drop(bench.metric, original, module_outputs(graph, split), split.targets)
 
 

@@ -110,8 +110,8 @@ _UNITS = {"latency": (1e3, " ms"), "throughput": (1.0, "/s"), "size": (1e-6, " M
 def _text(limit: Limit, value: float, beside: float) -> str:
     """A figure in its unit, with as many digits as it takes to tell it from another."""
     factor, unit = (1.0, "x") if limit.relative else _UNITS[limit.quantity]
-    shown = next(((a, b) for d in range(3, 10) if (a := f"{factor * value:.{d}g}") != (b := f"{factor * beside:.{d}g}")), None)
-    return f"{shown[0] if shown else f'{factor * value:.3g}'}{unit}"
+    digits = next((d for d in range(3, 10) if f"{factor * value:.{d}g}" != f"{factor * beside:.{d}g}"), 3)
+    return f"{factor * value:.{digits}g}{unit}"
 
 
 def _against(limit: Limit, before: Measurement, after: Measurement, latency: Estimate) -> tuple[float, float, float]:

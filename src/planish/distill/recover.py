@@ -68,7 +68,7 @@ def recover(
     """Bring `graph` back towards its teacher, in place.
 
     Args:
-        graph: pruned, and fake-quantized or not; `aten.fake_quantize_*` pass gradients straight through.
+        graph: pruned, and fake-quantized or not; `fake_quantize_*` pass gradients straight through.
         teacher: of the original; best made of the split that is trained on, whose outputs it then keeps for the next recovery.
         job: gives the metric's name (which says what the outputs are), `loss` and `augment`.
         data: trained on `train`, or on calibration inputs where there is none; judged on 1024 samples of validation, else on calibration.

@@ -51,7 +51,7 @@ def quantize(
     """A copy of `graph` whose chosen operators compute on int8 values, batch norm folded.
 
     Weights get per-channel symmetric quantizers in the target's range, activations per-tensor affine unsigned ones; both are
-    `aten.fake_quantize_*` nodes with scales and zero points in buffers. An operator whose weights or inputs are not finite, or
+    `fake_quantize_*` nodes with scales and zero points in buffers. An operator whose weights or inputs are not finite, or
     all zero on the calibration data, stays in float and is named.
 
     Args:

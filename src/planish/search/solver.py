@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -91,33 +91,31 @@ class Solver:
             yield from (canonical(assignment) for assignment in self.solution.nearest.values())
             return
         if number % 2:
-            yield from self._other_blocks(mean)
+            yield from self._otherwise(mean, self._bypassed(mean))
         for attempt in range(1, _SAMPLES + 1):
             rng = np.random.default_rng([self.seed, number, attempt])
             found = self._solve(self.ledger.coefficients(rng), attempt)
             if found.feasible:
                 yield canonical(found.assignment)
         order = np.random.default_rng([self.seed, number]).permutation(len(self.ledger.space.sizes))
-        for variable in order[:_PARTITIONS].tolist():
-            found = self._solve(mean, 0, (variable, self.solution.assignment[variable]))
-            if found.feasible:
-                yield canonical(found.assignment)
+        yield from self._otherwise(mean, order[:_PARTITIONS].tolist())
         yield from self._rest(number)
 
-    def _other_blocks(self, coefficients: NDArray[np.float64]) -> Iterator[Assignment]:
-        """The best plan that keeps a block that the best plan bypasses, for each of these blocks, those that cost most first.
-
-        What recovery leaves of a bypassed block is what predictions know least (decision 011), and samples of the coefficients mostly move
-        a width.
-        """
+    def _bypassed(self, coefficients: NDArray[np.float64]) -> list[int]:
+        """The blocks that the best plan bypasses, those that cost most first: what recovery leaves of them is what predictions know least."""
         assert self.solution is not None
         space, chosen = self.ledger.space, self.solution.assignment
         losses = coefficients * self.ledger.contributions(chosen)
-        for variable in np.argsort(-losses, kind="stable").tolist():
-            if space.variables[variable].technique == "block" and chosen[variable] != space.identity[variable]:
-                found = self._solve(coefficients, 0, (variable, chosen[variable]))
-                if found.feasible:
-                    yield space.canonical(found.assignment)
+        order = np.argsort(-losses, kind="stable").tolist()
+        return [v for v in order if space.variables[v].technique == "block" and chosen[v] != space.identity[v]]
+
+    def _otherwise(self, coefficients: NDArray[np.float64], variables: Iterable[int]) -> Iterator[Assignment]:
+        """For each of these variables, the best plan that decides otherwise there than the best of all."""
+        assert self.solution is not None
+        for variable in variables:
+            found = self._solve(coefficients, 0, (variable, self.solution.assignment[variable]))
+            if found.feasible:
+                yield self.ledger.space.canonical(found.assignment)
 
     def _solve(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None = None) -> Solution:
         """The best plan for loss coefficients; with `avoided` (variable, value), the best of those that decide otherwise there.
