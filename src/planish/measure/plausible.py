@@ -12,7 +12,7 @@ from scipy.optimize import nnls
 
 from planish.measure.kernels import Kernel
 
-_FEWEST = 10
+_FEWEST, _FEWEST_MOVED = 10, 6
 _ROUNDS = 20
 _UPWARD = 0.4  # a disturbed figure is never too low, so one above the rest pulls less
 _SHARP = 0.05
@@ -34,9 +34,10 @@ def excess(kernels: Sequence[Kernel], seconds: NDArray[np.float64]) -> NDArray[n
     for i, kernel in enumerate(kernels):
         if seconds[i] > 0:
             known = dict(kernel.attributes)
-            alike[kernel.kind, kernel.precision, known.get("op"), known.get("transposed", 0), known.get("groups", 1) != 1].append(i)
+            special = known.get("op"), known.get("transposed", 0), known.get("groups", 1) != 1
+            alike[kernel.kind, kernel.precision, len(kernel.output), special].append(i)
     for rows in alike.values():
-        if len(rows) >= _FEWEST:
+        if len(rows) >= (_FEWEST if kernels[rows[0]].weights else _FEWEST_MOVED):
             out[rows] = _excess(np.array([_work(kernels[i]) for i in rows]), seconds[rows])
     return out
 

@@ -39,6 +39,9 @@ _AGREE = 1.06
 """Two visits that differ by less agree on what a kernel takes on a quiet machine."""
 _EXCESS = 1.12
 """Above what other kernels of its kind suggest by this factor, a figure is doubted."""
+_SMOOTH, _MOST_EXCESS = frozenset({"base", "empty", "quantize", "dequantize"}), 1.08
+"""Models that only move numbers take what their sizes say, and the base is taken off every kernel of its shape: one that stays above what its
+kind suggests by more than this factor counts as so much."""
 
 
 class Table:
@@ -103,7 +106,8 @@ class Table:
                     self._process.close()
                     self._process = None
                 self._save()
-        figures = [sum(f * self._known.get(key, math.nan) for f, key, _ in terms) if terms else math.nan for terms in recipes]
+        known = self._believed()
+        figures = [sum(f * known.get(key, math.nan) for f, key, _ in terms) if terms else math.nan for terms in recipes]
         return np.maximum(np.array(figures, dtype=np.float64), 0.0)
 
     def _visit_all(self, wanted: Mapping[str, Kernel], progress: Callable[[float], None], deadline: float) -> None:
@@ -128,15 +132,24 @@ class Table:
 
     def _waiting(self) -> list[str]:
         """Kernels that must be visited again: visits disagree, or others of their kind suggest less (they may have been disturbed twice)."""
-        names = list(self._known)
-        above = dict(
-            zip(names, excess([self._models[name] for name in names], np.array([self._known[name] for name in names])), strict=True)
-        )
+        above = self._excess()
         return [
             key
             for key, figures in self._visits.items()
             if key not in self._failed and len(figures) < _MOST_VISITS and (not _is_settled(figures) or above[key] > _EXCESS)
         ]
+
+    def _excess(self) -> dict[str, float]:
+        found = excess([self._models[key] for key in self._known], np.array(list(self._known.values())))
+        return dict(zip(self._known, found.tolist(), strict=True))
+
+    def _believed(self) -> dict[str, float]:
+        """What is known, without what a smooth kind's figures are above their suggestion: visits may all have been disturbed."""
+        above = self._excess()
+        return {
+            key: figure / max(1.0, above[key] / _MOST_EXCESS) if self._models[key].kind in _SMOOTH else figure
+            for key, figure in self._known.items()
+        }
 
     def failures(self) -> dict[str, str]:
         """Kernel (as JSON) -> why it could not be measured in this process's life."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +18,13 @@ from planish.search.ledger import Ledger
 from planish.search.random import draw
 from planish.search.space import Space
 
+Decisions = frozenset[tuple[int, int]]
+"""Pairs of a variable and its value."""
+
 _ENUMERATED = 4096
 _SAMPLES = 3
 _PARTITIONS = 6
+_BRANCHES = 24
 
 
 class Solver:
@@ -86,55 +91,71 @@ class Solver:
         number = len(self.ledger.seen)
         mean = self.ledger.coefficients()
         self.solution = self._solve(mean, 0)
+        if self.solution.feasible and number % 2:
+            yield from self._other_blocks(mean)
         yield canonical(self.solution.assignment)
         if not self.solution.feasible:
             yield from (canonical(assignment) for assignment in self.solution.nearest.values())
             return
-        if number % 2:
-            yield from self._otherwise(mean, self._bypassed(mean))
         for attempt in range(1, _SAMPLES + 1):
             rng = np.random.default_rng([self.seed, number, attempt])
             found = self._solve(self.ledger.coefficients(rng), attempt)
             if found.feasible:
                 yield canonical(found.assignment)
         order = np.random.default_rng([self.seed, number]).permutation(len(self.ledger.space.sizes))
-        yield from self._otherwise(mean, order[:_PARTITIONS].tolist())
+        for variable in order[:_PARTITIONS].tolist():
+            found = self._solve(mean, 0, frozenset({(variable, self.solution.assignment[variable])}))
+            if found.feasible:
+                yield canonical(found.assignment)
         yield from self._rest(number)
 
-    def _bypassed(self, coefficients: NDArray[np.float64]) -> list[int]:
-        """The blocks that the best plan bypasses, those that cost most first: what recovery leaves of them is what predictions know least."""
-        assert self.solution is not None
-        space, chosen = self.ledger.space, self.solution.assignment
-        losses = coefficients * self.ledger.contributions(chosen)
-        order = np.argsort(-losses, kind="stable").tolist()
-        return [v for v in order if space.variables[v].technique == "block" and chosen[v] != space.identity[v]]
-
-    def _otherwise(self, coefficients: NDArray[np.float64], variables: Iterable[int]) -> Iterator[Assignment]:
-        """For each of these variables, the best plan that decides otherwise there than the best of all."""
-        assert self.solution is not None
-        for variable in variables:
-            found = self._solve(coefficients, 0, (variable, self.solution.assignment[variable]))
-            if found.feasible:
-                yield self.ledger.space.canonical(found.assignment)
-
-    def _solve(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None = None) -> Solution:
-        """The best plan for loss coefficients; with `avoided` (variable, value), the best of those that decide otherwise there.
+    def _other_blocks(self, coefficients: NDArray[np.float64]) -> Iterator[Assignment]:
+        """The best plans that bypass other blocks than every plan so far, best first: what recovery leaves of a block is what predictions
+        know least, and the best plans may all bypass the same ones.
 
         References:
             Lawler, 1972: the next best solutions lie in the parts of the space that differ from the best in one decision.
         """
+        assert self.solution is not None
+        canonical = self.ledger.space.canonical
+        known = {self._bypassed(assignment) for assignment in self.ledger.seen if assignment != self.ledger.space.identity}
+        waiting = [(self.solution.objective, 0, canonical(self.solution.assignment))]
+        solved: dict[int, Decisions] = {0: frozenset()}
+        while waiting and len(solved) < _BRANCHES:
+            _, number, best = heapq.heappop(waiting)
+            blocks = self._bypassed(best)
+            if blocks not in known:
+                known.add(blocks)
+                yield best
+            for decision in sorted(blocks):
+                avoided = solved[number] | {decision}
+                if avoided in solved.values():
+                    continue
+                found = self._solve(coefficients, 0, avoided)
+                solved[len(solved)] = avoided
+                if found.feasible and not avoided & set(enumerate(found.assignment)):
+                    heapq.heappush(waiting, (found.objective, len(solved) - 1, canonical(found.assignment)))
+
+    def _bypassed(self, assignment: Assignment) -> Decisions:
+        space = self.ledger.space
+        return frozenset(
+            (v, value) for v, value in enumerate(assignment) if space.variables[v].technique == "block" and value != space.identity[v]
+        )
+
+    def _solve(self, coefficients: NDArray[np.float64], attempt: int, avoided: Decisions = frozenset()) -> Solution:
+        """The best plan for loss coefficients, of those that make none of the decisions `avoided` if there are any."""
         pending = 0 if self.ledger.limits.costs else self.ledger.pending
         key = (coefficients.tobytes(), attempt, avoided, pending)
         if key not in self._solved:
             self._solved[key] = self._solve_anew(coefficients, attempt, avoided)
         return self._solved[key]
 
-    def _solve_anew(self, coefficients: NDArray[np.float64], attempt: int, avoided: tuple[int, int] | None) -> Solution:
+    def _solve_anew(self, coefficients: NDArray[np.float64], attempt: int, avoided: Decisions) -> Solution:
         losses = self.ledger.losses_left(coefficients)
-        if avoided is not None:
-            variable, value = avoided
+        most = sum(float(np.ptp(table)) for _, table in losses)
+        for variable, value in avoided:
             scope, table = losses[variable]
-            table[tuple(value if v == variable else slice(None) for v in scope)] += sum(float(np.ptp(t)) for _, t in losses)
+            table[tuple(value if v == variable else slice(None) for v in scope)] += most
         problem = self.ledger.problem.replaced("loss", losses)
         limits = self.ledger.limits
         if limits.costs:
