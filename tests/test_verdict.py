@@ -7,7 +7,7 @@ import pytest
 import planish
 from making import measurement
 from planish.measurement import Estimate
-from planish.verdict import judge_budget
+from planish.verdict import _text, judge_budget
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,18 @@ def test_noise_is_told_in_the_limit_s_unit() -> None:
         planish.Budget(latency="2ms", drop=0.5), measurement(), measurement(latency_s=seconds), seconds, 0.0, None, is_original=False
     )
     assert (verdict, reason) == ("undecided", "latency 2.1 ms, between 1.9 ms and 2.4 ms: the machine is too noisy to tell")
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "beside", "said"),
+    [
+        ({"size": "1200MB"}, 1.43e9, 1.2e9, "1430 MB"),
+        ({"size": "1000MB"}, 1_000_000_001, 1e9, "1000.000001 MB"),
+        ({"throughput": "3000/s"}, 2104.0, 3000.0, "2100/s"),
+        ({"macs": "2000M"}, 3.82e9, 2e9, "3820 million"),
+        ({"latency": "1x"}, float("inf"), 1.0, "infx"),
+    ],
+)
+def test_figures_are_written_out(limit: dict[str, str], value: float, beside: float, said: str) -> None:
+    (wanted,) = planish.Budget(**limit).limits
+    assert _text(wanted, value, beside) == said

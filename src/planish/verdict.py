@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from planish.budget import Budget, Limit
 from planish.errors import BudgetError
 from planish.measurement import Estimate, Measurement
@@ -110,8 +112,12 @@ _UNITS = {"latency": (1e3, " ms"), "throughput": (1.0, "/s"), "size": (1e-6, " M
 def _text(limit: Limit, value: float, beside: float) -> str:
     """A figure in its unit, with as many digits as it takes to tell it from another."""
     factor, unit = (1.0, "x") if limit.relative else _UNITS[limit.quantity]
-    digits = next((d for d in range(3, 10) if f"{factor * value:.{d}g}" != f"{factor * beside:.{d}g}"), 3)
-    return f"{factor * value:.{digits}g}{unit}"
+    texts = ([_digits(factor * figure, d) for figure in (value, beside)] for d in range(3, 16))
+    return next((own for own, other in texts if own != other), _digits(factor * value, 3)) + unit
+
+
+def _digits(figure: float, digits: int) -> str:
+    return np.format_float_positional(figure, digits, fractional=False, trim="-") if np.isfinite(figure) else str(figure)
 
 
 def _against(limit: Limit, before: Measurement, after: Measurement, latency: Estimate) -> tuple[float, float, float]:

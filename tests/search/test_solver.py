@@ -288,3 +288,14 @@ def test_new_sets_of_blocks_are_proposed_and_not_new_widths_of_the_same():
         solver.tell(plan, respond(space, costs, plan))
         tried.append(frozenset(plan.blocks))
     assert len(set(tried)) >= 4
+
+
+def test_more_blocks_than_the_best_plan_bypasses_are_tried_too():
+    """Best: one block. Plans that bypass it and another, or none, or another alone, are rivals as long as they lose no more than twice as much."""
+    space, costs = made_up(blocks=5, seed=5)
+    solver = Solver(space, costs, Limits({"latency": 0.7 * costs.predict(space.identity)["latency"]}, drop=1.0))
+    assert [plan.blocks for plan in solver.ask(1)] == [("block2",)]
+    found = [set(space.plan(assignment).blocks) for assignment in solver._other_blocks(solver.ledger.coefficients())]
+    assert {"block1"} in found and set() in found
+    losses = [costs.predict(assignment)["loss"] for assignment in solver._other_blocks(solver.ledger.coefficients())]
+    assert losses == sorted(losses)

@@ -12,17 +12,20 @@ from scipy.optimize import nnls
 
 from planish.measure.kernels import Kernel
 
-_FEWEST, _FEWEST_MOVED = 10, 6
+SMOOTH = frozenset({"base", "empty", "quantize", "dequantize"})
+"""Kinds of models that only move numbers: what they take follows from how many, in each layout."""
+_FEWEST, _FEWEST_SMOOTH = 10, 6
 _ROUNDS = 20
 _UPWARD = 0.4  # a disturbed figure is never too low, so one above the rest pulls less
 _SHARP = 0.05
 
 
 def excess(kernels: Sequence[Kernel], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each figure ÷ what all figures of its kind and precision suggest for it, [kernels]; 1 where those are fewer than ten.
+    """Each figure ÷ what all figures of its kind, precision and layout suggest for it, [kernels]; 1 where those are fewer than ten (six of
+    a smooth kind).
 
     The suggestion is a sum with weights of at least 0, fitted to relative errors, robustly: a constant, multiplications, what is read,
-    what is written, and parameters. On seven tables of ResNet-20, 52 of 336 convolutions were more than 12 % above the lowest figure ever
+    what is written, positions, and parameters. On seven tables of ResNet-20, 52 of 336 convolutions were more than 12 % above the lowest figure ever
     seen of them; all of these exceed their suggestion by more than 12 %, and a fifth of the others do (a step of the vector width, say).
 
     Args:
@@ -34,10 +37,10 @@ def excess(kernels: Sequence[Kernel], seconds: NDArray[np.float64]) -> NDArray[n
     for i, kernel in enumerate(kernels):
         if seconds[i] > 0:
             known = dict(kernel.attributes)
-            special = known.get("op"), known.get("transposed", 0), known.get("groups", 1) != 1
+            special = known.get("op"), known.get("transposed", 0), known.get("groups", 1) != 1, known.get("layout"), known.get("barrier", 0)
             alike[kernel.kind, kernel.precision, len(kernel.output), special].append(i)
     for rows in alike.values():
-        if len(rows) >= (_FEWEST if kernels[rows[0]].weights else _FEWEST_MOVED):
+        if len(rows) >= (_FEWEST_SMOOTH if kernels[rows[0]].kind in SMOOTH else _FEWEST):
             out[rows] = _excess(np.array([_work(kernels[i]) for i in rows]), seconds[rows])
     return out
 
@@ -55,7 +58,7 @@ def _excess(work: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[
 
 
 def _work(kernel: Kernel) -> list[float]:
-    """A constant, multiplications, numbers read, numbers written, and parameters."""
+    """A constant, multiplications, numbers read, numbers written, positions (what surrounds a model has few channels), and parameters."""
     written, parameters = math.prod(kernel.output), sum(math.prod(shape) for shape in kernel.weights)
     products = 0.0
     if kernel.weights and kernel.kind == "conv":
@@ -65,4 +68,5 @@ def _work(kernel: Kernel) -> list[float]:
         products = math.prod(kernel.weights[0]) * math.prod(kernel.output[:-1])
     elif kernel.kind in ("matmul", "attention"):
         products = written * kernel.inputs[0][-1]
-    return [1.0, float(products), float(sum(math.prod(shape) for shape in kernel.inputs)), float(written), float(parameters)]
+    positions, read = math.prod(kernel.output[2:]), sum(math.prod(shape) for shape in kernel.inputs)
+    return [1.0, float(products), float(read), float(written), float(positions), float(parameters)]

@@ -23,7 +23,7 @@ from planish.measure import cache
 from planish.measure.kernel_models import build, recipe
 from planish.measure.kernels import Kernel
 from planish.measure.machine import machine
-from planish.measure.plausible import excess
+from planish.measure.plausible import SMOOTH, excess
 from planish.measure.probe import Process
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
@@ -39,9 +39,9 @@ _AGREE = 1.06
 """Two visits that differ by less agree on what a kernel takes on a quiet machine."""
 _EXCESS = 1.12
 """Above what other kernels of its kind suggest by this factor, a figure is doubted."""
-_SMOOTH, _MOST_EXCESS = frozenset({"base", "empty", "quantize", "dequantize"}), 1.08
+_SMOOTH_EXCESS, _DISTURBED = 1.05, 2.0
 """Models that only move numbers take what their sizes say, and the base is taken off every kernel of its shape: one that stays above what its
-kind suggests by more than this factor counts as so much."""
+kind suggests by more than the first factor counts as so much. Above the second it is no disturbance, but what this runtime does with that size."""
 
 
 class Table:
@@ -106,7 +106,7 @@ class Table:
                     self._process.close()
                     self._process = None
                 self._save()
-        known = self._believed()
+        known = self._believed({key: model for terms in recipes for _, key, model in terms})
         figures = [sum(f * known.get(key, math.nan) for f, key, _ in terms) if terms else math.nan for terms in recipes]
         return np.maximum(np.array(figures, dtype=np.float64), 0.0)
 
@@ -132,24 +132,30 @@ class Table:
 
     def _waiting(self) -> list[str]:
         """Kernels that must be visited again: visits disagree, or others of their kind suggest less (they may have been disturbed twice)."""
-        above = self._excess()
+        names = list(self._known)
+        found = excess([self._models[name] for name in names], np.array([self._known[name] for name in names]))
+        doubted = {
+            name
+            for name, above in zip(names, found.tolist(), strict=True)
+            if above > (_SMOOTH_EXCESS if self._models[name].kind in SMOOTH else _EXCESS)
+        }
         return [
             key
             for key, figures in self._visits.items()
-            if key not in self._failed and len(figures) < _MOST_VISITS and (not _is_settled(figures) or above[key] > _EXCESS)
+            if key not in self._failed and len(figures) < _MOST_VISITS and (not _is_settled(figures) or key in doubted)
         ]
 
-    def _excess(self) -> dict[str, float]:
-        found = excess([self._models[key] for key in self._known], np.array(list(self._known.values())))
-        return dict(zip(self._known, found.tolist(), strict=True))
+    def _believed(self, wanted: Mapping[str, Kernel]) -> dict[str, float]:
+        """What is known of these models, without what a smooth kind's figures are above their suggestion: visits may all have been disturbed.
 
-    def _believed(self) -> dict[str, float]:
-        """What is known, without what a smooth kind's figures are above their suggestion: visits may all have been disturbed."""
-        above = self._excess()
-        return {
-            key: figure / max(1.0, above[key] / _MOST_EXCESS) if self._models[key].kind in _SMOOTH else figure
-            for key, figure in self._known.items()
+        The suggestion is that of these models alone, so that what others put into the cache changes nothing.
+        """
+        keys = [key for key in wanted if key in self._known]
+        found = excess([wanted[key] for key in keys], np.array([self._known[key] for key in keys]))
+        above = {
+            key: factor for key, factor in zip(keys, found.tolist(), strict=True) if wanted[key].kind in SMOOTH and factor <= _DISTURBED
         }
+        return {key: self._known[key] / max(1.0, above.get(key, 1.0) / _SMOOTH_EXCESS) for key in keys}
 
     def failures(self) -> dict[str, str]:
         """Kernel (as JSON) -> why it could not be measured in this process's life."""

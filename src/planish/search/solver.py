@@ -24,7 +24,7 @@ Decisions = frozenset[tuple[int, int]]
 _ENUMERATED = 4096
 _SAMPLES = 3
 _PARTITIONS = 6
-_BRANCHES = 24
+_BRANCHES, _ADDED, _OUTCLASSED = 24, 2, 2.0
 
 
 class Solver:
@@ -110,8 +110,9 @@ class Solver:
         yield from self._rest(number)
 
     def _other_blocks(self, coefficients: NDArray[np.float64]) -> Iterator[Assignment]:
-        """The best plans that bypass other blocks than every plan so far, best first: what recovery leaves of a block is what predictions
-        know least, and the best plans may all bypass the same ones.
+        """Good plans that bypass other blocks than every plan so far, the best first: what recovery leaves of a block is what predictions
+        know least, and the best plans may all bypass the same ones. The space is searched by keeping one of a plan's bypassed blocks, or
+        bypassing one of the cheapest that it keeps; what is expected to lose twice as much as the best plan is no rival.
 
         References:
             Lawler, 1972: the next best solutions lie in the parts of the space that differ from the best in one decision.
@@ -119,22 +120,30 @@ class Solver:
         assert self.solution is not None
         canonical = self.ledger.space.canonical
         known = {self._bypassed(assignment) for assignment in self.ledger.seen if assignment != self.ledger.space.identity}
-        waiting = [(self.solution.objective, 0, canonical(self.solution.assignment))]
-        solved: dict[int, Decisions] = {0: frozenset()}
-        while waiting and len(solved) < _BRANCHES:
-            _, number, best = heapq.heappop(waiting)
+        nothing: Decisions = frozenset()
+        waiting, solved = [(self.solution.objective, 0, nothing, canonical(self.solution.assignment))], {nothing}
+        while waiting:
+            _, _, before, best = heapq.heappop(waiting)
             blocks = self._bypassed(best)
             if blocks not in known:
                 known.add(blocks)
                 yield best
-            for decision in sorted(blocks):
-                avoided = solved[number] | {decision}
-                if avoided in solved.values():
+            for decision in (*sorted(blocks), *self._next_bypassed(coefficients, best)):
+                avoided = before | {decision}
+                if avoided in solved or len(solved) == _BRANCHES:
                     continue
                 found = self._solve(coefficients, 0, avoided)
-                solved[len(solved)] = avoided
-                if found.feasible and not avoided & set(enumerate(found.assignment)):
-                    heapq.heappush(waiting, (found.objective, len(solved) - 1, canonical(found.assignment)))
+                solved.add(avoided)
+                is_rival = found.feasible and found.objective <= _OUTCLASSED * self.solution.objective
+                if is_rival and not avoided & set(enumerate(found.assignment)):
+                    heapq.heappush(waiting, (found.objective, len(solved), avoided, canonical(found.assignment)))
+
+    def _next_bypassed(self, coefficients: NDArray[np.float64], assignment: Assignment) -> list[tuple[int, int]]:
+        """The decisions not to bypass the blocks that would cost least of those that a plan keeps."""
+        space = self.ledger.space
+        kept = [v for v, variable in enumerate(space.variables) if variable.technique == "block" and not assignment[v]]
+        losses = {v: coefficients[v] * space.variables[v].losses[1] for v in kept}
+        return [(v, 0) for v in sorted(kept, key=lambda v: (losses[v], v))[:_ADDED]]
 
     def _bypassed(self, assignment: Assignment) -> Decisions:
         space = self.ledger.space
