@@ -14,6 +14,7 @@ from planish.distill.teacher import Teacher
 from planish.graph.graph import Graph
 from planish.plan import Plan, Recovery
 from planish.pursuit import Pursuit
+from planish.search.contract import NO_DROP
 from planish.train.checkpoint import Checkpoint
 from planish.trial import Compressed, lost_on_validation, quantized
 from planish.workbench import RECOVERY_S
@@ -33,8 +34,6 @@ _JUDGED = 5000
 """Samples of validation that judge a heat."""
 _LEAST_LOST = 0.1
 """Of the drop that is allowed: below it, what a heat lost on validation says nothing."""
-_NO_DROP = 0.01
-"""What takes the place of a drop where none is allowed."""
 _ALIKE = 0.9
 """A heat that time cut below this share of the first one's samples is not compared with it."""
 
@@ -134,7 +133,7 @@ class Recoverer:
         lost = lost_on_validation(self.bench, graph, _JUDGED)
         if lost is None:
             return report.loss_after
-        return report.loss_after * max(lost, _LEAST_LOST * (self.pursuit.allowed_drop or _NO_DROP))
+        return report.loss_after * max(lost, _LEAST_LOST * (self.pursuit.allowed_drop or NO_DROP))
 
     def carry_out(self, plan: Plan) -> Compressed:
         """A plan carried out, or as its heat left it; nobody else has its net."""

@@ -132,13 +132,8 @@ class Table:
 
     def _waiting(self) -> list[str]:
         """Kernels that must be visited again: visits disagree, or others of their kind suggest less (they may have been disturbed twice)."""
-        names = list(self._known)
-        found = excess([self._models[name] for name in names], np.array([self._known[name] for name in names]))
-        doubted = {
-            name
-            for name, above in zip(names, found.tolist(), strict=True)
-            if above > (_SMOOTH_EXCESS if self._models[name].kind in SMOOTH else _EXCESS)
-        }
+        above = self._excess({key: self._models[key] for key in self._known})
+        doubted = {key for key in above if above[key] > (_SMOOTH_EXCESS if self._models[key].kind in SMOOTH else _EXCESS)}
         return [
             key
             for key, figures in self._visits.items()
@@ -150,12 +145,16 @@ class Table:
 
         The suggestion is that of these models alone, so that what others put into the cache changes nothing.
         """
-        keys = [key for key in wanted if key in self._known]
-        found = excess([wanted[key] for key in keys], np.array([self._known[key] for key in keys]))
-        above = {
-            key: factor for key, factor in zip(keys, found.tolist(), strict=True) if wanted[key].kind in SMOOTH and factor <= _DISTURBED
-        }
-        return {key: self._known[key] / max(1.0, above.get(key, 1.0) / _SMOOTH_EXCESS) for key in keys}
+        known = {key: self._known[key] for key in wanted if key in self._known}
+        for key, above in self._excess({key: wanted[key] for key in known if wanted[key].kind in SMOOTH}).items():
+            if _SMOOTH_EXCESS < above <= _DISTURBED:
+                known[key] *= _SMOOTH_EXCESS / above
+        return known
+
+    def _excess(self, models: Mapping[str, Kernel]) -> dict[str, float]:
+        """See `excess`: of these models, all of which are known."""
+        found = excess(list(models.values()), np.array([self._known[key] for key in models]))
+        return dict(zip(models, found.tolist(), strict=True))
 
     def failures(self) -> dict[str, str]:
         """Kernel (as JSON) -> why it could not be measured in this process's life."""

@@ -13,6 +13,8 @@ from planish.search.costs import Affine, Costs
 from planish.search.space import Space
 
 Kind = Literal["candidate", "trial", "winner"]
+NO_DROP = 0.01
+"""What drops are counted in where none is allowed."""
 
 
 class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

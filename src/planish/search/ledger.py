@@ -14,7 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from planish.errors import BudgetError
 from planish.plan import Plan
-from planish.search.contract import Evidence, Kind, Limits, Standing
+from planish.search.contract import NO_DROP, Evidence, Kind, Limits, Standing
 from planish.search.costs import Affine, Costs, tilt
 from planish.search.factor import Assignment, Table
 from planish.search.lagrangian import Problem, solve
@@ -26,8 +26,6 @@ _LOSS_DOUBT = 0.7
 _COST_DOUBT, _DROP_DOUBT = 0.1, 0.7
 """Standard deviations, relative and of the logarithm, of what a plan costs and of what recovery leaves: a tenth above a limit is as bad as
 twice the drop."""
-_NO_DROP = 0.01
-"""What drops are counted in where none is allowed."""
 _MOST_OFF = 4.0
 """However much better or worse than assumed a plan recovered (the drops of small ones are noise), others are expected to at most so much."""
 
@@ -303,7 +301,7 @@ class Ledger:
         drop = self.drop(assignment)
         losses = (e.loss for e in self.told[assignment].values() if e.loss is not None)
         loss = next(losses, float(self.contributions(assignment).sum())) * self._share_left(assignment)
-        lost = max(0.0, drop - self.limits.drop) / (self.limits.drop or _NO_DROP) if drop is not None else 0.0
+        lost = max(0.0, drop - self.limits.drop) / (self.limits.drop or NO_DROP) if drop is not None else 0.0
         if over + lost > 1e-9:
             return (over / _COST_DOUBT + math.log1p(lost) / _DROP_DOUBT, loss, costs[self.costs.effort])
         return (0.0, drop if drop is not None else loss, loss) if self.limits.costs else (0.0, costs[self.costs.effort], loss)

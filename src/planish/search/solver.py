@@ -24,7 +24,8 @@ Decisions = frozenset[tuple[int, int]]
 _ENUMERATED = 4096
 _SAMPLES = 3
 _PARTITIONS = 6
-_BRANCHES, _ADDED, _OUTCLASSED = 24, 2, 2.0
+_BRANCHES, _ADDED, _RIVAL = 24, 2, 2.0
+"""Of the search for other blocks: solutions in all, blocks that each may add, and how many times the best plan's loss is still of interest."""
 
 
 class Solver:
@@ -45,6 +46,7 @@ class Solver:
         self.seed = seed
         self.solution: Solution | None = None
         self._solved: dict[tuple[object, ...], Solution] = {}
+        self._bits = [v for v, variable in enumerate(space.variables) if variable.technique == "block"]
 
     @property
     def standing(self) -> Standing:
@@ -134,22 +136,18 @@ class Solver:
                     continue
                 found = self._solve(coefficients, 0, avoided)
                 solved.add(avoided)
-                is_rival = found.feasible and found.objective <= _OUTCLASSED * self.solution.objective
+                is_rival = found.feasible and found.objective <= _RIVAL * self.solution.objective
                 if is_rival and not avoided & set(enumerate(found.assignment)):
                     heapq.heappush(waiting, (found.objective, len(solved), avoided, canonical(found.assignment)))
 
     def _next_bypassed(self, coefficients: NDArray[np.float64], assignment: Assignment) -> list[tuple[int, int]]:
         """The decisions not to bypass the blocks that would cost least of those that a plan keeps."""
-        space = self.ledger.space
-        kept = [v for v, variable in enumerate(space.variables) if variable.technique == "block" and not assignment[v]]
-        losses = {v: coefficients[v] * space.variables[v].losses[1] for v in kept}
-        return [(v, 0) for v in sorted(kept, key=lambda v: (losses[v], v))[:_ADDED]]
+        kept = [v for v in self._bits if not assignment[v]]
+        kept.sort(key=lambda v: float(coefficients[v]) * self.ledger.space.variables[v].losses[1])
+        return [(v, 0) for v in kept[:_ADDED]]
 
     def _bypassed(self, assignment: Assignment) -> Decisions:
-        space = self.ledger.space
-        return frozenset(
-            (v, value) for v, value in enumerate(assignment) if space.variables[v].technique == "block" and value != space.identity[v]
-        )
+        return frozenset((v, assignment[v]) for v in self._bits if assignment[v])
 
     def _solve(self, coefficients: NDArray[np.float64], attempt: int, avoided: Decisions = frozenset()) -> Solution:
         """The best plan for loss coefficients, of those that make none of the decisions `avoided` if there are any."""
@@ -161,7 +159,7 @@ class Solver:
 
     def _solve_anew(self, coefficients: NDArray[np.float64], attempt: int, avoided: Decisions) -> Solution:
         losses = self.ledger.losses_left(coefficients)
-        most = sum(float(np.ptp(table)) for _, table in losses)
+        most = sum(float(np.ptp(table)) for _, table in losses) if avoided else 0.0
         for variable, value in avoided:
             scope, table = losses[variable]
             table[tuple(value if v == variable else slice(None) for v in scope)] += most
