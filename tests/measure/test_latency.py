@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -126,6 +127,9 @@ def test_visits_at_different_times_give_their_median_and_their_range():
     assert middle(visits) == Estimate(0.42, 0.39, 0.7, 60, False)
     assert middle(visits[:1]) == visits[0]
     noisy = Estimate(0.5, 0.4, 0.6, 20, trustworthy=False)
-    assert middle([noisy, visits[0], noisy]) == visits[0], "what is not trustworthy counts where nothing else does"
+    assert middle([noisy, visits[0]]) == visits[0], "of two, what is not trustworthy counts where nothing else does"
+    still = Estimate(0.246, 0.242, 0.247, 20)
+    others = [msgspec.structs.replace(noisy, median=median) for median in (0.363, 0.394)]
+    assert middle([others[0], still, others[1]]).median == 0.363, "a machine that held still in an unusual state decides nothing alone"
     assert middle([noisy, noisy]).median == 0.5 and not middle([noisy, noisy]).trustworthy
     assert middle([visits[0], Estimate(0.41, 0.4, 0.42, 10)]).trustworthy

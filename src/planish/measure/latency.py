@@ -89,10 +89,13 @@ def ratio(a: Timing, b: Timing) -> Estimate:
 
 
 def middle(visits: Sequence[Estimate]) -> Estimate:
-    """Several estimates of one figure, taken at different times: the median of those that are trustworthy (of all, where none is),
-    within their range.
+    """Several estimates of one figure, taken at different times: their median, within their range.
+
+    Of two, a trustworthy one counts alone against one that is not. Of more, all count: that a machine held still for a second does not
+    say that it was in its usual state.
     """
-    visits = [visit for visit in visits if visit.trustworthy] or visits
+    if len(visits) == 2:
+        visits = [visit for visit in visits if visit.trustworthy] or visits
     if len(visits) == 1:
         return visits[0]
     medians = [visit.median for visit in visits]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +25,9 @@ _LINE_WEIGHT = 50.0
 _TRIAL_NOISE, _TILT_DOUBT, _OFFSET_DOUBT = 0.07, 0.35, 0.2
 """Standard deviations: relative, of a measured trial; of the logarithm by which tables of one precision may be off against another's; and of
 what a net takes besides its kernels, as a share of the quickest net."""
+_FREEDOM, _ROUNDS, _SETTLED = 3.0, 6, 0.02
+"""Degrees of freedom of the distribution (Student's t) that relative errors of trials are taken to have: one that is far from what all
+others say moves a fit little, however far it is; how often what each counts is found anew, and the change that ends that."""
 _TILTS = tuple(np.exp(np.linspace(-0.8, 0.8, 65)).tolist())
 
 
@@ -52,41 +55,58 @@ class Affine:
         """The prediction at which `measured` is to be expected."""
         return (measured - self.offset) / self.slope
 
+    def errors(self, predicted: ArrayLike, measured: ArrayLike) -> NDArray[np.float64]:
+        """By how much each measurement was missed, relative to it."""
+        return np.asarray((self.offset + self.slope * np.asarray(predicted)) / np.asarray(measured) - 1.0)
+
     @classmethod
     def fit(cls, predicted: ArrayLike, measured: ArrayLike, near: float | None = None, *, is_by_tables: bool = False) -> Affine:
-        """Least squares of relative errors, then scaled so that it is right about `near` (in the measured unit).
+        """The likeliest line where relative errors have heavy tails, then scaled so that it is right about `near` (in the measured unit).
 
-        The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
+        A measurement that was taken in another state of the machine than the rest is hardly counted. The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
         was slow would turn it. The scale counts the line itself as one measurement close to the limit. Predictions that differ by less
         than 5 % among each other fix the slope alone. Where the predictions are sums of measured kernels, little else can be left for the
         offset: it is fitted against a prior about 0.
+
+        References: Lange, Little and Taylor, 1989 (Student's t by iteratively reweighted least squares).
         """
         p, m = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
         good = np.isfinite(p) & np.isfinite(m) & (p > 0) & (m > 0)
         p, m = p[good], m[good]
         if not len(p):
             return cls()
-        offset, slope = 0.0, float((p / m).sum() / ((p / m) ** 2).sum())
+        trust, line = np.ones(len(p)), cls()
+        for _ in range(_ROUNDS):
+            line, before = cls._line(p, m, trust, is_by_tables), trust
+            trust = (_FREEDOM + 1) / (_FREEDOM + (line.errors(p, m) / _TRIAL_NOISE) ** 2)
+            if np.abs(trust - before).max() < _SETTLED:
+                break
+        weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
+        shares, counts = 1.0 / (1.0 + line.errors(p, m)), weights * trust
+        scale = 1.0 if near is None else float((counts @ shares + _LINE_WEIGHT) / (counts.sum() + _LINE_WEIGHT))
+        found = cls(scale * line.offset, scale * line.slope, len(p))
+        spread = math.sqrt(float(weights @ found.errors(p, m) ** 2 / weights.sum()))
+        return replace(found, spread=spread)
+
+    @classmethod
+    def _line(cls, p: NDArray[np.float64], m: NDArray[np.float64], trust: NDArray[np.float64], is_by_tables: bool) -> Affine:
+        """Least squares of relative errors, each counting as often as it is trusted."""
         if np.ptp(p) > 0.05 * p.max():
-            rows, wanted = np.stack([1 / m, p / m], axis=1), np.ones(len(p))
+            root = np.sqrt(trust)
+            rows, wanted = np.stack([root / m, root * p / m], axis=1), root
             if is_by_tables:
                 rows, wanted = np.vstack([rows, [_TRIAL_NOISE / (_OFFSET_DOUBT * m.min()), 0.0]]), np.append(wanted, 0.0)
             both, _ = nnls(rows * m.mean(), wanted)
             if both[1] > 0:
-                offset, slope = (float(value) * float(m.mean()) for value in both)
-        shares = m / (offset + slope * p)
-        weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
-        scale = 1.0 if near is None else float((weights @ shares + _LINE_WEIGHT) / (weights.sum() + _LINE_WEIGHT))
-        weights /= weights.sum()
-        errors = scale / shares - 1.0
-        return cls(scale * offset, scale * slope, len(p), float(np.sqrt((weights * errors**2).sum())))
+                return cls(*(both * m.mean()).tolist())
+        return cls(0.0, float(trust @ (p / m) / (trust @ (p / m) ** 2)))
 
 
 def tilt(parts: NDArray[np.float64], measured: ArrayLike) -> NDArray[np.float64]:
     """What to multiply each precision's predicted seconds with before they are added, `[precisions]`; the first is 1.
 
     Tables of one precision may have been taken while the machine was slow, and those of another not; no line through the sums can
-    say so. Of all factors, those after which `Affine.fit` leaves the least relative error, against a log-normal prior about 1 and the
+    say so. Of all factors, those under which the errors that `Affine.fit` leaves are likeliest, with a log-normal prior about 1 and the
     offset's.
 
     Args:
@@ -99,8 +119,10 @@ def tilt(parts: NDArray[np.float64], measured: ArrayLike) -> NDArray[np.float64]
         tried = factors.copy()
         tried[precision] = factor
         fit = Affine.fit(parts @ tried, measured, is_by_tables=True)
+        errors = fit.errors(parts @ tried, measured) / _TRIAL_NOISE
+        unlikely_errors = (_FREEDOM + 1) * float(np.log1p(errors**2 / _FREEDOM).sum())
         unlikely_offset = fit.offset / (_OFFSET_DOUBT * float(np.min(measured)))
-        return len(parts) * (fit.spread / _TRIAL_NOISE) ** 2 + (math.log(factor) / _TILT_DOUBT) ** 2 + unlikely_offset**2
+        return unlikely_errors + (math.log(factor) / _TILT_DOUBT) ** 2 + unlikely_offset**2
 
     for precision in [*range(1, parts.shape[1])] * (1 if parts.shape[1] <= 2 else 2):
         if len(parts) > 1 and parts[:, precision].any():
