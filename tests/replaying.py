@@ -45,7 +45,7 @@ def timings(probes: Mapping[str, Any], behaviour: str = "") -> dict[str, Timing]
         spread = 0.9 if behaviour == NOISY else 0.01
         found = Estimate(s, s * (1 - spread), s * (1 + spread), _ROUNDS, behaviour != NOISY)
         scatter = [1 + spread * math.sin(3 * k + i) if behaviour == NOISY else 1.0 for k in range(_ROUNDS)]
-        out[name] = Timing(found, found, 3, tuple(s * share for share in scatter))
+        out[name] = Timing(found, found, 3, tuple(s * share for share in scatter), (s,) * _ROUNDS)
     return out
 
 

@@ -130,7 +130,7 @@ def test_a_slower_latency_is_taken_again_and_judged(
     def interleaved(probes: dict[str, Any], *_: Any, **__: Any) -> dict[str, Timing]:
         calls.append(1)
         now = planish.Estimate(0.01 * slower, 0.01 * slower, 0.01 * slower, 9)
-        return {"artifact": Timing(now, now, 1, (0.01 * slower,) * 9)}
+        return {"artifact": Timing(now, now, 1, (0.01 * slower,) * 9, (0.01,) * 9)}
 
     monkeypatch.setattr("planish.verification.interleaved", interleaved)
     claimed = planish.Estimate(0.01, 0.01, 0.01, 9)

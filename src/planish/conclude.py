@@ -18,7 +18,7 @@ from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
 from planish.graph.macs import macs, operator_macs
 from planish.graph.modules import as_module
-from planish.measure.latency import Timing, interleaved, ratio
+from planish.measure.latency import Timing, interleaved, pooled, ratio
 from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.probe import Probe
@@ -197,25 +197,30 @@ def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], opt
     """The final timing: the original with the number of threads that suits it now, the optimized net with as many as it needs.
 
     It is taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed. It stays within the
-    run's time limit. What counts is the first that is sound in both, else the last: never the one that looks best.
+    run's time limit. What counts is the first that is sound in both, else all together: never the one that looks best.
     """
     sides = (*originals, *optimized)
-    for attempt in range(_ATTEMPTS):
+    taken: list[dict[int, Timing]] = []
+    while True:
         began = bench.clock.elapsed_s
-        timings = interleaved(dict(enumerate(side.probe for side in sides)), bench.example, seconds=_SECONDS)
-        timed = [_Timed(side, timings[number]) for number, side in enumerate(sides)]
-        original = min(timed[: len(originals)], key=lambda one: one.timing.latency_s.median)
-        last = _with_enough_threads(pursuit, original, timed[len(originals) :])
-        is_sure = last is None or ratio(last.timing, original.timing).trustworthy
+        taken.append(interleaved(dict(enumerate(side.probe for side in sides)), bench.example, seconds=_SECONDS))
+        original, found = _chosen(pursuit, originals, optimized, taken[-1:])
+        is_sure = found is None or ratio(found.timing, original.timing).trustworthy
         if is_sure and bench.is_as_before(original.timing):
-            break
-        taken = bench.clock.elapsed_s - began
-        if attempt + 1 < _ATTEMPTS and bench.clock.left_s > 2 * taken + _PAUSE_S:
-            bench.events.say("the machine is noisy; measuring again")
-            time.sleep(_PAUSE_S)
-        else:
-            break
-    return original, last
+            return original, found
+        if len(taken) == _ATTEMPTS or bench.clock.left_s <= 2 * (bench.clock.elapsed_s - began) + _PAUSE_S:
+            return _chosen(pursuit, originals, optimized, taken)
+        bench.events.say("the machine is noisy; measuring again")
+        time.sleep(_PAUSE_S)
+
+
+def _chosen(
+    pursuit: Pursuit, originals: Sequence[_Side], optimized: Sequence[_Side], taken: Sequence[dict[int, Timing]]
+) -> tuple[_Timed, _Timed | None]:
+    """Both nets by everything that was taken, each with its number of threads."""
+    timed = [_Timed(side, pooled([one[number] for one in taken])) for number, side in enumerate((*originals, *optimized))]
+    original = min(timed[: len(originals)], key=lambda one: one.timing.latency_s.median)
+    return original, _with_enough_threads(pursuit, original, timed[len(originals) :])
 
 
 def _with_enough_threads(pursuit: Pursuit, original: _Timed, optimized: Sequence[_Timed]) -> _Timed | None:

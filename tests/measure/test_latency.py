@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planish.errors import UsageError
-from planish.measure.latency import Timing, estimate, interleaved, middle, ratio, warm_up
+from planish.measure.latency import Timing, estimate, interleaved, middle, pooled, ratio, warm_up
 from planish.measure.probe import Sample
 from planish.measurement import Estimate
 
@@ -87,7 +87,17 @@ def test_a_ratio_is_paired_by_round():
     assert (paired.median, paired.trustworthy) == (pytest.approx(2.0), True)
     assert paired.low == pytest.approx(2.0)
     with pytest.raises(UsageError, match="same rounds"):
-        ratio(found["slow"], Timing(paired, paired, 0, (1.0,)))
+        ratio(found["slow"], Timing(paired, paired, 0, (1.0,), (1.0,)))
+
+
+def test_timings_of_several_times_are_one_with_all_their_rounds():
+    log: list[str] = []
+    probes = {name: FakeProbe(name, log, lambda block: 1e-3) for name in "ab"}
+    first, second = (interleaved(probes, [], seconds=0.01, min_rounds=rounds, block_s=0.01) for rounds in (6, 8))
+    whole = {name: pooled([first[name], second[name]]) for name in "ab"}
+    assert whole["a"].rounds == first["a"].rounds + second["a"].rounds
+    assert whole["a"].latency_s.n == whole["a"].cpu_s.n == ratio(whole["a"], whole["b"]).n == 14
+    assert whole["a"].warm_up == first["a"].warm_up + second["a"].warm_up
 
 
 def test_a_process_that_was_kept_waiting_is_not_trusted():

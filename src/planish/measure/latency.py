@@ -41,12 +41,14 @@ class Timing:
         cpu_s: process CPU seconds of one call, all threads.
         warm_up: calls made before counting.
         rounds: wall seconds of one call in each round, in order; rounds of all probes of one `interleaved` are paired.
+        cpu_rounds: CPU seconds of one call in each.
     """
 
     latency_s: Estimate
     cpu_s: Estimate
     warm_up: int
     rounds: tuple[float, ...]
+    cpu_rounds: tuple[float, ...]
 
     @property
     def is_disturbed(self) -> bool:
@@ -150,8 +152,15 @@ def interleaved(
     return {name: _timing(wall[name], cpu[name], warm[name]) for name in probes}
 
 
-def _timing(wall: list[float], cpu: list[float], warm: int) -> Timing:
-    timing = Timing(estimate(wall), estimate(cpu), warm, tuple(wall))
+def pooled(timings: Sequence[Timing]) -> Timing:
+    """One probe's timings at several times as one: all their rounds count, and tell more than those of any one of them."""
+    wall = [seconds for timing in timings for seconds in timing.rounds]
+    cpu = [seconds for timing in timings for seconds in timing.cpu_rounds]
+    return _timing(wall, cpu, sum(timing.warm_up for timing in timings))
+
+
+def _timing(wall: Sequence[float], cpu: Sequence[float], warm: int) -> Timing:
+    timing = Timing(estimate(wall), estimate(cpu), warm, tuple(wall), tuple(cpu))
     is_sure = timing.latency_s.trustworthy and not timing.is_disturbed
     return replace(timing, latency_s=msgspec.structs.replace(timing.latency_s, trustworthy=is_sure))
 
