@@ -206,7 +206,7 @@ def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], opt
         taken.append(interleaved(dict(enumerate(side.probe for side in sides)), bench.example, seconds=_SECONDS))
         original, found = _chosen(pursuit, originals, optimized, taken[-1:])
         is_sure = found is None or ratio(found.timing, original.timing).trustworthy
-        if is_sure and bench.is_as_before(original.timing):
+        if is_sure and bench.is_as_usual(original.timing):
             return original, found
         if len(taken) == _ATTEMPTS or bench.clock.left_s <= 2 * (bench.clock.elapsed_s - began) + _PAUSE_S:
             return _chosen(pursuit, originals, optimized, taken)

@@ -40,10 +40,11 @@ _LEFT_WITHOUT_BATCH_NORM = 1.3
 """Times as much where Muon does not train."""
 _RESERVE_S = 15.0
 _VARYING = ("latency", "memory")
-_AIMS = (0.72, 0.78, 0.85, 0.97)
+_AIMS = (0.72, 0.78, 0.85, 0.91, 0.97)
 """Of a limit on what varies from run to run: the final measurement must hold it too, perhaps in another state of the machine. Each is
 aimed at where the one before is expected to cost more than `_COMFORT` of the drop that is allowed."""
-_COMFORT = 0.8
+_COMFORT, _BEYOND = 0.8, 1.5
+"""Shares of the drop that is allowed: up to which an expected one leaves room for error, and from which on no other plan will come back."""
 _CLEARLY = 0.9
 _NEAR = 1.03
 _CLEAR_GAIN = 1.1
@@ -215,6 +216,12 @@ class Pursuit:
             return self._is_near_aim(self.believed(plan, tried.evidence).costs) and lost <= _COMFORT * self.allowed_drop
         return False
 
+    def _is_out_of_reach(self) -> bool:
+        """Whether all that is known to hold what is aimed at, at least as far as tables and trials say, is expected to lose far too much."""
+        assert self.search is not None
+        lost = [self.search.expected_drop(plan) for plan in self.search.best(self.request.trials) if self.may_hold_aim(plan)]
+        return bool(lost) and all(drop is not None and drop > _BEYOND * self.allowed_drop for drop in lost)
+
     def settle(self) -> bool:
         """Adapt torch's threads to how busy the machine is now; asked before every training step, and never a reason to stop."""
         self.bench.threads.settle()
@@ -381,19 +388,19 @@ class Pursuit:
             if clock.elapsed_s < end:
                 self.tell(plan, self.trials.candidate(plan))
         with clock.stage("candidates"):
-            began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
+            began, longest, asked, waited, best, here = clock.elapsed_s, 0.0, 0, 0, "", 0
             levels = self.study.kept(_AIMED, int)
             while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
                 is_stuck = waited >= _PATIENCE
                 if asked < len(levels):
                     while self._level < levels[asked] and self.relax():
-                        waited = 0
+                        waited = here = 0
                 else:
                     share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
-                    is_hopeless = not self.search.standing.is_feasible
+                    is_hopeless = not self.search.standing.is_feasible or (here > 0 and self._is_out_of_reach())
                     is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
                     if (is_hopeless or ((is_time or is_stuck) and not self._is_comfortable())) and self.relax():
-                        waited = 0
+                        waited = here = 0
                         continue
                     if is_stuck:
                         break
@@ -402,8 +409,9 @@ class Pursuit:
                 if not self.try_one():
                     if not self.relax():
                         break
+                    here = 0
                     continue
-                asked += 1
+                asked, here = asked + 1, here + 1
                 most_promising = next((plan.digest for plan in self.search.best(1)), "")
                 waited, best = (waited + 1 if most_promising == best else 0), most_promising
                 longest = max(longest, clock.elapsed_s - started)

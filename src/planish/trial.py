@@ -211,8 +211,8 @@ def _timed(bench: Workbench, probes: Mapping[Target, Probe], seconds: float) -> 
                 raise
             continue  # it was the original's process that died, which says nothing of the plan
         original = min((timings[key] for key in everyone if key[0] == "original"), key=lambda timing: timing.latency_s.median)
-        if bench.is_as_before(original):
-            break
+        bench.noticed(original)
+        break
     quickest = min(timings["optimized", target].latency_s.median for target in probes)
     worth = next(t for t in probes if timings["optimized", t].latency_s.median <= WORTH_ITS_THREADS * quickest)
     return worth, timings["optimized", worth], original

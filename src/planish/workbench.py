@@ -147,6 +147,7 @@ class Workbench:
     notes: list[str] = field(default_factory=list)
     threads: Threads = field(default_factory=Threads)
     _outputs: dict[tuple[str, str], list[Array]] = field(default_factory=dict)
+    _originals: list[float] = field(default_factory=list)
     _judging: dict[int, Split] = field(default_factory=dict)
     _quality: float | None = None
 
@@ -232,10 +233,15 @@ class Workbench:
             self._outputs[key] = compute()
         return self._outputs[key]
 
-    def is_as_before(self, original: Timing) -> bool:
-        """Whether the original is as quick now as when it was first measured: if not, the machine is in another state."""
+    def noticed(self, original: Timing) -> None:
+        """Keep how quick the original was when a plan was measured beside it."""
+        self._originals.append(original.latency_s.median)
+
+    def is_as_usual(self, original: Timing) -> bool:
+        """Whether the original is as quick now as it mostly was in this run: if not, the machine is in another state."""
         first = self.best.timing
-        return first is None or abs(original.latency_s.median / first.latency_s.median - 1) <= _DRIFT
+        seen = [*self._originals, *([first.latency_s.median] if first else [])]
+        return not seen or abs(original.latency_s.median / float(np.median(seen)) - 1) <= _DRIFT
 
     def predict(self, baseline: Baseline, name: str, split: Split) -> list[Array]:
         """The original's own outputs on a split, computed by its artifact once."""
