@@ -206,13 +206,12 @@ def _timed(bench: Workbench, probes: Mapping[Target, Probe], seconds: float) -> 
         everyone.update({("optimized", target): probe for target, probe in probes.items()})
         try:
             timings = interleaved(everyone, bench.example, seconds=seconds)
+            break
         except RuntimeFailed:
             if attempt or all(probe.is_alive for probe in originals.values()):
-                raise
-            continue  # it was the original's process that died, which says nothing of the plan
-        original = min((timings[key] for key in everyone if key[0] == "original"), key=lambda timing: timing.latency_s.median)
-        bench.noticed(original)
-        break
+                raise  # else it was the original's process that died, which says nothing of the plan
+    original = min((timings[key] for key in everyone if key[0] == "original"), key=lambda timing: timing.latency_s.median)
+    bench.noticed(original)
     quickest = min(timings["optimized", target].latency_s.median for target in probes)
     worth = next(t for t in probes if timings["optimized", t].latency_s.median <= WORTH_ITS_THREADS * quickest)
     return worth, timings["optimized", worth], original
