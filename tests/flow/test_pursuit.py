@@ -6,9 +6,13 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from planish.budget import Budget
+from planish.measurement import Estimate
 from planish.pursuit import Pursuit
 from planish.study.store import Meta, Study
+from planish.workbench import Workbench
 
 
 def test_a_study_keeps_how_many_kernels_were_asked_for(tmp_path: Path) -> None:
@@ -27,3 +31,41 @@ def test_without_a_limit_on_time_every_kernel_is_asked_for(tmp_path: Path) -> No
         pursuit = object.__new__(Pursuit)
         pursuit.study, pursuit.clock = study, SimpleNamespace(left_s=math.inf)
         assert pursuit._affordable_kernels == 600
+
+
+@pytest.mark.parametrize(
+    ("expected", "is_out_of_reach"),
+    [
+        ({"quick": 0.018, "quicker": 0.03}, True),
+        ({"quick": 0.014, "quicker": 0.03}, False),
+        ({"quick": 0.018, "slow": 0.001}, True),
+        ({"slow": 0.001}, False),
+        ({"quick": None}, False),
+    ],
+)
+def test_an_aim_is_out_of_reach_where_all_that_may_hold_it_loses_far_too_much(
+    expected: dict[str, float | None], is_out_of_reach: bool
+) -> None:
+    class Pretended(Pursuit):
+        allowed_drop = 0.01
+
+        def may_hold_aim(self, plan: str) -> bool:  # type: ignore[override]
+            return plan != "slow"
+
+    pursuit = object.__new__(Pretended)
+    pursuit.request = SimpleNamespace(trials=8)  # type: ignore[assignment]
+    pursuit.search = SimpleNamespace(best=lambda n: list(expected), expected_drop=expected.get)  # type: ignore[assignment]
+    assert pursuit._is_out_of_reach() is is_out_of_reach
+
+
+def test_a_first_minute_that_was_slow_is_not_what_the_original_usually_takes() -> None:
+    def timing(seconds: float) -> SimpleNamespace:
+        return SimpleNamespace(latency_s=Estimate(seconds, seconds, seconds, 9))
+
+    bench = object.__new__(Workbench)
+    bench._originals = []
+    bench.baselines = {"openvino": SimpleNamespace(timing=timing(750e-6))}  # type: ignore[dict-item]
+    assert bench.is_as_usual(timing(740e-6)) and not bench.is_as_usual(timing(520e-6))
+    for seconds in (520e-6, 530e-6, 700e-6, 515e-6):
+        bench.noticed(timing(seconds))
+    assert bench.is_as_usual(timing(520e-6)) and not bench.is_as_usual(timing(740e-6))
