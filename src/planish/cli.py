@@ -69,7 +69,10 @@ job_argument = click.argument("job", metavar="JOB.PY", type=click.Path(path_type
 optional_job = click.argument("job", metavar="[JOB.PY]", required=False, type=click.Path(path_type=Path))
 artifact_argument = click.argument("path", metavar="ARTIFACT", type=click.Path(path_type=Path))
 target_option = click.option(
-    "--target", default="cpu", show_default=True, help="'cpu' takes the best runtime; 'openvino:cpu' asks for one."
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="'cpu' takes the best of onnxruntime:cpu and openvino:cpu; these, torch:cpu and torch-compile:cpu can be asked for.",
 )
 keep_option = click.option("--keep", multiple=True, metavar="GLOB", help="Leave these parameters alone; may be repeated.")
 
@@ -145,7 +148,7 @@ def _budget_options(function: F) -> F:
 @click.option("--drop", default="1pt", show_default=True, help="Quality that may be lost: 1pt, 1% or 0.01 (the metric's own unit).")
 @click.option("--confidence", type=float, help="0.95 makes the upper end of the drop's interval count.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the artifact goes; NAME.planish by default.")
-@click.option("--search", default="solver", show_default=True, help="How plans are found.")
+@click.option("--search", default="solver", show_default=True, help="How plans are found: solver or random.")
 @click.option(
     "--trials",
     type=click.IntRange(1),

@@ -15,7 +15,7 @@ import msgspec
 from planish import registry
 from planish.artifact import check_output, study_folder
 from planish.budget import Budget
-from planish.clock import Clock
+from planish.clock import FINAL_S, SHARES, Clock
 from planish.errors import MissingFile, OutputExists, StudyError, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from planish.result import Result
     from planish.workload import Workload
 
+_REST = 2.5
+"""What capture, the original's measurement and int8 in each runtime take together, as a multiple of the first two."""
 _COMPILED_FROM_S = 1200.0
 """With less time than this, compiled torch (a minute to compile) is left out of the table."""
 
@@ -160,6 +162,8 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
     from planish.workbench import prepare, targets_for
 
     clock = Clock(request.time_limit, events)
+    if not request.budget.limits:
+        events.say("no limits: the fastest net within the allowed drop is sought; `--latency 0.5x`, say, stops at a budget")
     if request.time_limit is None and "distill" in request.techniques:
         events.say("no time limit: recovery may take 25 minutes; `--time-limit SECONDS` bounds the whole call")
     targets = targets_for(request.target, request.threads)
@@ -178,6 +182,11 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
             meta = Meta(
                 job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint, request.out.name
             )
+            if request.time_limit is not None and _REST * clock.elapsed_s + FINAL_S > (1 - SHARES) * request.time_limit:
+                events.say(
+                    f"--time-limit {request.time_limit:.0f} leaves little or no time for recovery, and may be exceeded: "
+                    f"measuring the original alone took {clock.elapsed_s:.0f} s"
+                )
             with _study(request, meta, resuming, fork) as study:
                 if resuming and not fork:
                     kept = [f"{len(study.finished(stage))} {stage}s" for stage in ("candidate", "trial", "winner")]

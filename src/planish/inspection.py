@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
+from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.groups import analyse
@@ -103,10 +103,11 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "capture and groups": capturing,
         "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
         "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, SENSITIVITY_SHARE * limit),
+        "int8 in each runtime": (capturing + 6.0) * len(targets) if int8 else 0.0,
         "sensitivity of int8": min(0.6 * int8 * 256 * sample, SENSITIVITY_SHARE * limit),
         "latency tables": min(0.3 * (levels * 4 + int8), TABLES_SHARE * limit),
         "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),
-        "final measurement": 25.0,
+        "final measurement": FINAL_S,
     }
     total = sum(stages.values())
     if "distill" in request.techniques:

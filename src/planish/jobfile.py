@@ -76,7 +76,8 @@ def load_job(path: Path) -> Workload:
         raise UsageError(f"{path} ended the program with sys.exit({err.code!r}) instead of defining `job`") from err
     # The file is the user's program: whatever it raises is told as a fault of that file, with its line, and -v shows the rest.
     except Exception as err:
-        raise UsageError(f"{_place(err, path)}{type(err).__name__}: {err}") from err
+        cure = f"; install it for {sys.executable}" if isinstance(err, ModuleNotFoundError) else ""
+        raise UsageError(f"{_place(err, path)}{type(err).__name__}: {err}{cure}") from err
     from planish.workload import Workload
 
     job = module.__dict__.get("job")

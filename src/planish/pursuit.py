@@ -312,7 +312,8 @@ class Pursuit:
         nodes = {node.name: node for node in bench.graph.module.graph.nodes}
         whole = {name: "int8" for name, operator in bench.analysis.operators.items() if not unsupported(nodes[operator.node])}
         with self.clock.stage("int8 in each runtime"):
-            for name, baseline in bench.baselines.items():
+            for done, (name, baseline) in enumerate(bench.baselines.items()):
+                self.events.progress(done, len(bench.baselines))
                 if "int8" not in baseline.runtime.schemes or not whole:
                     continue
                 plan = Plan(baseline.target.name, precisions=whole, saliency=self.request.saliency, seed=self.request.seed)

@@ -11,6 +11,7 @@ import torch
 import planish
 import replaying
 import small_jobs
+from planish.events import Silent
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +128,24 @@ def test_a_model_of_one_batch_size_is_refused_in_a_sentence(tmp_path: Path) -> N
     job = small_jobs.stripes_job(Fixed(), example_inputs=(x[:2],))
     with pytest.raises(planish.PlanishError, match="must take batches of any size"):
         run(job, tmp_path / "net.planish", planish.Budget(latency="0.5x"))
+
+
+class Heard(Silent):
+    """Events that keep what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_what_a_run_without_limits_seeks_is_said_and_a_time_limit_that_is_too_short(tmp_path: Path) -> None:
+    heard = Heard()
+    run(small_jobs.stripes_job(), tmp_path / "net.planish", planish.Budget(drop=0.3), events=heard, time_limit=600)
+    assert any(text.startswith("no limits: the fastest net") for text in heard.said)
+    assert not any("may be exceeded" in text for text in heard.said)
+    heard = Heard()
+    run(small_jobs.stripes_job(), tmp_path / "other.planish", planish.Budget(latency="0.5x", drop=0.3), events=heard, time_limit=30)
+    assert any("--time-limit 30 leaves little or no time for recovery, and may be exceeded" in text for text in heard.said)
+    assert not any(text.startswith("no limits") for text in heard.said)
