@@ -185,7 +185,7 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
             if request.time_limit is not None and _REST * clock.elapsed_s + FINAL_S > (1 - SHARES) * request.time_limit:
                 events.say(
                     f"--time-limit {request.time_limit:.0f} leaves little or no time for recovery, and may be exceeded: "
-                    f"measuring the original alone took {clock.elapsed_s:.0f} s"
+                    f"capturing and measuring the original took {clock.elapsed_s:.0f} s"
                 )
             with _study(request, meta, resuming, fork) as study:
                 if resuming and not fork:

@@ -100,6 +100,24 @@ def test_timings_of_several_times_are_one_with_all_their_rounds():
     assert whole["a"].warm_up == first["a"].warm_up + second["a"].warm_up
 
 
+def test_stretches_that_disagree_are_not_made_sound_by_their_number():
+    """Each of five is sound in itself, in a state of its own: their rounds together seem to tell the ratio to a hundredth."""
+    rng = np.random.default_rng(0)
+
+    def timing(seconds):
+        rounds = tuple((seconds * rng.normal(1, 0.01, 22)).tolist())
+        found = estimate(rounds)
+        return Timing(found, found, 1, rounds, rounds)
+
+    stretches = [(timing(share), timing(1.0)) for share in (0.30, 0.30, 0.30, 0.39, 0.39)]
+    first, second = (pooled([pair[side] for pair in stretches]) for side in (0, 1))
+    found = ratio(first, second)
+    assert found.median == pytest.approx(0.30, rel=0.05)
+    assert found.low < 0.31 < 0.38 < found.high and not found.trustworthy
+    assert first.latency_s.high > 0.38 and not first.latency_s.trustworthy
+    assert ratio(pooled([stretches[0][0]] * 3), pooled([stretches[0][1]] * 3)).trustworthy, "where they agree, it is"
+
+
 def test_a_process_that_was_kept_waiting_is_not_trusted():
     log: list[str] = []
     probes = {"a": FakeProbe("a", log, lambda b: 1e-3), "waiting": FakeProbe("waiting", log, lambda b: 1e-3, cpu_share=0.5)}
@@ -137,7 +155,9 @@ def test_visits_at_different_times_give_their_median_and_their_range():
     assert middle(visits) == Estimate(0.42, 0.39, 0.7, 60, False)
     assert middle(visits[:1]) == visits[0]
     noisy = Estimate(0.5, 0.4, 0.6, 20, trustworthy=False)
-    assert middle([noisy, visits[0]]) == visits[0], "of two, what is not trustworthy counts where nothing else does"
+    alone = msgspec.structs.replace(visits[0], trustworthy=False)
+    assert middle([noisy, visits[0]]) == middle([visits[0], noisy]) == alone, "of two the trustworthy one counts, and a third is wanted"
+    assert middle([msgspec.structs.replace(noisy, median=0.41), visits[0]]) == visits[0], "they agree"
     still = Estimate(0.246, 0.242, 0.247, 20)
     others = [msgspec.structs.replace(noisy, median=median) for median in (0.363, 0.394)]
     assert middle([others[0], still, others[1]]).median == 0.363, "a machine that held still in an unusual state decides nothing alone"

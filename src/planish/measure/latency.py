@@ -42,6 +42,7 @@ class Timing:
         warm_up: calls made before counting.
         rounds: wall seconds of one call in each round, in order; rounds of all probes of one `interleaved` are paired.
         cpu_rounds: CPU seconds of one call in each.
+        stretches: how many of the rounds were taken at each time, where they were taken at several (see `pooled`).
     """
 
     latency_s: Estimate
@@ -49,6 +50,7 @@ class Timing:
     warm_up: int
     rounds: tuple[float, ...]
     cpu_rounds: tuple[float, ...]
+    stretches: tuple[int, ...] = ()
 
     @property
     def is_disturbed(self) -> bool:
@@ -85,7 +87,7 @@ def ratio(a: Timing, b: Timing) -> Estimate:
     """a ÷ b, paired by round: the median of the rounds' ratios, with its interval. Both must come from one `interleaved`."""
     if len(a.rounds) != len(b.rounds):
         raise UsageError(f"ratio: both timings must come from the same rounds; got {len(a.rounds)} and {len(b.rounds)}")
-    found = estimate(np.divide(a.rounds, b.rounds))
+    found = _over_stretches(np.divide(a.rounds, b.rounds), a.stretches)
     is_sure = found.trustworthy and not (a.is_disturbed or b.is_disturbed)
     return msgspec.structs.replace(found, trustworthy=is_sure)
 
@@ -93,11 +95,12 @@ def ratio(a: Timing, b: Timing) -> Estimate:
 def middle(visits: Sequence[Estimate]) -> Estimate:
     """Several estimates of one figure, taken at different times: their median, within their range.
 
-    Of two, a trustworthy one counts alone against one that is not. Of more, all count: that a machine held still for a second does not
-    say that it was in its usual state.
+    Of two, a trustworthy one counts alone against one that is not, and stays trustworthy only if they agree. Of more, all count: that a
+    machine held still for a second does not say that it was in its usual state.
     """
-    if len(visits) == 2:
-        visits = [visit for visit in visits if visit.trustworthy] or visits
+    if len(visits) == 2 and visits[0].trustworthy != visits[1].trustworthy:
+        sure, other = sorted(visits, key=lambda visit: not visit.trustworthy)
+        return msgspec.structs.replace(sure, trustworthy=abs(other.median - sure.median) <= WIDEST * sure.median)
     if len(visits) == 1:
         return visits[0]
     medians = [visit.median for visit in visits]
@@ -153,14 +156,28 @@ def interleaved(
 
 
 def pooled(timings: Sequence[Timing]) -> Timing:
-    """One probe's timings at several times as one: all their rounds count, and tell more than those of any one of them."""
+    """One probe's timings at several times as one, whose median is that of all rounds."""
     wall = [seconds for timing in timings for seconds in timing.rounds]
     cpu = [seconds for timing in timings for seconds in timing.cpu_rounds]
-    return _timing(wall, cpu, sum(timing.warm_up for timing in timings))
+    return _timing(wall, cpu, sum(timing.warm_up for timing in timings), tuple(len(timing.rounds) for timing in timings))
 
 
-def _timing(wall: Sequence[float], cpu: Sequence[float], warm: int) -> Timing:
-    timing = Timing(estimate(wall), estimate(cpu), warm, tuple(wall), tuple(cpu))
+def _over_stretches(values: ArrayLike, stretches: Sequence[int]) -> Estimate:
+    """An estimate of all values; its interval holds the median of every stretch too, since rounds of one share the machine's state.
+
+    The medians of five stretches alone hold the true median between them with 94 %.
+    """
+    found = estimate(values)
+    if len(stretches) < 2:
+        return found
+    medians = [float(np.median(part)) for part in np.split(np.asarray(values, dtype=np.float64), np.cumsum(stretches)[:-1])]
+    low, high = min(found.low, *medians), max(found.high, *medians)
+    is_sure = found.trustworthy and high - low <= WIDEST * found.median
+    return msgspec.structs.replace(found, low=low, high=high, trustworthy=is_sure)
+
+
+def _timing(wall: Sequence[float], cpu: Sequence[float], warm: int, stretches: tuple[int, ...] = ()) -> Timing:
+    timing = Timing(_over_stretches(wall, stretches), estimate(cpu), warm, tuple(wall), tuple(cpu), stretches)
     is_sure = timing.latency_s.trustworthy and not timing.is_disturbed
     return replace(timing, latency_s=msgspec.structs.replace(timing.latency_s, trustworthy=is_sure))
 

@@ -61,9 +61,10 @@ class Affine:
 
     @classmethod
     def fit(cls, predicted: ArrayLike, measured: ArrayLike, near: float | None = None, *, is_by_tables: bool = False) -> Affine:
-        """The likeliest line where relative errors have heavy tails, then scaled so that it is right about `near` (in the measured unit).
+        """Least squares of relative errors, then scaled so that it is right about `near` (in the measured unit).
 
-        A measurement that was taken in another state of the machine than the rest is hardly counted. The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
+        By tables, errors are the machine's, with heavy tails: a trial that was taken in another state than the rest is hardly counted.
+        The line's form comes from all measurements: fitted to the few that lie close to a limit, one that was taken while the machine
         was slow would turn it. The scale counts the line itself as one measurement close to the limit. Predictions that differ by less
         than 5 % among each other fix the slope alone. Where the predictions are sums of measured kernels, little else can be left for the
         offset: it is fitted against a prior about 0.
@@ -76,16 +77,17 @@ class Affine:
         if not len(p):
             return cls()
         trust, line = np.ones(len(p)), cls()
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS if is_by_tables else 1):
             line, before = cls._line(p, m, trust, is_by_tables), trust
-            trust = (_FREEDOM + 1) / (_FREEDOM + (line.errors(p, m) / _TRIAL_NOISE) ** 2)
+            if is_by_tables:
+                trust = (_FREEDOM + 1) / (_FREEDOM + (line.errors(p, m) / _TRIAL_NOISE) ** 2)
             if np.abs(trust - before).max() < _SETTLED:
                 break
         weights = np.ones(len(p)) if near is None else 1.0 / (0.1 + np.abs(m / near - 1.0)) ** 2
         shares, counts = 1.0 / (1.0 + line.errors(p, m)), weights * trust
         scale = 1.0 if near is None else float((counts @ shares + _LINE_WEIGHT) / (counts.sum() + _LINE_WEIGHT))
         found = cls(scale * line.offset, scale * line.slope, len(p))
-        spread = math.sqrt(float(weights @ found.errors(p, m) ** 2 / weights.sum()))
+        spread = math.sqrt(float(counts @ found.errors(p, m) ** 2 / counts.sum()))
         return replace(found, spread=spread)
 
     @classmethod
