@@ -389,19 +389,20 @@ class Pursuit:
             if clock.elapsed_s < end:
                 self.tell(plan, self.trials.candidate(plan))
         with clock.stage("candidates"):
-            began, longest, asked, waited, best, here = clock.elapsed_s, 0.0, 0, 0, "", 0
+            began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
             levels = self.study.kept(_AIMED, int)
             while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
                 is_stuck = waited >= _PATIENCE
                 if asked < len(levels):
                     while self._level < levels[asked] and self.relax():
-                        waited = here = 0
+                        waited = 0
                 else:
                     share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
-                    is_hopeless = not self.search.standing.is_feasible or (here > 0 and self._is_out_of_reach())
+                    was_aimed_at = self._level in self.study.kept(_AIMED, int)
+                    is_hopeless = not self.search.standing.is_feasible or (was_aimed_at and self._is_out_of_reach())
                     is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
                     if (is_hopeless or ((is_time or is_stuck) and not self._is_comfortable())) and self.relax():
-                        waited = here = 0
+                        waited = 0
                         continue
                     if is_stuck:
                         break
@@ -410,9 +411,8 @@ class Pursuit:
                 if not self.try_one():
                     if not self.relax():
                         break
-                    here = 0
                     continue
-                asked, here = asked + 1, here + 1
+                asked += 1
                 most_promising = next((plan.digest for plan in self.search.best(1)), "")
                 waited, best = (waited + 1 if most_promising == best else 0), most_promising
                 longest = max(longest, clock.elapsed_s - started)
