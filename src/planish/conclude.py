@@ -193,11 +193,15 @@ class _Timed:
     timing: Timing
 
 
-def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], optimized: Sequence[_Side]) -> tuple[_Timed, _Timed | None]:
+def _settled(
+    bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], optimized: Sequence[_Side], threads: int | None
+) -> tuple[_Timed, _Timed | None]:
     """The final timing: the original with the number of threads that suits it now, the optimized net with as many as it needs.
 
     It is taken again, a few times with a pause, where the ratio cannot be trusted or the original has changed its speed. It stays within the
-    run's time limit. What counts is the first that is sound in both, else all together: never the one that looks best.
+    run's time limit. What counts is the first that is sound in both, else all together: never the one that looks best. Where none is
+    sound, the optimized net keeps the number of `threads` that it was exported with: a core that is taken for a while speaks against a
+    second thread, and is free again tomorrow.
     """
     sides = (*originals, *optimized)
     taken: list[dict[int, Timing]] = []
@@ -209,18 +213,31 @@ def _settled(bench: Workbench, pursuit: Pursuit, originals: Sequence[_Side], opt
         if is_sure and bench.is_as_usual(original.timing):
             return original, found
         if len(taken) == _ATTEMPTS or bench.clock.left_s <= 2 * (bench.clock.elapsed_s - began) + _PAUSE_S:
-            return _chosen(pursuit, originals, optimized, taken)
+            return _chosen(pursuit, originals, optimized, taken, threads)
         bench.events.say("the machine is noisy; measuring again")
         time.sleep(_PAUSE_S)
 
 
 def _chosen(
-    pursuit: Pursuit, originals: Sequence[_Side], optimized: Sequence[_Side], taken: Sequence[dict[int, Timing]]
+    pursuit: Pursuit,
+    originals: Sequence[_Side],
+    optimized: Sequence[_Side],
+    taken: Sequence[dict[int, Timing]],
+    threads: int | None = None,
 ) -> tuple[_Timed, _Timed | None]:
-    """Both nets by everything that was taken, each with its number of threads."""
+    """Both nets by everything that was taken, each with its number of threads: the optimized one with `threads`, if that holds the limits."""
     timed = [_Timed(side, pooled([one[number] for one in taken])) for number, side in enumerate((*originals, *optimized))]
     original = min(timed[: len(originals)], key=lambda one: one.timing.latency_s.median)
-    return original, _with_enough_threads(pursuit, original, timed[len(originals) :])
+    others = timed[len(originals) :]
+    kept = next((one for one in others if one.side.baseline.target.threads == threads), None)
+    if kept is not None and not pursuit.over({"latency": _as_at_first(pursuit, original, kept)}):
+        return original, kept
+    return original, _with_enough_threads(pursuit, original, others)
+
+
+def _as_at_first(pursuit: Pursuit, original: _Timed, one: _Timed) -> float:
+    """Seconds that a net took, or would have taken when the original was first measured, where the machine was slower then."""
+    return one.timing.latency_s.median * max(1.0, pursuit.original["latency"] / original.timing.latency_s.median)
 
 
 def _with_enough_threads(pursuit: Pursuit, original: _Timed, optimized: Sequence[_Timed]) -> _Timed | None:
@@ -229,8 +246,7 @@ def _with_enough_threads(pursuit: Pursuit, original: _Timed, optimized: Sequence
     """
     quickest = min((one.timing.latency_s.median for one in optimized), default=0.0)
     for one in optimized:
-        seconds = one.timing.latency_s.median
-        as_at_first = seconds * max(1.0, pursuit.original["latency"] / original.timing.latency_s.median)
+        seconds, as_at_first = one.timing.latency_s.median, _as_at_first(pursuit, original, one)
         worth = WORTH_ITS_THREADS
         if pursuit.over({"latency": as_at_first}):
             worth = 1.0
@@ -244,7 +260,8 @@ def _with_enough_threads(pursuit: Pursuit, original: _Timed, optimized: Sequence
 def _compare(
     bench: Workbench, request: Request, pursuit: Pursuit, originals: Sequence[_Side], sides: Sequence[_Side], winner: Winner | None
 ) -> tuple[Summary, list[Array]]:
-    first_timed, second_timed = _settled(bench, pursuit, originals, sides)
+    exported = winner.exported.target if winner is not None else None
+    first_timed, second_timed = _settled(bench, pursuit, originals, sides, exported.threads if exported is not None else None)
     original, first_timing = first_timed.side, first_timed.timing
     optimized, second_timing = (second_timed.side, second_timed.timing) if second_timed else (None, None)
     name, split = bench.judged

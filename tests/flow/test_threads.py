@@ -14,6 +14,7 @@ import replaying
 import small_jobs
 from planish import conclude, trial, verification, workbench
 from planish.artifact import open_artifact
+from planish.measure.latency import estimate
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,39 @@ def test_a_second_thread_must_be_worth_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert (manifest.target.threads, manifest.threads_tried) == (threads, 2)
     assert [manifest.target_with(most).threads for most in (None, 1, 2, 4)] == [threads, 1, threads, 4]
     assert f"options.inter_op_num_threads = {threads}, 1" in (out / "deploy.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("is_original_slowed", "threads"), [pytest.param(True, 2, id="the machine changed"), pytest.param(False, 1, id="it did not")]
+)
+def test_a_core_that_is_taken_at_the_end_does_not_take_a_thread_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_original_slowed: bool, threads: int
+) -> None:
+    """Two threads were twice as quick in every trial; in the final comparison they are slower, which counts if the original is as usual."""
+    replaying.install(monkeypatch.setattr)
+    before = trial.interleaved
+
+    def scaled(gain: float) -> Any:
+        def interleaved(probes: Any, *arguments: Any, **named: Any) -> Any:
+            timings = before(probes, *arguments, **named)
+            original = max(found.latency_s.median for found in timings.values())
+            for key, probe in probes.items():
+                found = timings[key]
+                if probe.target.threads == 2 and (is_original_slowed or found.latency_s.median < original):
+                    rounds = tuple(gain * s for s in found.rounds)
+                    timings[key] = replace(found, latency_s=estimate(rounds), rounds=rounds)
+            return timings
+
+        return interleaved
+
+    for module in (workbench, trial):
+        monkeypatch.setattr(module, "interleaved", scaled(0.5))
+    monkeypatch.setattr(conclude, "interleaved", scaled(1.2))
+    monkeypatch.setattr(conclude, "_PAUSE_S", 0.0)
+    result = planish.optimize(
+        small_jobs.stripes_job(), "onnxruntime:cpu", out=tmp_path / "net.planish", techniques=("quantize",), trials=1, threads=2
+    )
+    assert result.optimized.threads == threads
 
 
 def test_the_original_has_the_same_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
