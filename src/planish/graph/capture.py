@@ -78,12 +78,12 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         notes += call.notes
         dropouts = _train_dropouts(mine, call, few if is_dynamic else whole)
         if is_dynamic:
-            program = _export(model, mine, call, few, dynamic=True)
+            program = _export_dynamic(model, mine, call, few)
             axes = _axes(program, list(inputs))
             is_dynamic = all(isinstance(shape[0], str) for shape in axes.values())
         if not is_dynamic:
             notes.append("the batch is static, because the model works with its size as a number")
-            program = _export(model, mine, call, whole, dynamic=False)
+            program = _export(model, mine, call, whole, axes=0)
             axes = _axes(program, list(inputs))
     graph = _plain(program, mine, list(inputs))
     _restore_dropouts(graph, dropouts, notes)
@@ -207,10 +207,21 @@ def _restore_dropouts(module: fx.GraphModule, dropouts: list[float], notes: list
             node.meta[TRAIN_DROPOUT] = dropout
 
 
-def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], dynamic: bool) -> torch.export.ExportedProgram:
+def _export_dynamic(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """With sequence axes free as well, or, where tracing cannot follow one, with the batch alone."""
+    try:
+        return _export(model, mine, call, flat, axes=3)
+    except CaptureError:
+        if all(tensor.dim() > 3 or tensor.dim() == 1 for tensor in flat):
+            raise
+        return _export(model, mine, call, flat, axes=1)
+
+
+def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], axes: int) -> torch.export.ExportedProgram:
+    """The program with so many leading axes free of inputs that have at most three, and the batch of others; with none for 0."""
     automatic = torch.export.Dim.AUTO
-    free = [range(tensor.dim() if tensor.dim() <= 3 else 1) for tensor in flat]
-    shapes = (tuple(dict.fromkeys(axes, automatic) for axes in free),) if dynamic else None
+    free = [range(min(axes, tensor.dim()) if tensor.dim() <= 3 else 1) for tensor in flat]
+    shapes = (tuple(dict.fromkeys(its, automatic) for its in free),) if axes else None
     mine.forward = types.MethodType(lambda _, *inputs: call(*inputs), mine)
     try:
         with silenced(_SPECIALISED, logging.ERROR), warnings.catch_warnings(), Recurrence():

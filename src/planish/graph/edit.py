@@ -75,8 +75,8 @@ class Edit:
 
     @property
     def out(self) -> Val:
-        """The ids of the (single) output."""
-        found = self.program.vals[self.original.name]
+        """The ids of the (single) output; of a constant that several read, those that the first of them sees."""
+        found = self.program.first_copies().get(self.original.name, self.program.vals[self.original.name])
         assert isinstance(found, Val)
         return found
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 import planish.graph.rules  # noqa: F401  (registers the rules)
 from planish.errors import UnknownName
 from planish.graph.blocks import find_blocks
-from planish.graph.facts import Facts, at_batch, observe
+from planish.graph.facts import Facts, at_batch, observe, placeholders
 from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.ids import Signature, Val
 from planish.graph.naming import module_path, unique
@@ -104,9 +104,9 @@ def coverage(solved: Solved) -> float:
     return float(sum(sizes.get(key[0], 0) * prunable[units].mean() for key, units in labelled.items()))
 
 
-def decide(module: GraphModule, facts: Facts) -> Solved:
+def decide(module: GraphModule, facts: Facts, state: Mapping[str, int]) -> Solved:
     """Propagate ids; wherever a kind of place can be kept rectangular in several ways, take the one that covers most."""
-    best = solve(Program(module, facts))
+    best = solve(Program(module, facts, state=state))
     covered, chosen = coverage(best), dict[Signature, int]()
     tried: set[Signature] = set()
     while True:
@@ -116,7 +116,7 @@ def decide(module: GraphModule, facts: Facts) -> Solved:
         signature = open_[0]
         tried.add(signature)
         for choice in range(1, best.program.ids.options[signature]):
-            other = solve(Program(module, facts, {**chosen, signature: choice}))
+            other = solve(Program(module, facts, {**chosen, signature: choice}, state))
             if (more := coverage(other)) > covered * _WORTH:
                 best, covered = other, more
                 chosen = {**chosen, signature: choice}
@@ -202,6 +202,13 @@ def _pins(module: GraphModule, keep: Sequence[str]) -> dict[str, str]:
     return pins
 
 
+def _states(graph: Graph) -> dict[str, int]:
+    """Name of a placeholder that the caller feeds from the step before -> position of the output that it is fed from."""
+    inputs = {spec.name: node.name for spec, node in zip(graph.signature.inputs, placeholders(graph.module), strict=True)}
+    outputs = [spec.name for spec in graph.signature.outputs]
+    return {inputs[name]: outputs.index(source) for name, source in graph.signature.state.items()}
+
+
 def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
     """What can be removed from a graph, what its operators cost, and why the rest stays.
 
@@ -216,7 +223,7 @@ def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
         UnknownName: a glob that matches no parameter.
     """
     pins = _pins(graph.module, keep)
-    solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)))
+    solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)), _states(graph))
     groups, unit, place = _groups(solved, pins)
     labels = Labels(solved.program, unit, place, {name: group.units for name, group in groups.items()})
     operators = find_operators(graph.module, labels, observe(graph.module, graph.example))

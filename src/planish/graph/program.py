@@ -115,10 +115,20 @@ CREATED = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", 
 
 
 class Program:
-    """The ids of a whole program: `vals` by node name, `copies` of constants by (node, consumer), `parameters` by their first name."""
+    """The ids of a whole program: `vals` by node name, `copies` of constants by (node, consumer), `parameters` by their first name.
 
-    def __init__(self, module: GraphModule, facts: Facts, decisions: Mapping[Signature, int] | None = None) -> None:
+    Args:
+        module: a captured program.
+        facts: of a run of it.
+        decisions: see `Ids`.
+        state: name of an input that the caller feeds from the step before -> position of the output that it is fed from.
+    """
+
+    def __init__(
+        self, module: GraphModule, facts: Facts, decisions: Mapping[Signature, int] | None = None, state: Mapping[str, int] | None = None
+    ) -> None:
         self.module, self.facts, self.ids = module, facts, Ids(decisions)
+        self.state = dict(state or {})
         self.vals: dict[str, Result | None] = {}
         self.copies: dict[tuple[str, str], Val] = {}
         self.parameters: dict[str, Val] = {}
@@ -164,7 +174,9 @@ class Program:
 
     def _visit(self, node: Node) -> None:
         if node.op == "placeholder":
-            self.vals[node.name] = Val(self.facts.shape(node.name))
+            shape = self.facts.shape(node.name)
+            is_state = node.name in self.state
+            self.vals[node.name] = Val(shape, {d: self.ids.fresh(k) for d, k in enumerate(shape) if d and k > 1} if is_state else {})
         elif node.op == "get_attr":
             if isinstance(self.facts.shapes[node.name], tuple):
                 name = self.canonical(str(node.target))
@@ -172,14 +184,26 @@ class Program:
                     self.parameters[name] = self._constant(node)
                 self.vals[node.name] = self.parameters[name]
         elif node.op == "output":
-            for used in node.all_input_nodes:
-                self.ids.fix_all(self.operand(used, node), "it is the program's output")
+            self._output(node)
         elif node.target is operator.getitem:
             source, index = node.args
             several = self.vals.get(source.name) if isinstance(source, Node) else None
             self.vals[node.name] = several[index] if isinstance(several, list) and isinstance(index, int) else None
         elif self.facts.shapes[node.name] is not None:
             self._apply(node)
+
+    def _output(self, node: Node) -> None:
+        """Outputs are fixed, but for a state, whose units may go where the next step reads none of them."""
+        outputs = node.args[0]
+        assert isinstance(outputs, (list, tuple))
+        fed = {position: self.vals[name] for name, position in self.state.items()}
+        for position, used in enumerate(outputs):
+            val, given = self.operand(used, node) if isinstance(used, Node) else None, fed.get(position)
+            if val is None or not isinstance(given, Val):
+                self.ids.fix_all(val, "it is the program's output")
+                continue
+            for d in range(val.rank):
+                self.ids.contract(val, d, given, d, "it is the program's output")
 
     def _apply(self, node: Node) -> None:
         step = Step(self, node)

@@ -80,7 +80,7 @@ def run_masked(program: Program, stay: Survivors, flat_inputs: Sequence[Tensor])
     with torch.no_grad():
         for node in program.module.graph.nodes:
             if node.op == "placeholder":
-                env[node] = next(feed).clone()
+                env[node] = reference.absent(next(feed).clone(), program.vals[node.name])
                 continue
             if node.op == "get_attr":
                 env[node] = attribute(program.module, str(node.target))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -37,6 +38,11 @@ def evaluating(graph: Graph) -> Iterator[None]:
             set_mode(graph, True)
 
 
+def spread(split: Split, samples: int) -> NDArray[np.int64]:
+    """The numbers of at most `samples` samples, evenly spread over the split."""
+    return np.unique(np.linspace(0, split.n - 1, min(samples, split.n)).round().astype(np.int64))
+
+
 def take(split: Split, samples: int) -> list[Tensor]:
     """At most `samples` calibration samples, evenly spread over the split, as flat input tensors (images in channels-last memory).
 
@@ -45,7 +51,7 @@ def take(split: Split, samples: int) -> list[Tensor]:
     """
     if split.n < 1:
         raise DataError("calibration: at least one sample is needed; the split is empty; give `calibration` or `train`")
-    rows = np.unique(np.linspace(0, split.n - 1, min(samples, split.n)).round().astype(np.int64))
+    rows = spread(split, samples)
     flat = [torch.from_numpy(np.array(array[rows])) for array in split.inputs]
     return [value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value for value in flat]
 

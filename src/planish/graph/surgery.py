@@ -22,6 +22,7 @@ from planish.graph.operators import Labels
 from planish.graph.program import Program
 from planish.graph.reference import run_masked
 
+aten = torch.ops.aten
 _STALE = ("val", "tensor_meta", "example_value")
 
 
@@ -156,6 +157,42 @@ def _own_constant(module: GraphModule, node: Node, consumer: Node, val: Val, sta
     return own
 
 
+def _keep_the_caller_s_state(module: GraphModule, program: Program, stay: Survivors, name: str, position: int) -> None:
+    """A state goes in and out as wide as before, so that who steps the net changes nothing: what survives is picked from what comes in, and
+    what goes out has zeros in the other places.
+    """
+    val = program.vals[name]
+    nodes = {node.name: node for node in module.graph.nodes}
+    given, output = nodes[name], next(node for node in module.graph.nodes if node.op == "output")
+    assert isinstance(val, Val)
+    for d in val.ids:
+        if not stay.changed(val, d):
+            continue
+        indices = torch.from_numpy(stay.indices(val, d))
+        places = torch.full((val.shape[d],), len(indices))  # the zero that is put behind what survives
+        places[indices] = torch.arange(len(indices))
+        module.register_buffer(f"{name}_kept_{d}", indices)
+        module.register_buffer(f"{name}_places_{d}", places)
+        users = list(given.users)
+        with module.graph.inserting_after(given):
+            kept = module.graph.get_attr(f"{name}_kept_{d}")
+        with module.graph.inserting_after(kept):
+            picked = module.graph.call_function(aten.index_select.default, (given, d, kept))
+        for user in users:
+            user.replace_input_with(given, picked)
+        given = picked
+        assert isinstance(output.args[0], tuple)
+        outputs = list(output.args[0])
+        with module.graph.inserting_before(output):
+            padded = module.graph.call_function(
+                aten.constant_pad_nd.default, (outputs[position], [*[0, 0] * (val.rank - 1 - d), 0, 1], 0.0)
+            )
+            outputs[position] = module.graph.call_function(
+                aten.index_select.default, (padded, d, module.graph.get_attr(f"{name}_places_{d}"))
+            )
+        output.args = (tuple(outputs),)
+
+
 def prune(graph: Graph, analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> Pruned:
     """A copy of a graph without the removed units.
 
@@ -183,6 +220,8 @@ def prune(graph: Graph, analysis: Analysis, removed: Mapping[str, Sequence[int]]
             original = originals.get(node.name)
             if node.op == "call_function" and original is not None and rule_name(node.target) in EDITS:
                 EDITS[rule_name(node.target)](Edit(program, stay, module, node, original))
+        for name, position in program.state.items():
+            _keep_the_caller_s_state(module, program, stay, name, position)
         for node in module.graph.nodes:
             for stale in _STALE:
                 node.meta.pop(stale, None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -221,12 +220,6 @@ def _copy_passed_through(module: fx.GraphModule) -> None:
 def _finish(model: ir.Model, signature: Signature) -> None:
     """Names and axes of the signature; nothing of the machine that exported (paths, versions, stack traces)."""
     graph = model.graph
-    symbols: dict[str, str] = {}
-    for value, spec in zip(graph.inputs, signature.inputs, strict=True):
-        assert value.shape is not None
-        for now, wanted in zip(value.shape, spec.shape, strict=True):
-            if isinstance(wanted, str):
-                symbols[str(now)] = wanted
     names = {spec.name for spec in signature.inputs}
     wanted_names = [spec.name for spec in signature.inputs]
     for spec in signature.outputs:
@@ -245,8 +238,10 @@ def _finish(model: ir.Model, signature: Signature) -> None:
         value.shape = ir.Shape(list(spec.shape))
     for value in inside:
         value.metadata_props.clear()
-        if value.shape is not None and value not in graph.outputs:
-            value.shape = ir.Shape([size if isinstance(size, int) else _renamed(str(size), symbols) for size in value.shape])
+        if value.shape is not None and value not in graph.outputs and not all(isinstance(size, int) for size in value.shape):
+            value.shape = (
+                None  # the exporter confuses symbols (two sequences, windows in the batch), and ONNX Runtime plans its memory by them
+            )
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -256,10 +251,6 @@ def _finish(model: ir.Model, signature: Signature) -> None:
     model.metadata_props.clear()
     graph.name, graph.doc_string = "main", None
     model.producer_name, model.producer_version, model.doc_string = "planish", None, None
-
-
-def _renamed(expression: str, symbols: dict[str, str]) -> str:
-    return re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), expression)
 
 
 def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:

@@ -14,3 +14,17 @@ def embedding(step: Step) -> Result | None:
     step.ids.fix_all(weight, "it is the vocabulary", [0])
     step.ids.role(weight, 1, "out")
     return Val(step.shape, {len(step.shape) - 1: weight.ids[1]} if 1 in weight.ids else {})
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(step: Step) -> Result | None:
+    """Rows picked by an index, and their sum, mean or maximum for each bag; what else comes out counts and carries no ids."""
+    weight = step.tensor("weight")
+    for val in step.operands():
+        if val is not weight:
+            step.ids.fix_all(val, f"it is an index of {step.why}")
+    step.ids.fix_all(weight, "it is the vocabulary", [0])
+    step.ids.role(weight, 1, "out")
+    first, *others = step.shapes
+    assert first is not None
+    return [Val(first, {1: weight.ids[1]} if 1 in weight.ids else {}), *(None if shape is None else Val(shape) for shape in others)]

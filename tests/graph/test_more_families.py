@@ -1,0 +1,255 @@
+"""Families of nets under one contract: the groups that their architecture has, surgery equals masking, exported equals module."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import families
+import nets
+from planish.graph.capture import capture
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
+from planish.graph.surgery import masked_reference, prune
+from planish.runtimes.to_onnx import to_onnx
+
+
+@functools.cache
+def captured(name: str) -> tuple[Graph, Analysis, Any]:
+    model, example = families.build(name)
+    graph = capture(model, example, families.STATE.get(name))
+    return graph, analyse(graph), example
+
+
+def numbered(pattern: str, units: int, *numbers: int) -> dict[str, int]:
+    return {pattern.format(number): units for number in numbers}
+
+
+_ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+_SWIN, _CONVNEXT = "swin.encoder.layers", "convnext.encoder.stages"
+
+GROUPS: dict[str, dict[str, int]] = {
+    "inception": {
+        "features.0.0": 8,
+        # each branch's channels are a group, though all are read by the same four convolutions
+        **{
+            f"features.{block}.{name}": units
+            for block in (1, 3)
+            for name, units in {"one.0": 8, "three.0.0": 8, "three.1.0": 16, "five.0.0": 4, "five.1.0": 8, "pool.1.0": 8}.items()
+        },
+    },
+    # the stem's channels run on through the first block, which is residual; so do those of block 2 through block 3
+    "efficientnet": {
+        "features.0.0": 8,
+        "features.1.expand.0": 24,
+        "features.1.excite.down": 6,
+        "features.2.expand.0": 24,
+        "features.2.excite.down": 6,
+        "features.2.project.0": 16,
+        "features.3.expand.0": 48,
+        "features.3.excite.down": 12,
+        "features.4.0": 48,
+    },
+    "mobilenet_v3": {
+        "features.0.0": 8,
+        "features.1.expand.0": 24,
+        "features.2.expand.0": 24,
+        "features.2.excite.down": 6,
+        "features.2.project.0": 16,
+        "features.3.expand.0": 48,
+        "features.3.excite.down": 12,
+        "features.4.0": 48,
+    },
+    "se_resnet": {
+        "features.0.0": 16,
+        "features.1.body.0.0": 16,
+        "features.1.body.1.0": 16,
+        "features.1.body.2.0": 32,
+        "features.1.excite.down": 8,
+        "features.2.body.0.0": 16,
+        "features.2.body.1.0": 16,
+        "features.2.excite.down": 8,
+    },
+    # four groups of four channels each: the same channel goes in every group
+    "resnext": {
+        "features.0.0": 16,
+        "features.1.body.0.0": 4,
+        "features.1.body.1.0": 4,
+        "features.1.body.2.0": 32,
+        "features.2.body.0.0": 4,
+        "features.2.body.1.0": 4,
+    },
+    # the stream's channels go position by position in the three groups; a shuffle between grouped convolutions ties all that is inside
+    "shufflenet_v1": {"features.0.0": 8, "features.3.0": 32},
+    # of the stem's 16 channels the first branch reads 8, the second 4, the last convolution 4; a shuffle needs two halves of one size, so that
+    # what a branch gives goes with the channel that it is shuffled next to
+    "shufflenet_v2": {
+        "features.0.0": 8,
+        "features.0.0#2": 4,
+        "features.0.0#3": 4,
+        "features.1.branch.0.0": 8,
+        "features.2.branch.0.0": 8,
+        "features.3.0": 32,
+    },
+    "unet": {"one.0": 8, "two.0": 16, "bottom.0": 24, "up2": 16, "back2.0": 16, "up1": 8, "back1.0": 8},
+    # 256 features are 16 channels of 4 x 4, on the way in and on the way out
+    "autoencoder": {"encode.0": 8, "encode.2": 16, "encode.5": 32, "mean": 12, "decode.0": 16, "decode.3": 8},
+    "weight_norm": {"features.0": 16, "features.2": 24},
+    # whole groups of a group norm
+    "group_norm": {"features.0": 4, "features.2.conv1": 6, "features.3.conv1": 6},
+    "video": {"space": 16, "times.0": 8, "times.1": 8, "fc1": 32},
+    "audio": {"conv1": 16, "conv2": 24},
+    "two_tower": {"query.0": 32, "query.2": 12, "items": 16, "item.0": 32},
+    **{
+        name: {
+            "embed": 24,
+            **numbered("encoder.layers.{}.self_attn", 4, 0),
+            **numbered("encoder.layers.{}.linear1", 48, 0),
+            **numbered("encoder.layers.{}.self_attn", 4, 1),
+            **numbered("encoder.layers.{}.linear1", 48, 1),
+        }
+        for name in ("encoder", "encoder_norm_first")
+    },
+    "cross_attention": {"memory": 16, "query": 24, "attention.q_proj_weight": 4, "attention.out_proj": 24},
+    "policy": {"encode.0": 32, "core": 24},
+    "stepped": {"conv1": 16, "conv2": 12, "cell": 16},
+    "gcn": {"one": 16},
+    "experts": {"embed": 16, **numbered("experts.{}.0", 32, 0, 1, 2, 3)},
+    "gpt2": {
+        "transformer.wte": 48,
+        **{f"transformer.h.{i}.{name}": units for i in (0, 1) for name, units in {"attn.c_attn": 4, "mlp.c_fc": 192}.items()},
+    },
+    # a key and value head goes with the two query heads that it serves
+    "llama": {
+        "model.embed_tokens": 48,
+        **{f"model.layers.{i}.{name}": units for i in (0, 1) for name, units in {"self_attn.q_proj": 2, "mlp.gate_proj": 96}.items()},
+    },
+    # an inner unit goes in all experts at once, whose weights are one parameter
+    "mixtral": {
+        "model.embed_tokens": 48,
+        **numbered("model.layers.{}.self_attn.q_proj", 2, 0, 1),
+        **numbered("model.layers.{}.mlp.experts.gate_up_proj", 96, 0, 1),
+    },
+    # one layer that runs three times
+    "albert": {
+        "albert.embeddings.word_embeddings": 16,
+        "albert.encoder.embedding_hidden_mapping_in": 48,
+        f"{_ALBERT}.attention.query": 4,
+        f"{_ALBERT}.ffn": 96,
+        "albert.pooler": 48,
+    },
+    # the relative position bias of the first layer is added in all layers of its stack, which ties their heads
+    "t5": {
+        "net.encoder.embed_tokens": 48,
+        "net.encoder.block.0.layer.0.SelfAttention.q": 4,
+        "net.encoder.block.0.layer.1.DenseReluDense.wi": 96,
+        "net.encoder.block.1.layer.1.DenseReluDense.wi": 96,
+        "net.decoder.block.0.layer.0.SelfAttention.q": 4,
+        "net.decoder.block.0.layer.1.EncDecAttention.q": 4,
+        "net.decoder.block.0.layer.2.DenseReluDense.wi": 96,
+        "net.decoder.block.1.layer.1.EncDecAttention.q": 4,
+        "net.decoder.block.1.layer.2.DenseReluDense.wi": 96,
+    },
+    "vit": {
+        "vit.embeddings.patch_embeddings.projection": 48,
+        **{f"vit.layers.{i}.{name}": units for i in (0, 1) for name, units in {"attention.q_proj": 4, "mlp.fc1": 96}.items()},
+    },
+    # patches of 2 x 2 are concatenated before the second stage: a channel of the first has four columns in what merges them
+    "swin": {
+        "swin.embeddings.patch_embeddings.projection": 24,
+        **{f"{_SWIN}.0.blocks.{i}.{name}": units for i in (0, 1) for name, units in {"attention.q_proj": 2, "mlp.fc1": 96}.items()},
+        f"{_SWIN}.0.downsample.reduction": 48,
+        **{f"{_SWIN}.1.blocks.{i}.{name}": units for i in (0, 1) for name, units in {"attention.q_proj": 4, "mlp.fc1": 192}.items()},
+    },
+    "convnext": {
+        "convnext.embeddings.patch_embeddings": 16,
+        f"{_CONVNEXT}.0.layers.0.pwconv1": 64,
+        f"{_CONVNEXT}.1.downsampling_layer.1": 32,
+        f"{_CONVNEXT}.1.layers.0.pwconv1": 128,
+        f"{_CONVNEXT}.1.layers.1.pwconv1": 128,
+    },
+}
+DENSE = {"shufflenet_v1": {"features.1.compress.0.weight", "features.2.compress.0.weight"}}
+"""Weights that stay whole, and are named with the reason."""
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_groups_are_those_of_the_architecture(name: str) -> None:
+    _, analysis, _ = captured(name)
+    assert {group.name: group.units for group in analysis.groups.values()} == GROUPS[name]
+    assert not analysis.unknown
+    for weight in DENSE.get(name, ()):
+        assert analysis.reasons[weight] == "all its indices are tied to one another"
+
+
+def at_random(analysis: Analysis, share: float = 0.4, seed: int = 0) -> dict[str, list[int]]:
+    generator = np.random.default_rng(seed)
+    return {
+        name: generator.permutation(group.units)[: min(max(1, round(share * group.units)), group.units - 1)].tolist()
+        for name, group in analysis.groups.items()
+    }
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference relative to the largest value."""
+    assert [tuple(value.shape) for value in found] == [tuple(value.shape) for value in expected]
+    return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("name", sorted(GROUPS))
+@torch.no_grad()
+def test_pruned_equals_the_original_with_elements_absent(name: str, batch: int) -> None:
+    graph, analysis, example = captured(name)
+    removed, flat = at_random(analysis), graph.signature.flatten(nets.resized(example, batch, seed=3))
+    pruned = prune(graph, analysis, removed).graph
+    reference = masked_reference(graph, analysis, removed, flat)
+    assert difference(pruned.module(*flat), reference) < 2e-5
+    assert difference(reference, graph.module(*flat)) > 1e-3, "nothing that matters was removed"
+
+
+@pytest.mark.parametrize("is_pruned", [False, True])
+@pytest.mark.parametrize("name", sorted(GROUPS))
+@torch.no_grad()
+def test_exported_equals_module_at_batch_1_3_17(name: str, is_pruned: bool, tmp_path: Path) -> None:
+    graph, analysis, example = captured(name)
+    if is_pruned:
+        graph = prune(graph, analysis, at_random(analysis)).graph
+    path = tmp_path / "net.onnx"
+    to_onnx(graph, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    present = {one.name for one in session.get_inputs()}
+    for batch in (1, 3, 17):
+        flat = graph.signature.flatten(nets.resized(example, batch))
+        names = [spec.name for spec in graph.signature.inputs]
+        found = session.run(None, {n: t.numpy() for n, t in zip(names, flat, strict=True) if n in present})
+        assert difference([torch.from_numpy(value) for value in found], graph.module(*flat)) < 1e-4
+
+
+def test_a_state_that_the_caller_steps_keeps_its_width_and_loses_units() -> None:
+    """Stepped ten times by the same caller, the pruned cell does what the original with those cells absent does."""
+    graph, analysis, _ = captured("stepped")
+    removed = {"cell": [1, 5, 6, 15], "conv2": [0, 7]}
+    pruned = prune(graph, analysis, removed).graph
+    assert pruned.signature == graph.signature
+    assert pruned.module.get_parameter("cell.weight_hh").shape == (4 * 12, 12)
+    generator = torch.Generator().manual_seed(2)
+    state = absent = (torch.zeros(3, 16), torch.zeros(3, 16))
+    for _ in range(10):
+        x = torch.randn(3, 6, 7, generator=generator)
+        with torch.no_grad():
+            found, expected = pruned.module(x, *state), masked_reference(graph, analysis, removed, [x, *absent])
+        assert difference(found, expected) < 1e-5
+        state, absent = found[1:], expected[1:]
+        assert not state[0][:, [1, 5, 6, 15]].any()
+
+
+def test_a_state_that_is_an_output_too_stays_where_nobody_feeds_it_back() -> None:
+    model, example = families.build("stepped")
+    assert "cell" not in analyse(capture(model, example)).groups
