@@ -131,7 +131,7 @@ def test_the_design_s_options_exist() -> None:
         (["optimize", "job.py", "--target", "opnvino:cpu"], "did you mean 'openvino'?"),
         (["optimize", "job.py", "--target", "openvino:gpu"], "this version drives 'cpu'"),
         (["optimize", "job.py", "--search", "sorcery"], "no search named 'sorcery'"),
-        (["optimize", "job.py", "--saliency", "taylr"], "did you mean 'taylor'?"),
+        (["optimize", "job.py", "--saliency", "taylr"], "did you mean 'taylor' or 'taylor-first'?"),
         (["optimize", "job.py", "--techniques", "prune,quantise"], "did you mean 'quantize'?"),
         (["optimize", "job.py", "--techniques", ","], "at least one of"),
         (["optimize", "job.py", "--trials", "0"], "--trials"),

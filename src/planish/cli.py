@@ -165,7 +165,13 @@ def _budget_options(function: F) -> F:
 )
 @click.option("--techniques", default=",".join(TECHNIQUES), show_default=True, help="Which may be used.")
 @keep_option
-@click.option("--saliency", help="Which units go first: magnitude or taylor.")
+@click.option(
+    "--saliency",
+    metavar="NAME",
+    help="Which units go first: taylor (the default), magnitude, l1, fpgm, norm-scale, flap, obs, random; fisher or taylor-first, which need "
+    "labels; several, as in taylor+flap; or which are merged: kmeans, dbscan, spectral, mixture, of weights or, as in kmeans:activations, "
+    "of what they give.",
+)
 @click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
@@ -174,15 +180,16 @@ def _budget_options(function: F) -> F:
 @click.pass_obj
 def optimize(console: Console, /, job: Path, techniques: str, **options: Any) -> int:
     """Make a net faster within a budget, and write it as an artifact."""
+    from planish import registry
     from planish.artifact import check_output, default_folder
     from planish.budget import QUANTITIES, Budget
 
     limits = {name: options[name] for name in QUANTITIES if options[name] is not None}
     budget = Budget(**limits, drop=options["drop"], confidence=options["confidence"])
     _check_target(options["target"])
-    _check_name("search", options["search"])
+    registry.check("search", options["search"])
     if options["saliency"] is not None:
-        _check_name("saliency", options["saliency"])
+        registry.check("saliency", options["saliency"])
     chosen = _techniques(techniques)
     out: Path | None = options["out"]
     if out is not None and not options["dry_run"]:
@@ -345,13 +352,6 @@ def _load(console: Console, path: Path) -> Any:
     job = load_job(path)
     console.end_stage()
     return job
-
-
-def _check_name(kind: str, name: str) -> None:
-    from planish import registry
-
-    if name not in registry.names(kind):
-        raise UnknownName(kind, name, registry.names(kind))
 
 
 def _check_target(target: str) -> None:

@@ -83,6 +83,11 @@ class Data:
             return "test", self.test
         return ("validation", self.validation) if self.validation is not None else ("", None)
 
+    @property
+    def labelled(self) -> Split | None:
+        """Samples with targets that may be learnt from: train, else validation; None where neither has targets."""
+        return next((split for split in (self.train, self.validation) if split is not None and split.targets is not None), None)
+
     def splits(self) -> dict[str, Split]:
         """Every split that there is, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test, "calibration": self.calibration}

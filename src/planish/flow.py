@@ -71,7 +71,7 @@ def optimize(
         control: also tune the uncompressed net on as many samples, and report the drop against it (on top of `time_limit`).
         overwrite: replace an artifact (and its study) that is there.
         accept_nearest: write the nearest net when nothing holds the budget.
-        saliency: which units of a group go first; "taylor" by default.
+        saliency: which units of a group go first, "taylor" by default; several joined by "+"; or a clustering, whose units are merged.
         events: is told of the run's progress.
 
     Returns:

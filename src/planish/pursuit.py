@@ -19,6 +19,7 @@ from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
 from planish.plan import Option, Plan
 from planish.prune.options import sensitivities
+from planish.prune.order import orders, remarks
 from planish.quantize.options import precision_options
 from planish.quantize.placement import unsupported
 from planish.search.contract import Evidence, Limits, Search
@@ -265,16 +266,15 @@ class Pursuit:
         bench = self.bench
         with self.clock.stage("sensitivity of groups and blocks"):
             self.settle()
-            saliency = registry.get("saliency", self.request.saliency)()
-            saliency.kind = bench.output_kind
-            self.trials.scores = saliency.scores(bench.graph, bench.analysis, bench.data.calibration, self.request.seed)
+            self.trials.orders = orders(self.request.saliency, bench.graph, bench.analysis, bench.material, self.request.seed)
+            bench.notes.extend(remarks(self.trials.orders))
             multiple = width_step(bench.best.target)
             return self._kept_options(
                 f"pruning by {multiple}",
                 lambda: sensitivities(
                     bench.graph,
                     bench.analysis,
-                    self.trials.scores,
+                    self.trials.orders,
                     bench.data.calibration,
                     multiple,
                     self.events.progress,

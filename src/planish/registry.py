@@ -1,4 +1,4 @@
-"""Everything that is found by name: runtimes, saliencies, observers and search methods, with other packages' entry points.
+"""Everything that is found by name: runtimes, saliencies, clusterings, observers and search methods, with other packages' entry points.
 
 A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
 the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
@@ -22,8 +22,22 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "torch-compile": "planish.runtimes.torch:TorchCompile",
     },
     "saliency": {
+        "fisher": "planish.prune.saliency.labelled:Fisher",
+        "flap": "planish.prune.saliency.flap:Fluctuation",
+        "fpgm": "planish.prune.saliency.fpgm:GeometricMedian",
+        "l1": "planish.prune.saliency.magnitude:L1",
         "magnitude": "planish.prune.saliency.magnitude:Magnitude",
+        "norm-scale": "planish.prune.saliency.norm_scale:NormScale",
+        "obs": "planish.prune.saliency.obs:SurgeonOrder",
+        "random": "planish.prune.saliency.random:Random",
         "taylor": "planish.prune.saliency.taylor:Taylor",
+        "taylor-first": "planish.prune.saliency.labelled:FirstTaylor",
+    },
+    "redundancy": {
+        "dbscan": "planish.prune.redundancy.dbscan:Dbscan",
+        "kmeans": "planish.prune.redundancy.kmeans:KMeans",
+        "mixture": "planish.prune.redundancy.mixture:Mixture",
+        "spectral": "planish.prune.redundancy.spectral:Spectral",
     },
     "observer": {
         "minmax": "planish.quantize.observers.minmax:MinMax",
@@ -42,8 +56,26 @@ def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def names(kind: str) -> list[str]:
-    """Every registered name of `kind` ("runtime", "saliency", "observer", "search"), built-in and installed, sorted."""
+    """Every registered name of `kind` ("runtime", "saliency", "redundancy", "observer", "search"), built-in and installed, sorted."""
     return sorted({*BUILT_IN[kind], *_entry_points(kind)})
+
+
+def check(kind: str, name: str) -> None:
+    """Refuse what nobody registered. A saliency may also be several, joined by "+", or a clustering: of weights, or of ":activations".
+
+    Raises:
+        UnknownName: the message shows the nearest names.
+    """
+    if kind != "saliency":
+        if name not in names(kind):
+            raise UnknownName(kind, name, names(kind))
+        return
+    clusterings = [f"{method}{of}" for method in names("redundancy") for of in ("", ":weights", ":activations")]
+    if name in clusterings:
+        return
+    for part in name.split("+"):
+        if part not in names(kind):
+            raise UnknownName(kind, part, [*names(kind), *clusterings])
 
 
 def get(kind: str, name: str) -> Any:

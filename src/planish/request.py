@@ -97,8 +97,7 @@ def checked(
     """
     parse_target(target, registry.names("runtime"))
     for kind, name in (("search", search), ("saliency", saliency or "taylor")):
-        if name not in registry.names(kind):
-            raise UnknownName(kind, name, registry.names(kind))
+        registry.check(kind, name)
     chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
     for technique in chosen:
         if technique not in TECHNIQUES:

@@ -27,7 +27,7 @@ from planish.metrics import Metric
 from planish.plan import Plan
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
-from planish.prune.contract import Scores
+from planish.prune.order import Orders
 from planish.quantize.apply import quantize
 from planish.target import Target
 from planish.workbench import WORTH_ITS_THREADS, Array, Workbench, as_tensor, module_outputs, open_each, worst_sqnr_db
@@ -86,11 +86,11 @@ class Exported:
     target: Target | None = None
 
 
-def compress(bench: Workbench, plan: Plan, scores: Scores) -> tuple[Graph, Analysis]:
+def compress(bench: Workbench, plan: Plan, orders: Orders) -> tuple[Graph, Analysis]:
     """The original with the plan's blocks and widths gone and the rest refitted, in floating point, and its analysis."""
     if not plan.widths and not plan.blocks:
         return bench.graph.copy(), bench.analysis
-    applied = apply(bench.graph, bench.analysis, plan, scores)
+    applied = apply(bench.graph, bench.analysis, plan, orders)
     compensate(applied.graph, bench.graph, applied.kept, bench.data.calibration, seed=plan.seed)
     return applied.graph, analyse(applied.graph)
 
@@ -105,9 +105,9 @@ def quantized(bench: Workbench, graph: Graph, analysis: Analysis, plan: Plan) ->
     return done.graph, done.skipped
 
 
-def carry_out(bench: Workbench, plan: Plan, scores: Scores) -> Compressed:
+def carry_out(bench: Workbench, plan: Plan, orders: Orders) -> Compressed:
     """A plan carried out up to what would be exported, without recovery."""
-    graph, analysis = compress(bench, plan, scores)
+    graph, analysis = compress(bench, plan, orders)
     final, skipped = quantized(bench, graph, analysis, plan)
     return Compressed(plan, graph, analysis, final, skipped, macs(analysis))
 

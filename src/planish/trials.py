@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +17,7 @@ from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes
 from planish.measurement import Estimate, Outcome
 from planish.plan import Plan
+from planish.prune.order import Orders
 from planish.result import Trial
 from planish.search.contract import Evidence, Kind
 from planish.study.store import Study
@@ -47,14 +47,14 @@ class Trials:
 
     Attributes:
         all: in order, one for each plan and stage.
-        scores: of units, by which plans are carried out.
+        orders: of the units of each group, by which plans are carried out.
         predict: seconds that the tables say of a plan; None where they say nothing.
     """
 
     def __init__(self, bench: Workbench, study: Study, original: Mapping[str, float]) -> None:
         self.bench, self.study, self.original = bench, study, original
         self.all: list[Trial] = []
-        self.scores: Mapping[str, Any] = {}
+        self.orders: Orders = {}
         self.predict: Callable[[Plan], float | None] = lambda plan: None
         self._carried: dict[str, Compressed] = {}
         self._visits: dict[str, tuple[Estimate, ...]] = {}
@@ -176,7 +176,7 @@ class Trials:
         if plan.digest not in self._carried:
             while len(self._carried) >= _CARRIED:
                 self._carried.pop(next(iter(self._carried)))
-            self._carried[plan.digest] = carry_out(self.bench, plan, self.scores)
+            self._carried[plan.digest] = carry_out(self.bench, plan, self.orders)
         return self._carried[plan.digest]
 
     def forget(self, plan: Plan) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from planish.artifact.deployed import sqnr_db
 from planish.clock import Clock
-from planish.data import Data, Split
+from planish.data import IGNORED_LABEL, Data, Split
+from planish.distill.losses import label_loss
 from planish.errors import DataError, RuntimeFailed, UsageError
 from planish.events import Events
 from planish.graph.capture import capture
@@ -28,6 +29,7 @@ from planish.measure.machine import available_targets
 from planish.measure.probe import Probe
 from planish.metrics import Metric
 from planish.plan import Plan
+from planish.prune.contract import Material
 from planish.runtimes.contract import Runtime, get_runtime
 from planish.signature import Signature
 from planish.target import Target, parse_target
@@ -41,7 +43,7 @@ RECOVERY_S = 1500.0
 """Seconds of recovery at most, where no time limit was given."""
 _EAGER = ("torch", "torch-compile")
 _VALUE_METRICS = ("rmse", "mae", "spearman", "cosine")
-_BATCH = 100
+_BATCH, _FEW = 100, 16
 WORTH_ITS_THREADS = 1.1
 """More threads that make a call less than this many times as quick are not worth having: waking them depends on the machine's state."""
 _DRIFT = 0.1
@@ -163,6 +165,24 @@ class Workbench:
     def output_kind(self) -> str | None:
         """What the outputs are to a label-free loss: "values" where the metric says so; None leaves it to their shapes."""
         return "values" if self.metric.name in _VALUE_METRICS and isinstance(self.job.metric, str) else None
+
+    @property
+    def material(self) -> Material:
+        """What a saliency may look at."""
+        labelled, loss = self.data.labelled, None
+        if labelled is not None and labelled.targets is not None:
+            counted = np.flatnonzero((labelled.targets != IGNORED_LABEL).reshape(labelled.n, -1).any(1))[:_FEW]
+            few = labelled.take(counted) if len(counted) else labelled.rows(0, _FEW)
+            with torch.inference_mode():
+                outputs = [value.clone() for value in self.graph.module(*(torch.from_numpy(np.array(array)) for array in few.inputs))]
+            assert few.targets is not None
+            loss = self._own_loss if self.job.loss is not None else label_loss(self.metric.name, outputs, few.targets)
+        return Material(self.data.calibration, labelled, loss, self.output_kind)
+
+    def _own_loss(self, flat: Sequence[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        assert self.job.loss is not None
+        found: torch.Tensor = self.job.loss(self.graph.signature.unflatten(list(flat)), targets)
+        return found
 
     @property
     def batch(self) -> int:

@@ -19,7 +19,8 @@ from planish.graph.groups import analyse
 from planish.graph.modes import set_mode
 from planish.plan import Plan, Recovery
 from planish.prune.apply import apply
-from planish.prune.saliency.magnitude import Magnitude
+from planish.prune.contract import Material
+from planish.prune.order import orders
 from planish.quantize.apply import quantize
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
@@ -64,8 +65,8 @@ def stream_of(analysis, weight: str) -> str:
 
 def smaller(graph, widths=(), blocks=()):
     analysis = analyse(graph)
-    scores = Magnitude().scores(graph, analysis, Split([X.numpy()], None, len(X)), 0)
-    return apply(graph, analysis, Plan("onnxruntime:cpu", widths=dict(widths), blocks=tuple(blocks)), scores).graph
+    order = orders("magnitude", graph, analysis, Material(Split([X.numpy()], None, len(X))), 0)
+    return apply(graph, analysis, Plan("onnxruntime:cpu", widths=dict(widths), blocks=tuple(blocks)), order).graph
 
 
 def test_the_last_value_of_each_resolution_is_a_hint_and_the_deepest_is_what_the_last_map_reads() -> None:
@@ -164,8 +165,8 @@ def test_recovery_follows_them_where_the_shapes_agree(narrow: bool, tmp_path: Pa
     teacher = Teacher(graph, data.train, tmp_path)
     last = stream_of(analysis, "fc.weight") if narrow else next(iter(analysis.groups))
     widths = {last: analysis.groups[last].units // 2}
-    scores = Magnitude().scores(graph, analysis, data.calibration, 0)
-    student = apply(graph, analysis, Plan("onnxruntime:cpu", widths=widths), scores).graph
+    order = orders("magnitude", graph, analysis, Material(data.calibration), 0)
+    student = apply(graph, analysis, Plan("onnxruntime:cpu", widths=widths), order).graph
     before = {name: value.clone() for name, value in student.module.state_dict().items()}
     hints = teacher.show(student)
     recalibrate_batch_norm(student, data.train)

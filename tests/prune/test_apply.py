@@ -14,8 +14,9 @@ from planish.graph.groups import analyse
 from planish.graph.surgery import masked_reference
 from planish.plan import Plan
 from planish.prune.apply import apply
+from planish.prune.contract import Material
 from planish.prune.levels import width_levels
-from planish.prune.saliency.magnitude import Magnitude
+from planish.prune.order import Order, orders
 from planish.testing.saliency import plant_dead
 
 
@@ -25,7 +26,7 @@ def test_widths_are_reached_and_nothing_else_changes(net: str) -> None:
     widths = {name: width_levels(group, 2)[-1] for name, group in analysis.groups.items()}
     plan = msgspec.json.decode(msgspec.json.encode(Plan("cpu", widths=widths)), type=Plan)
     split = calibration(graph, 6)
-    left = apply(graph, analysis, plan, Magnitude().scores(graph, analysis, split, 0))
+    left = apply(graph, analysis, plan, orders("magnitude", graph, analysis, Material(split), 0))
     shapes = {name: value.shape for name, value in left.graph.module.named_parameters(remove_duplicate=False)}
     for name, group in analysis.groups.items():
         assert len(left.removed.get(name, ())) == group.units - widths[name]
@@ -42,7 +43,7 @@ def test_dead_units_go_first_and_cost_nothing() -> None:
     graph, analysis = captured(*nets.resnet(width=16))
     dead = plant_dead(graph, analysis, {"layer1.0.conv1": np.arange(0, 16, 2)})
     split = calibration(graph, 4)
-    left = apply(dead, analysis, Plan("cpu", widths={"layer1.0.conv1": 8}), Magnitude().scores(dead, analysis, split, 0))
+    left = apply(dead, analysis, Plan("cpu", widths={"layer1.0.conv1": 8}), orders("magnitude", dead, analysis, Material(split), 0))
     assert sorted(left.removed["layer1.0.conv1"]) == list(range(0, 16, 2))
     assert left.kept["layer1.0.conv1.weight", 0].tolist() == list(range(1, 16, 2))
     torch.testing.assert_close(outputs(left.graph, split), outputs(dead, split), atol=1e-5, rtol=1e-5)
@@ -52,8 +53,8 @@ def test_blocks_and_widths_together() -> None:
     graph, analysis = captured(*nets.resnet(blocks=2))
     blocks = ("layer1.0", "layer2.0")  # layer2.0 names the channels that its stage adds to the residual stream
     widths = {"conv1": 6, "layer1.0.conv1": 4, "layer1.1.conv1": 4, "layer2.0.conv2": 4, "layer3.0.conv1": 16}
-    scores = Magnitude().scores(graph, analysis, calibration(graph, 2), 0)
-    left = apply(graph, analysis, Plan("cpu", widths=widths, blocks=blocks), scores)
+    order = orders("magnitude", graph, analysis, Material(calibration(graph, 2)), 0)
+    left = apply(graph, analysis, Plan("cpu", widths=widths, blocks=blocks), order)
     parameters = {name: tuple(value.shape) for name, value in left.graph.module.named_parameters()}
     assert not any(name.startswith(("layer1.0.", "layer2.0.")) for name in parameters)
     assert parameters["layer1.1.conv1.weight"] == (4, 6, 3, 3)
@@ -67,9 +68,9 @@ def test_blocks_and_widths_together() -> None:
 
 def test_units_without_a_score_stay_and_are_counted() -> None:
     graph, analysis = captured(*nets.resnet())
-    scores = dict(Magnitude().scores(graph, analysis, calibration(graph, 2), 0))
-    scores["layer1.0.conv1"] = np.array([np.nan, 1, np.nan, 2, np.nan, np.nan, np.nan, 3])
-    left = apply(graph, analysis, Plan("cpu", widths={"layer1.0.conv1": 4}), scores)
+    order = dict(orders("magnitude", graph, analysis, Material(calibration(graph, 2)), 0))
+    order["layer1.0.conv1"] = Order(np.array([np.nan, 1, np.nan, 2, np.nan, np.nan, np.nan, 3]))
+    left = apply(graph, analysis, Plan("cpu", widths={"layer1.0.conv1": 4}), order)
     assert left.removed["layer1.0.conv1"].tolist() == [1, 3, 7]
     assert left.spared == {"layer1.0.conv1": 1}
 
@@ -88,7 +89,7 @@ def test_a_plan_that_does_not_fit(plan: Plan, message: str) -> None:
     graph, _ = captured(*nets.resnet())
     analysis = analyse(graph, keep=("layer2.0.conv1.*",))
     with pytest.raises(PlanError, match=message):
-        apply(graph, analysis, plan, Magnitude().scores(graph, analysis, calibration(graph, 2), 0))
+        apply(graph, analysis, plan, orders("magnitude", graph, analysis, Material(calibration(graph, 2)), 0))
 
 
 def test_scores_that_are_missing() -> None:

@@ -15,8 +15,9 @@ from planish.graph.surgery import prune
 from planish.plan import Plan
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
+from planish.prune.contract import Material
 from planish.prune.levels import width_levels
-from planish.prune.saliency.magnitude import Magnitude
+from planish.prune.order import orders
 
 
 def seeded(build: type[nn.Module]) -> nn.Module:
@@ -131,7 +132,7 @@ def test_compensation_brings_any_net_closer(net: str) -> None:
     graph, analysis = captured(*nets.ZOO[net]())
     split, unseen = calibration(graph, 192), calibration(graph, 64, seed=6)
     widths = {name: width_levels(group, 2)[len(width_levels(group, 2)) // 3] for name, group in analysis.groups.items()}
-    left = apply(graph, analysis, Plan("cpu", widths=widths), Magnitude().scores(graph, analysis, split, 0))
+    left = apply(graph, analysis, Plan("cpu", widths=widths), orders("magnitude", graph, analysis, Material(split), 0))
     before = {name: value.clone() for name, value in graph.module.state_dict().items()}
     want, raw = outputs(graph, unseen), outputs(left.graph, unseen)
     compensate(left.graph, graph, left.kept, split)

@@ -18,15 +18,16 @@ from planish.graph.groups import analyse
 from planish.plan import Option, Plan
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
+from planish.prune.contract import Material
 from planish.prune.levels import width_levels
 from planish.prune.options import sensitivities
-from planish.prune.saliency.magnitude import Magnitude
+from planish.prune.order import orders
 from planish.testing.saliency import plant_dead
 
 
 def measured(graph: Graph, analysis: Analysis, samples: int = 24, multiple: int = 4) -> list[Option]:
     split = calibration(graph, samples)
-    return sensitivities(graph, analysis, Magnitude().scores(graph, analysis, split, 0), split, multiple)
+    return sensitivities(graph, analysis, orders("magnitude", graph, analysis, Material(split), 0), split, multiple)
 
 
 @pytest.mark.parametrize("net", ["resnet_a", "resnet_b", "mobilenet", "densenet", "bert", "bert_masked", "lstm", "two_inputs"])
@@ -61,7 +62,7 @@ def test_a_pinned_group_has_no_option_and_progress_ends_at_its_total() -> None:
     split = calibration(graph, 9)
     ticks: list[tuple[int, int]] = []
     options = sensitivities(
-        graph, analysis, Magnitude().scores(graph, analysis, split, 0), split, 4, lambda done, total: ticks.append((done, total))
+        graph, analysis, orders("magnitude", graph, analysis, Material(split), 0), split, 4, lambda done, total: ticks.append((done, total))
     )
     assert not any(option.subject == "layer1.0.conv1" for option in options if option.technique == "width")
     assert [done for done, _ in ticks] == list(range(1, ticks[0][1] + 1))
@@ -73,9 +74,9 @@ def test_a_width_is_predicted_as_compensation_leaves_it() -> None:
     torch.manual_seed(0)
     graph, analysis = captured(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)), (torch.randn(2, 6),))
     split = calibration(graph, 384)
-    scores = Magnitude().scores(graph, analysis, split, 0)
-    (option,) = sensitivities(graph, analysis, scores, split, 8, kind="values")
-    left = apply(graph, analysis, Plan("cpu", widths={"0": 8}), scores)
+    order = orders("magnitude", graph, analysis, Material(split), 0)
+    (option,) = sensitivities(graph, analysis, order, split, 8, kind="values")
+    left = apply(graph, analysis, Plan("cpu", widths={"0": 8}), order)
     compensate(left.graph, graph, left.kept, split)
     want = outputs(graph, split)
     truth = float(divergence([want], "values").per_sample([outputs(left.graph, split)], [want]).mean())
@@ -85,19 +86,19 @@ def test_a_width_is_predicted_as_compensation_leaves_it() -> None:
 def test_units_that_must_stay_limit_the_levels() -> None:
     graph, analysis = captured(*nets.resnet(width=16))
     split = calibration(graph, 6)
-    scores = dict(Magnitude().scores(graph, analysis, split, 0))
-    scores["layer2.0.conv1"][:20] = np.nan
-    options = sensitivities(graph, analysis, scores, split, 8)
+    order = dict(orders("magnitude", graph, analysis, Material(split), 0))
+    order["layer2.0.conv1"].scores[:20] = np.nan
+    options = sensitivities(graph, analysis, order, split, 8)
     assert [o.value for o in options if o.technique == "width" and o.subject == "layer2.0.conv1"] == [24]
 
 
 def test_little_time_means_fewer_samples_and_the_same_options() -> None:
     graph, analysis = captured(*nets.resnet())
     split = calibration(graph, 96)
-    scores = Magnitude().scores(graph, analysis, split, 0)
-    hurried = sensitivities(graph, analysis, scores, split, 4, seconds=1e-6)
-    patient = sensitivities(graph, analysis, scores, split, 4, seconds=1e6)
+    order = orders("magnitude", graph, analysis, Material(split), 0)
+    hurried = sensitivities(graph, analysis, order, split, 4, seconds=1e-6)
+    patient = sensitivities(graph, analysis, order, split, 4, seconds=1e6)
     assert [(o.subject, o.value) for o in hurried] == [(o.subject, o.value) for o in patient]
     assert hurried != patient
-    assert hurried == sensitivities(graph, analysis, scores, split, 4, samples=24)
-    assert patient == sensitivities(graph, analysis, scores, split, 4)
+    assert hurried == sensitivities(graph, analysis, order, split, 4, samples=24)
+    assert patient == sensitivities(graph, analysis, order, split, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from planish.data import IGNORED_LABEL
 from planish.distill.hints import MOST
+from planish.errors import DataError
 from planish.metrics import class_axis
 
 Kind = Literal["classes", "embedding", "values", "hint", "none"]
@@ -46,6 +47,47 @@ def guess_kinds(metric: str, outputs: Sequence[Tensor], targets: NDArray[np.gene
         else:
             kinds.append("values")
     return tuple(kinds)
+
+
+def label_loss(metric: str, outputs: Sequence[Tensor], targets: NDArray[np.generic]) -> Callable[[Sequence[Tensor], Tensor], Tensor] | None:
+    """The usual loss on labels of the first output: cross-entropy of classes, squared error of numbers; None where neither fits.
+
+    Args:
+        metric: its name.
+        outputs: the original's flat outputs on some samples.
+        targets: of these samples.
+    """
+    (kind, *_), out = guess_kinds(metric, outputs, targets), outputs[0]
+    known = torch.from_numpy(np.array(targets))
+    if kind == "classes":
+        return None if cross_entropy(out, known) is None else _cross_entropy
+    if kind == "values" and known.is_floating_point() and known.numel() == out.numel():
+        return lambda flat, wanted: F.mse_loss(flat[0], wanted.reshape(flat[0].shape).to(flat[0].dtype))
+    return None
+
+
+def _cross_entropy(flat: Sequence[Tensor], targets: Tensor) -> Tensor:
+    found = cross_entropy(flat[0], targets)
+    if found is not None:
+        return found
+    if bool((targets == IGNORED_LABEL).all()):
+        return flat[0].sum() * 0.0
+    raise DataError(
+        f"labels: they must be classes of the outputs, which have shape {list(flat[0].shape)}; got {targets.flatten()[:8].tolist()}"
+    )
+
+
+def cross_entropy(out: Tensor, targets: Tensor) -> Tensor | None:
+    """The mean over positions whose label counts, or None where labels do not fit the class logits `out` or none counts."""
+    axis = class_axis(out.shape)
+    positions = tuple(size for i, size in enumerate(out.shape) if i != axis)
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.numel() != np.prod(positions):
+        return None
+    labels = targets.reshape(positions).long()
+    counts = labels != IGNORED_LABEL
+    if not bool(counts.any()) or bool((counts & ((labels < 0) | (labels >= out.shape[axis]))).any()):
+        return None
+    return F.cross_entropy(out.movedim(axis, 1), labels, ignore_index=IGNORED_LABEL)
 
 
 @dataclass(frozen=True)
@@ -93,9 +135,10 @@ class Distillation:
             if kind == "hint":
                 total = total + loss * hint_weight
                 continue
-            labels = self._labels(kind, out, targets) if i == 0 and targets is not None and self.label_weight > 0 else None
-            if labels is not None:
-                loss = (1 - self.label_weight) * loss + self.label_weight * labels
+            if i == 0 and kind == "classes" and targets is not None and self.label_weight > 0:
+                labels = cross_entropy(out, targets)
+                if labels is not None:
+                    loss = (1 - self.label_weight) * loss + self.label_weight * labels
             total = total + loss
         return total
 
@@ -108,20 +151,6 @@ class Distillation:
         if kind == "embedding":
             return error + (1 - F.cosine_similarity(out, wanted, dim=1)).mean()
         return error
-
-    def _labels(self, kind: Kind, out: Tensor, targets: Tensor) -> Tensor | None:
-        """The usual loss on labels, or None where they do not fit the output."""
-        if kind == "classes":
-            axis = class_axis(out.shape)
-            positions = tuple(size for i, size in enumerate(out.shape) if i != axis)
-            if targets.is_floating_point() or targets.dtype == torch.bool or targets.numel() != np.prod(positions):
-                return None
-            labels = targets.reshape(positions).long()
-            counts = labels != IGNORED_LABEL
-            if not bool(counts.any()) or bool((counts & ((labels < 0) | (labels >= out.shape[axis]))).any()):
-                return None
-            return F.cross_entropy(out.movedim(axis, 1), labels, ignore_index=IGNORED_LABEL)
-        return None
 
 
 def distillation(

@@ -211,10 +211,13 @@ def _export_dynamic(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tup
     """With sequence axes free as well, or, where tracing cannot follow one, with the batch alone."""
     try:
         return _export(model, mine, call, flat, axes=3)
-    except CaptureError:
+    except CaptureError as first:
         if all(tensor.dim() > 3 or tensor.dim() == 1 for tensor in flat):
             raise
-        return _export(model, mine, call, flat, axes=1)
+        try:
+            return _export(model, mine, call, flat, axes=1)
+        except CaptureError:
+            raise first from None
 
 
 def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], axes: int) -> torch.export.ExportedProgram:

@@ -196,14 +196,19 @@ class Program:
         """Outputs are fixed, but for a state, whose units may go where the next step reads none of them."""
         outputs = node.args[0]
         assert isinstance(outputs, (list, tuple))
-        fed = {position: self.vals[name] for name, position in self.state.items()}
+        fed: dict[int, list[Val]] = {}
+        for name, position in self.state.items():
+            given = self.vals[name]
+            if isinstance(given, Val):
+                fed.setdefault(position, []).append(given)
         for position, used in enumerate(outputs):
-            val, given = self.operand(used, node) if isinstance(used, Node) else None, fed.get(position)
-            if val is None or not isinstance(given, Val):
+            val = self.operand(used, node) if isinstance(used, Node) else None
+            if val is None or position not in fed:
                 self.ids.fix_all(val, "it is the program's output")
                 continue
-            for d in range(val.rank):
-                self.ids.contract(val, d, given, d, "it is the program's output")
+            for given in fed[position]:
+                for d in range(val.rank):
+                    self.ids.contract(val, d, given, d, "it is the program's output")
 
     def _apply(self, node: Node) -> None:
         step = Step(self, node)

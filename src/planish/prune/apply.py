@@ -14,8 +14,7 @@ from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.groups import analyse
 from planish.graph.surgery import prune
 from planish.plan import Plan
-from planish.prune.contract import Scores
-from planish.prune.units import lowest
+from planish.prune.order import Going, Orders, merge_
 
 
 @dataclass(frozen=True)
@@ -55,51 +54,62 @@ def check(analysis: Analysis, plan: Plan) -> None:
             raise PlanError(f"plan: the width of {name!r} must be a multiple of {group.multiple}; got {width}; choose one of its levels")
 
 
-def removals(analysis: Analysis, plan: Plan, scores: Scores) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
-    """The units that a plan removes from each group: the lowest scores, never NaN; and how many it asked for that must be kept.
+def removals(analysis: Analysis, plan: Plan, orders: Orders) -> tuple[dict[str, Going], dict[str, int]]:
+    """What a plan removes from each group: the units that go first, never those that must stay; and how many it asked for beyond that.
 
     Raises:
-        PlanError: no scores for a group that is to be narrowed.
+        PlanError: no order for a group that is to be narrowed.
     """
-    removed: dict[str, NDArray[np.int64]] = {}
+    removed: dict[str, Going] = {}
     spared: dict[str, int] = {}
     for name, width in plan.widths.items():
         units = analysis.groups[name].units
         if width == units:
             continue
-        if name not in scores or len(scores[name]) != units:
+        if name not in orders or len(orders[name].scores) != units:
             raise PlanError(f"plan: saliency {plan.saliency!r} must give {units} scores for group {name!r}; it gave none or others")
-        going = lowest(scores[name], units - width)
-        multiple = analysis.groups[name].multiple
-        going = going[: len(going) - (units - len(going)) % multiple] if len(going) < units - width else going
-        if len(going) < units - width:
-            spared[name] = units - width - len(going)
-        if len(going):
+        going = orders[name].going(units - width)
+        if len(going.units) < units - width:
+            spared[name] = units - width - len(going.units)
+        if len(going.units):
             removed[name] = going
     return removed, spared
 
 
-def apply(graph: Graph, analysis: Analysis, plan: Plan, scores: Scores) -> Applied:
-    """Bypasses the plan's blocks, then removes the units with the lowest scores from each group that it narrows.
+def apply(graph: Graph, analysis: Analysis, plan: Plan, orders: Orders) -> Applied:
+    """Bypasses the plan's blocks, then removes the units that go first from each group that it narrows, merged where their order says so.
 
     Args:
         graph: the original; left as it is.
         analysis: of that graph.
         plan: `widths` and `blocks` are read. A width of a group that vanishes with a block is no error.
-        scores: of the original's groups; a NaN keeps its unit.
+        orders: of the original's groups.
 
     Raises:
-        PlanError: see `check`; or scores are missing.
+        PlanError: see `check`; or an order is missing.
     """
     check(analysis, plan)
-    removed, spared = removals(analysis, plan, scores)
-    current, now = graph, analysis
+    going, spared = removals(analysis, plan, orders)
+    removed = {name: its.units for name, its in going.items()}
+    current, now = _merged(graph, analysis, going), analysis
     if plan.blocks:
-        current = bypass(graph, analysis, plan.blocks)
+        current = bypass(current, analysis, plan.blocks)
         now = analyse(current)
     translated = {name: units for name, group in now.groups.items() if (units := _translate(group, analysis, removed))}
     pruned = prune(current, now, translated)
     return Applied(pruned.graph, pruned.kept, removed, spared)
+
+
+def _merged(graph: Graph, analysis: Analysis, going: Mapping[str, Going]) -> Graph:
+    """The graph itself where nothing is merged, else a copy in which the units that stay have taken over what the others carried."""
+    merging = {name: its for name, its in going.items() if (its.into >= 0).any()}
+    if not merging:
+        return graph
+    copied = graph.copy()
+    parameters = {name: value.detach() for name, value in copied.module.named_parameters(remove_duplicate=False)}
+    for name, its in merging.items():
+        merge_(parameters, analysis.groups[name], its)
+    return copied
 
 
 def _translate(group: Group, original: Analysis, removed: Mapping[str, NDArray[np.int64]]) -> list[int]:

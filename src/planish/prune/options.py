@@ -19,12 +19,12 @@ from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.replay import Replay, affordable, evaluating, samples_within, take
 from planish.plan import Option
 from planish.prune.blocks import block_losses
-from planish.prune.contract import Scores
-from planish.prune.least_squares import Contraction, Moments, contraction, ridge
+from planish.prune.least_squares import Moments, ridge
 from planish.prune.levels import width_levels
-from planish.prune.units import indices_of, lowest
+from planish.prune.order import Going, Order, merge_
+from planish.prune.readers import moments_of_readers, readers
+from planish.prune.units import indices_of
 
-_MOMENT_BYTES = 2**29  # of Gram matrices; consumers beyond that are not compensated
 _STRENGTH = 1e-3
 _CHUNK = 64
 _LEAST_SAMPLES = 24
@@ -47,7 +47,7 @@ class _Trial:
 def sensitivities(
     graph: Graph,
     analysis: Analysis,
-    scores: Scores,
+    orders: Mapping[str, Order],
     split: Split,
     multiple: int,
     progress: Callable[[int, int], None] | None = None,
@@ -66,7 +66,7 @@ def sensitivities(
     Args:
         graph: the original; left as it is.
         analysis: of that graph.
-        scores: which units go first; where NaNs forbid a level, it is not offered.
+        orders: which units of each group go first; where some must stay, the levels below are not offered.
         split: calibration inputs.
         multiple: channels, the target's width multiple.
         progress: called with (trials done, trials), where a trial counts once per batch.
@@ -86,8 +86,8 @@ def sensitivities(
     size = min(_CHUNK, -(-count // 3))  # three batches at least, since blocks are repaired on two thirds and judged on the rest
     chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]
     with evaluating(graph):
-        moments = _moments(replay, analysis, chunks)
-        trials = _width_trials(replay, graph, analysis, scores, multiple, moments)
+        moments = moments_of_readers(replay, analysis, chunks)
+        trials = _width_trials(replay, graph, analysis, orders, multiple, moments)
         trials.sort(key=lambda trial: trial.first)
         reference = [replay.run(replay.start(chunk)) for chunk in chunks]
         measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
@@ -119,71 +119,34 @@ def sensitivities(
     return [option for option in found if math.isfinite(option.loss)]
 
 
-def _readers(replay: Replay, group: Group, parameters: Mapping[str, Tensor]) -> list[Contraction]:
-    """Ungrouped convolutions and linear maps whose weight contracts the group, each weight read once."""
-    names = {name for (name, dim), role in group.roles.items() if role == "in" and dim == 1}
-    found = [operator for node in replay.nodes if (operator := contraction(node, parameters)) is not None]
-    return [o for o in found if o.weight in names and o.groups == 1 and sum(o.weight == other.weight for other in found) == 1]
-
-
-def _moments(replay: Replay, analysis: Analysis, chunks: list[list[Tensor]]) -> dict[str, Moments]:
-    """The second moments of the inputs of every operator that reads a group, by its weight's name."""
-    parameters = dict(replay.module.named_parameters(remove_duplicate=False))
-    readers = {o.node: o for group in analysis.groups.values() for o in _readers(replay, group, parameters)}
-    moments: dict[str, Moments] = {}
-    budget = _MOMENT_BYTES
-    for operator in list(readers.values()):
-        columns = parameters[operator.weight][0].numel()
-        if 4 * columns**2 > budget:
-            del readers[operator.node]
-            continue
-        budget -= 4 * columns**2
-        moments[operator.weight] = Moments(1, columns)
-    generator = torch.Generator().manual_seed(0)
-    for chunk in chunks:
-        environment = replay.start(chunk)
-        for node in replay.nodes:
-            if node.op not in ("placeholder", "output"):
-                environment[node] = replay.value(node, environment)
-            if node in readers:
-                operator, weight = readers[node], parameters[readers[node].weight]
-                source = node.args[0]
-                assert isinstance(source, Node)
-                rows = max(256, min(16 * weight[0].numel(), 32768) // len(chunks))
-                positions = operator.draw(environment[node], rows, generator)
-                moments[operator.weight].add(operator.columns(environment[source], weight, positions))
-            replay.release(node, environment)
-    return moments
-
-
 def _width_trials(
-    replay: Replay, graph: Graph, analysis: Analysis, scores: Scores, multiple: int, moments: dict[str, Moments]
+    replay: Replay, graph: Graph, analysis: Analysis, orders: Mapping[str, Order], multiple: int, moments: dict[str, Moments]
 ) -> list[_Trial]:
     parameters = dict(graph.module.named_parameters(remove_duplicate=False))
     trials: list[_Trial] = []
     for name, group in analysis.groups.items():
-        readers = {o.weight: o for o in _readers(replay, group, parameters) if o.weight in moments}
+        reading = {o.weight: o for o in readers(replay, group, parameters) if o.weight in moments}
         for width in width_levels(group, multiple)[1:]:
-            going = lowest(scores[name], group.units - width)
-            if len(going) < group.units - width:
+            going = orders[name].going(group.units - width)
+            if len(going.units) < group.units - width:
                 continue
-            changed = _zeroed(group, going, parameters)
+            changed = _without(group, going, parameters)
             shifts: dict[Node, Tensor] = {}
-            for weight, operator in readers.items():
-                gone = indices_of(group.unit_of[weight, 1], going)
+            for weight, operator in reading.items():
+                gone = indices_of(group.unit_of[weight, 1], going.units)
                 changed[weight], shift = _refit(changed[weight], parameters[weight], gone, moments[weight])
                 shifts[operator.node] = shift.reshape(-1, *[1] * len(operator.stride))
             trials.append(_Trial(name, width, _first(replay, changed), changed, shifts))
     return trials
 
 
-def _zeroed(group: Group, going: NDArray[np.int64], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stand-ins with everything that belongs to the units set to zero."""
-    changed: dict[str, Tensor] = {}
+def _without(group: Group, going: Going, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stand-ins in which the units that go are merged into those that take over, and everything that belongs to them is zero."""
+    changed = {name: parameters[name].detach().clone() for name, _ in group.unit_of if name in parameters}
+    merge_(changed, group, going)
     for (name, dim), unit_of in group.unit_of.items():
         if name in parameters:
-            value = changed.get(name, parameters[name]).detach().clone()
-            changed[name] = value.index_fill_(dim, torch.from_numpy(indices_of(unit_of, going)), 0.0)
+            changed[name].index_fill_(dim, torch.from_numpy(indices_of(unit_of, going.units)), 0.0)
     return changed
 
 
@@ -195,10 +158,10 @@ def _refit(changed: Tensor, weight: Tensor, gone: NDArray[np.int64], moments: Mo
     keep[torch.from_numpy(gone)] = False
     kept = keep.repeat_interleave(each).nonzero()[:, 0]
     gram, _, _ = moments.second(centered=True)
-    original = weight.detach().double().reshape(len(weight), columns)
+    original, merged = (value.detach().double().reshape(len(weight), columns) for value in (weight, changed))
     alive = changed.reshape(len(weight), columns).abs().sum(1) > 0  # rows that the same trial removed (a tied stream) stay zero
     solved = torch.zeros_like(original)
-    solved[:, kept] = ridge(gram[:, kept][:, :, kept], (gram[0, kept] @ original.T)[None], original[None][:, :, kept], _STRENGTH)[0]
+    solved[:, kept] = ridge(gram[:, kept][:, :, kept], (gram[0, kept] @ original.T)[None], merged[None][:, :, kept], _STRENGTH)[0]
     solved[~alive] = 0
     shift = (original - solved) @ (moments.sum_x[0] / moments.rows)
     shift[~alive] = 0

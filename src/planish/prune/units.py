@@ -1,4 +1,4 @@
-"""Sums over the indices of a tensor that belong to each unit of a group."""
+"""The indices of a tensor that belong to each unit of a group: sums over them, and what they hold."""
 
 from __future__ import annotations
 
@@ -27,10 +27,33 @@ def by_unit(tensor: Tensor, dim: int, unit_of: NDArray[np.int64], units: int) ->
     return total.numpy()
 
 
+def members(unit_of: NDArray[np.int64], units: int) -> NDArray[np.int64]:
+    """The indices that belong to each unit, [units, indices per unit], in their order along the dimension."""
+    order = np.argsort(unit_of, kind="stable")
+    return order[np.count_nonzero(unit_of < 0) :].reshape(units, -1)
+
+
+def vectors(tensor: Tensor, dim: int, unit_of: NDArray[np.int64], units: int) -> NDArray[np.float64]:
+    """Everything that belongs to each unit, [units, numbers per unit]; arguments as for `by_unit`."""
+    rows = tensor.detach().movedim(dim, 0).reshape(tensor.shape[dim], -1).double().numpy()
+    return np.ascontiguousarray(rows[members(unit_of, units)].reshape(units, -1))
+
+
 def unit_mean(values: NDArray[np.float64]) -> float:
     """The mean over the units whose value is finite; 0 where none is."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else 0.0
+
+
+def relative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values as shares of their mean over units, so that what is measured in several places can be added."""
+    average = unit_mean(values)
+    return values / average if average > 0 else values
+
+
+def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values with NaN, which keeps a unit, wherever they are not finite."""
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def indices_of(unit_of: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,1 @@
+"""Clusterings of units, one file each; found by name in the registry."""

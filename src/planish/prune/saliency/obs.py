@@ -1,0 +1,129 @@
+"""Structured optimal brain surgeon: units go one at a time, and what reads them makes up for each as well as it can before the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from planish.graph.graph import Analysis, Graph, Group
+from planish.prune.contract import Material
+from planish.prune.least_squares import Moments
+from planish.prune.readers import inputs_of_readers
+from planish.prune.saliency.magnitude import Magnitude
+from planish.prune.units import finite, members
+
+_DAMPING = 1e-3
+_STILL = 1e-9
+_STEPS = 256
+
+
+@dataclass
+class _Reader:
+    """A linear map while its columns go: W^T W [c, c], the inverse of the damped H = E[x x^T] [c, c], columns of each unit [units, m], and
+    whether none of them ever varies [units]."""
+
+    power: Tensor
+    inverse: Tensor
+    columns: Tensor
+    energy: float
+    is_still: Tensor
+
+    def costs(self, units: Tensor) -> Tensor:
+        """Of each of these units: the output's relative squared error if it went and the rest were refitted."""
+        at = self.columns[units]  # [k, m]
+        rows, others = at[:, :, None], at[:, None, :]
+        errors: Tensor = (torch.linalg.inv(self.inverse[rows, others]) * self.power[rows, others]).sum((1, 2)) / self.energy
+        return errors
+
+    def remove(self, units: Tensor) -> None:
+        """Take the columns of some units away: what is left is the system without them."""
+        at = self.columns[units].reshape(-1)
+        reach = torch.linalg.solve(self.inverse[at[:, None], at], self.inverse[at])  # ((H^-1)_SS)^-1 (H^-1)_S,:
+        moved = self.power[:, at] @ reach
+        self.power -= moved + moved.T - reach.T @ (self.power[at[:, None], at] @ reach)
+        self.inverse -= self.inverse[:, at] @ reach
+        for matrix in (self.power, self.inverse):
+            matrix[at, :] = 0.0
+            matrix[:, at] = 0.0
+        self.inverse[at, at] = 1.0
+
+
+class SurgeonOrder(Magnitude):
+    """s_u = the error that had been made when unit u went: the unit that costs least goes, its readers are updated exactly, and again.
+
+    With W a reader's weight, H = E[(x - mean)(x - mean)^T] + lambda I over the columns that it reads, and S the columns of unit u:
+
+        rho_S = sum_i W_i,S ((H^-1)_SS)^-1 W_i,S^T,  relative to E|W (x - mean)|^2 and added over the group's readers;
+        W -= W_:,S ((H^-1)_SS)^-1 (H^-1)_S,:  and  H^-1 -= H^-1_:,S ((H^-1)_SS)^-1 (H^-1)_S,:
+
+    Scores never fall along the order, so that they rank units as they went. Groups that no convolution or linear map reads get
+    `Magnitude`'s scores. The weights of every width are made where they are wanted, by `sensitivities` and `compensate`: the regression
+    on all survivors at once has the same optimum as the updates one after another.
+
+    Args:
+        samples: calibration samples.
+
+    References:
+        Kurtic et al. 2023, ZipLM, section 3.1; Frantar and Alistarh 2022, Optimal Brain Compression, theorem 1.
+    Differs:
+        several readers of one group are pruned together; second moments are about the mean, since biases are refitted too; of a group of
+        more than 256 units several go at a time, so that there are no more than 256 steps.
+    """
+
+    needs: frozenset[str] = frozenset({"data"})
+
+    def __init__(self, samples: int = 256) -> None:
+        self.samples = samples
+
+    @torch.no_grad()
+    def scores(self, graph: Graph, analysis: Analysis, material: Material, seed: int) -> dict[str, NDArray[np.float64]]:
+        """See `planish.prune.contract.Saliency`; a group with activations or weights that are not finite gets NaN."""
+        result = super().scores(graph, analysis, material, seed)
+        parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+        seen = inputs_of_readers(graph, analysis, material.split, self.samples)
+        for name, group in analysis.groups.items():
+            given = [_reader(parameters[weight], seen.moments[weight], group, group.unit_of[weight, 1]) for weight in seen.readers[name]]
+            readers = [reader for reader in given if reader is not None]
+            if len(readers) < len(given):
+                result[name] = np.full(group.units, np.nan)
+            elif readers:
+                result[name] = finite(_in_turn(readers, group.units))
+        self.others = [name for name in analysis.groups if not seen.readers[name]]
+        return result
+
+
+def _reader(weight: Tensor, moments: Moments, group: Group, unit_of: NDArray[np.int64]) -> _Reader | None:
+    """A reader before anything went; None where its weight or what it reads is not finite."""
+    gram = moments.second(centered=True)[0][0]
+    rows = weight.double().reshape(len(weight), -1)
+    if not bool(gram.isfinite().all() and rows.isfinite().all()):
+        return None
+    each = weight[0, 0].numel()
+    channels = torch.from_numpy(members(unit_of, group.units))
+    columns = (channels[:, :, None] * each + torch.arange(each)).reshape(group.units, -1)
+    varies = gram.diagonal() > _STILL * gram.diagonal().mean()
+    gram = gram + torch.eye(len(gram), dtype=gram.dtype) * (_DAMPING * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    energy = max(float(((rows @ gram) * rows).sum()), torch.finfo(torch.float32).tiny)
+    return _Reader(rows.T @ rows, torch.linalg.inv(gram), columns, energy, ~varies[columns].any(1))
+
+
+def _in_turn(readers: list[_Reader], units: int) -> NDArray[np.float64]:
+    """The error made when each unit went; units that never vary cost nothing, whatever else costs nothing for want of samples."""
+    is_still = torch.stack([reader.is_still for reader in readers]).all(0)
+    left, reached, found = (~is_still).nonzero()[:, 0], 0.0, np.zeros(units)
+    at_once = -(-units // _STEPS)
+    while len(left):
+        costs = torch.stack([reader.costs(left) for reader in readers]).sum(0)
+        order = costs.argsort(stable=True)
+        for place, cost in zip(left[order[:at_once]].tolist(), costs[order[:at_once]].tolist(), strict=True):
+            reached = max(reached * (1 + 1e-9), cost)  # units that cost the same are told apart by when they went
+            found[place] = reached
+        going, left = left[order[:at_once]], left[order[at_once:].sort().values]
+        if len(left):
+            for reader in readers:
+                reader.remove(going)
+    return found

@@ -1,0 +1,102 @@
+"""The flow with other criteria than the default one: what goes first, what is merged, what needs labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import planish
+import replaying
+import small_jobs
+from planish.errors import DataError, UnknownName
+
+
+@pytest.mark.parametrize("name", ["fisher", "taylor+flap", "kmeans", "mixture:activations"])
+def test_a_run_by_another_criterion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    replaying.install(monkeypatch.setattr)
+    out = tmp_path / "net.planish"
+    budget = planish.Budget(macs="0.6x", drop=0.1)
+    result = planish.optimize(
+        small_jobs.stripes_job(), "onnxruntime:cpu", budget, out, techniques=("prune",), trials=2, threads=1, saliency=name
+    )
+    assert result.verdict == "met"
+    assert result.plan is not None and result.plan.saliency == name and result.plan.widths
+    assert result.ratios["macs"].median <= 0.6
+    x, _ = small_jobs.images(5, seed=9)
+    with torch.no_grad():
+        np.testing.assert_allclose(planish.load(out)(x.numpy()), result.module(x).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fisher", "taylor-first"])
+def test_a_criterion_that_needs_labels_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    replaying.install(monkeypatch.setattr)
+    x, _ = small_jobs.images(64, seed=2)
+    job = small_jobs.stripes_job(train=[(x, None)], validation=[(x, None)], test=None, metric="agreement")
+    with pytest.raises(DataError, match=r"needs samples with labels that fit the outputs; this job has none; .* such as taylor"):
+        planish.optimize(job, "onnxruntime:cpu", planish.Budget(macs="0.6x"), tmp_path / "net.planish", trials=1, threads=1, saliency=name)
+
+
+def test_a_criterion_that_nobody_has_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match=r"no saliency named 'kmeens:activations'; did you mean 'kmeans:activations'"):
+        planish.optimize(small_jobs.stripes_job(), out=tmp_path / "net.planish", saliency="kmeens:activations")
+
+
+def test_units_whose_score_is_no_number_are_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from planish.prune.saliency.magnitude import Magnitude
+
+    replaying.install(monkeypatch.setattr)
+    before = Magnitude.scores
+
+    def scores(self: Magnitude, *arguments: object) -> dict[str, np.ndarray]:
+        found = before(self, *arguments)
+        found["first"][:3] = np.nan
+        return found
+
+    monkeypatch.setattr(Magnitude, "scores", scores)
+    result = planish.optimize(
+        small_jobs.stripes_job(),
+        "onnxruntime:cpu",
+        planish.Budget(macs="0.6x", drop=0.5),
+        tmp_path / "net.planish",
+        techniques=("prune",),
+        trials=1,
+        threads=1,
+        saliency="magnitude",
+    )
+    assert any(note == "saliency: units whose score is not finite are kept: first (3 of 64)." for note in result.summary.notes)
+
+
+def test_a_state_that_is_stepped_is_pruned_behind_the_same_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrent cell whose caller keeps the state: fewer cells, the same shapes in and out, stepped as before."""
+    from families import Stepped
+
+    replaying.install(monkeypatch.setattr)
+    torch.manual_seed(0)
+    net = Stepped(64).eval()
+    inputs = [torch.randn(96, *shape) * scale for shape, scale in (((6, 7), 1.0), ((64,), 0.3), ((64,), 0.3))]
+    names = ("x", "h", "c")
+    batch = dict(zip(names, inputs, strict=True))
+    job = planish.Workload(
+        model=net,
+        example_inputs={name: value[:1] for name, value in batch.items()},
+        train=[(batch, None)],
+        validation=[(batch, None)],
+        metric="cosine",
+        state={"h": "h_next", "c": "c_next"},
+        name="stepped",
+    )
+    out = tmp_path / "stepped.planish"
+    budget = planish.Budget(macs="0.6x", drop=0.5)
+    result = planish.optimize(job, "onnxruntime:cpu", budget, out, techniques=("prune",), trials=2, threads=1, keep=("conv*",))
+    assert result.verdict == "met"
+    assert result.plan is not None and result.plan.widths["cell"] < 64
+    fast = planish.load(out)
+    h, c = np.zeros((1, 64), np.float32), np.zeros((1, 64), np.float32)
+    for step in range(5):
+        found = fast({"x": inputs[0][step : step + 1].numpy(), "h": h, "c": c})
+        h, c = found["h_next"], found["c_next"]
+        assert h.shape == c.shape == (1, 64)
+        assert np.count_nonzero(~h[0].astype(bool)) == 64 - result.plan.widths["cell"]
