@@ -86,13 +86,13 @@ def install(put: Callable[[Any, str, Any], object] = setattr, behaviour: str = "
 
 
 def die_after(number: int, how: int = signal.SIGKILL, put: Callable[[Any, str, Any], object] = setattr) -> None:
-    """Send this process a signal as soon as its study holds `number` finished trials of its own."""
+    """Send this process a signal as soon as its study holds `number` finished trials of its own, each counted once."""
     before, done = Study.record, 0
 
     def record(self: Any, *arguments: Any, **named: Any) -> Any:
         nonlocal done
         answer = before(self, *arguments, **named)
-        done += 1
+        done += not named.get("again", False)  # another visit to a trial is no further one
         if done == number:
             os.kill(os.getpid(), how)
         return answer

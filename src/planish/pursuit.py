@@ -55,7 +55,7 @@ _SURPRISE = 1.1
 _VISITS, _DOUBTED = 3, 2
 _TABLE_ERROR = 0.05
 """Relative standard deviation of what tables, corrected by many trials, say of a plan on a quiet machine."""
-_KERNELS, _OPTIONS, _AIMED, _LOOKED_AGAIN = "kernels", "options for", "aimed at", "looked again"
+_KERNELS, _OPTIONS, _AIMED = "kernels", "options for", "aimed at"
 """Events of the study: what the clock, or the machine as it was then, decided. A run that is carried on decides the same."""
 _KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
 """Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
@@ -87,6 +87,7 @@ class Pursuit:
         self.bounds: dict[str, float] = {}
         self._level = len(_AIMS) - 1
         self._evidence: dict[tuple[str, str], tuple[Plan, Evidence]] = {}
+        self._looked: set[str] = set()
 
     def search_plans(self) -> bool:
         """Options, tables, then candidates and trials until time or plans are used up; False where there is nothing to decide."""
@@ -458,11 +459,10 @@ class Pursuit:
 
         The one that is chosen among many noisy figures is likely to be one that looked better than it is.
         """
-        looked = f"{plan.digest} {self.trials.place(plan)}"
-        if looked not in self.study.kept(_LOOKED_AGAIN, str):
+        if plan.digest not in self._looked:
+            self._looked.add(plan.digest)
             if self._visit(plan) is not None and self._is_worth_a_visit(plan):
                 self._visit(plan)
-            self.study.keep(_LOOKED_AGAIN, looked)
         found = self.trials.known(plan, "trial")
         if found is None or found.ratio is None:
             return True

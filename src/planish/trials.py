@@ -58,6 +58,7 @@ class Trials:
         self.predict: Callable[[Plan], float | None] = lambda plan: None
         self._carried: dict[str, Compressed] = {}
         self._visits: dict[str, tuple[Estimate, ...]] = {}
+        self._later: dict[str, list[Estimate]] = {}
         self._attempts: Counter[str] = Counter()
         self._paths: dict[str, Path] = {}
 
@@ -71,7 +72,11 @@ class Trials:
         return math.sqrt((squares + 4 * _QUIET_NOISE**2) / (freedom + 4))
 
     def known(self, plan: Plan, stage: Kind) -> Kept | None:
-        """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again."""
+        """What the study holds of a plan, which then is one of this run's trials; None where it must be measured, or measured again.
+
+        Of a trial that was visited again before the run was interrupted, the first visit counts until this run comes back to it: what is
+        proposed next depends on what was known when.
+        """
         stored = self.study.lookup(plan.digest, stage)
         if stored is None or stored.state != "finished" or stored.evidence is None or stored.outcome is None:
             return None
@@ -79,15 +84,17 @@ class Trials:
         is_of_this_machine = stage != "candidate" or bool(plan.precisions)  # int8 weights have another range without VNNI
         if is_of_this_machine and kept.place != self.place(plan):
             return None
-        evidence = kept.evidence
-        if kept.ratio is not None:
-            latency = kept.ratio.median * self.original["latency"]
-            evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
+        evidence, ratio = kept.evidence, kept.ratio
         if kept.visits:
-            self._visits.setdefault(plan.digest, kept.visits)
+            if plan.digest not in self._visits:
+                self._visits[plan.digest], self._later[plan.digest] = kept.visits[:1], list(kept.visits[1:])
+            ratio = middle(self._visits[plan.digest])
+        if ratio is not None:
+            latency = ratio.median * self.original["latency"]
+            evidence = msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
         if self._listed(plan, stage) is None:
-            self._list(plan, stage, stored.outcome, evidence, stored.seconds, kept.ratio)
-        return msgspec.structs.replace(kept, evidence=evidence)
+            self._list(plan, stage, stored.outcome, evidence, stored.seconds, ratio)
+        return msgspec.structs.replace(kept, evidence=evidence, ratio=ratio)
 
     def candidate(self, plan: Plan) -> Evidence:
         """A plan judged in PyTorch, without recovery."""
@@ -124,13 +131,17 @@ class Trials:
         return max(len(self._visits.get(plan.digest, ())), 1 + self._attempts[plan.digest])
 
     def visit(self, plan: Plan) -> Kept | None:
-        """Measure a tried plan once more: the median of all its visits counts from now on. None where it cannot be measured."""
+        """Measure a tried plan once more, or take the next visit that the study holds of it: the median of all its visits counts from now
+        on. None where it cannot be measured.
+        """
         before = self.known(plan, "trial")
         if before is None or before.ratio is None:
             return None
         began = time.monotonic()
         self._attempts[plan.digest] += 1
-        found = self._measured_again(plan)
+        later = self._later.get(plan.digest)
+        is_known = bool(later)
+        found = later.pop(0) if later else self._measured_again(plan)
         if found is None:
             return None
         visits = (*self._visits.get(plan.digest, (before.ratio,)), found)
@@ -141,7 +152,10 @@ class Trials:
         old = self._listed(plan, "trial")
         assert old is not None  # `known` lists what it finds
         self.all.remove(old)
-        self.record(plan, "trial", Outcome("measured"), evidence, max(time.monotonic() - began, old.seconds), ratio, again=True)
+        if is_known:
+            self._list(plan, "trial", Outcome("measured"), evidence, old.seconds, ratio)
+        else:
+            self.record(plan, "trial", Outcome("measured"), evidence, max(time.monotonic() - began, old.seconds), ratio, again=True)
         return Kept(evidence, ratio)
 
     def _measured_again(self, plan: Plan) -> Estimate | None:

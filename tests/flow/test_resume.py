@@ -87,7 +87,7 @@ def test_another_seed_may_differ_but_is_kept(tmp_path: Path) -> None:
         assert study.meta.seed == 7
 
 
-@pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5, 6, 7))])
+@pytest.mark.parametrize("number", [2, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5, 6))])
 def test_kill_and_resume_reach_the_same_choice(undisturbed: Result, tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]) -> None:
     out, job = tmp_path / "stripes.planish", tmp_path / "job.py"
     job.write_text(JOB.replace("TESTS", repr(str(TESTS))))
