@@ -76,7 +76,9 @@ class Edit:
     @property
     def out(self) -> Val:
         """The ids of the (single) output; of a constant that several read, those that the first of them sees."""
-        found = self.program.first_copies().get(self.original.name, self.program.vals[self.original.name])
+        found = self.program.vals[self.original.name]
+        if self.program.is_constant(self.original):
+            found = self.program.first_copies().get(self.original.name, found)
         assert isinstance(found, Val)
         return found
 

@@ -51,11 +51,6 @@ def attribute(module: torch.nn.Module, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
 
-def placeholders(module: GraphModule) -> list[Node]:
-    """The nodes of the flat inputs, in order."""
-    return [node for node in module.graph.nodes if node.op == "placeholder"]
-
-
 @dataclass(frozen=True)
 class Facts:
     """Shapes and values of one run.

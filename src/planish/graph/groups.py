@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 import planish.graph.rules  # noqa: F401  (registers the rules)
 from planish.errors import UnknownName
 from planish.graph.blocks import find_blocks
-from planish.graph.facts import Facts, at_batch, observe, placeholders
+from planish.graph.facts import Facts, at_batch, observe
 from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.ids import Signature, Val
 from planish.graph.naming import module_path, unique
@@ -204,7 +204,8 @@ def _pins(module: GraphModule, keep: Sequence[str]) -> dict[str, str]:
 
 def _states(graph: Graph) -> dict[str, int]:
     """Name of a placeholder that the caller feeds from the step before -> position of the output that it is fed from."""
-    inputs = {spec.name: node.name for spec, node in zip(graph.signature.inputs, placeholders(graph.module), strict=True)}
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    inputs = {spec.name: node.name for spec, node in zip(graph.signature.inputs, placeholders, strict=True)}
     outputs = [spec.name for spec in graph.signature.outputs]
     return {inputs[name]: outputs.index(source) for name, source in graph.signature.state.items()}
 

@@ -56,6 +56,11 @@ def take(split: Split, samples: int) -> list[Tensor]:
     return [value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value for value in flat]
 
 
+def in_batches(flat: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Flat inputs in batches of at most `size` samples, as views."""
+    return [[value[start : start + size] for value in flat] for start in range(0, len(flat[0]), size)]
+
+
 class Replay:
     """Runs the nodes of one module in program order over environments that map a node to its value.
 

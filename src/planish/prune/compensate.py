@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from planish.data import Split
 from planish.graph.graph import Graph
-from planish.graph.replay import Replay, affordable, evaluating, take
+from planish.graph.replay import Replay, affordable, evaluating, in_batches, take
 from planish.prune.repair import STRENGTHS, Repair, find_fits
 
 _CHUNK = 64
@@ -80,7 +80,7 @@ def compensate(
     flat = take(split, affordable(teacher, original, samples))
     count = len(flat[0])
     size = min(_CHUNK, -(-count // 4))  # four batches at least, of which one is held out
-    chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]
+    chunks = in_batches(flat, size)
     fits, shared = find_fits(changed, teacher)
     named = (*pruned.module.named_parameters(remove_duplicate=False), *pruned.module.named_buffers(remove_duplicate=False))
     tensors = {name: value.detach() for name, value in named}

@@ -16,7 +16,7 @@ from torch.fx import Node
 from planish.data import Split
 from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph, Group
-from planish.graph.replay import Replay, affordable, evaluating, samples_within, take
+from planish.graph.replay import Replay, affordable, evaluating, in_batches, samples_within, take
 from planish.plan import Option
 from planish.prune.blocks import block_losses
 from planish.prune.least_squares import Moments, ridge
@@ -84,7 +84,7 @@ def sensitivities(
         count = samples_within(replay, split, affordable(replay, graph, samples), passes, seconds, _LEAST_SAMPLES)
     flat = take(split, count)
     size = min(_CHUNK, -(-count // 3))  # three batches at least, since blocks are repaired on two thirds and judged on the rest
-    chunks = [[value[start : start + size] for value in flat] for start in range(0, count, size)]
+    chunks = in_batches(flat, size)
     with evaluating(graph):
         moments = moments_of_readers(replay, analysis, chunks)
         trials = _width_trials(replay, graph, analysis, orders, multiple, moments)

@@ -15,7 +15,7 @@ from planish.graph.graph import Analysis, Graph, Group
 from planish.prune.contract import Material, Redundancy, Saliency
 from planish.prune.readers import Readings, inputs_of_readers
 from planish.prune.saliency.magnitude import Magnitude
-from planish.prune.units import finite, lowest, members, relative, unit_mean, vectors
+from planish.prune.units import columns, finite, lowest, members, relative, unit_mean, vectors
 
 _SAMPLES = 256
 _NEGLIGIBLE, _STILL = 1e-6, 1e-5
@@ -202,10 +202,10 @@ def _read(group: Group, name: str, seen: Readings) -> NDArray[np.float64] | None
         power = seen.moments[weight].second(centered=False)[0][0].diagonal().numpy()
         still = gram.diagonal() < _STILL * power
         gram[still, :] = gram[:, still] = 0.0
-        rows = members(group.unit_of[weight, 1], group.units)
-        each = len(gram) // len(group.unit_of[weight, 1])  # columns of a channel: the positions of the kernel
-        columns = (rows[:, :, None] * each + np.arange(each)).reshape(group.units, -1)
-        crossed = sum(gram[np.ix_(at, at)] for at in columns.T)
+        unit_of = group.unit_of[weight, 1]
+        crossed = np.zeros((group.units, group.units))
+        for at in columns(unit_of, group.units, len(gram) // len(unit_of)).T:
+            crossed += gram[np.ix_(at, at)]
         level = float(np.nansum(crossed.diagonal()))
         total.append(crossed / max(level, np.finfo(float).tiny))
     return np.mean(total, axis=0) if total else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from planish.data import Split
 from planish.graph.graph import Analysis, Graph, Group
-from planish.graph.replay import Replay, affordable, evaluating, take
+from planish.graph.replay import Replay, affordable, evaluating, in_batches, take
 from planish.prune.least_squares import Contraction, Moments, contraction
 
 _MOMENT_BYTES, _MOST_BYTES = 2**29, 2**30  # of Gram matrices; readers beyond that are left out
@@ -48,20 +48,27 @@ def moments_of_readers(
         budget -= 4 * columns**2
         moments[operator.weight] = Moments(1, columns)
     generator = torch.Generator().manual_seed(0)
+    for operator, given, output in _readings(replay, wanted, chunks):
+        weight = parameters[operator.weight]
+        positions = operator.draw(output, max(256, min(16 * weight[0].numel(), 32768) // len(chunks)), generator)
+        moments[operator.weight].add(operator.columns(given, weight, positions))
+    return moments
+
+
+def _readings(
+    replay: Replay, wanted: Mapping[Node, Contraction], chunks: list[list[Tensor]]
+) -> Iterator[tuple[Contraction, Tensor, Tensor]]:
+    """For each batch and each of these operators, in program order: the operator, its input and its output."""
     for chunk in chunks:
         environment = replay.start(chunk)
         for node in replay.nodes:
             if node.op not in ("placeholder", "output"):
                 environment[node] = replay.value(node, environment)
             if node in wanted:
-                operator, weight = wanted[node], parameters[wanted[node].weight]
                 source = node.args[0]
                 assert isinstance(source, Node)
-                rows = max(256, min(16 * weight[0].numel(), 32768) // len(chunks))
-                positions = operator.draw(environment[node], rows, generator)
-                moments[operator.weight].add(operator.columns(environment[source], weight, positions))
+                yield wanted[node], environment[source], environment[node]
             replay.release(node, environment)
-    return moments
 
 
 @torch.no_grad()
@@ -78,25 +85,17 @@ def variances_of_inputs(graph: Graph, analysis: Analysis, split: Split, samples:
     parameters = dict(graph.module.named_parameters(remove_duplicate=False))
     wanted = {o.node: o for group in analysis.groups.values() for o in readers(replay, group, parameters)}
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
-    for chunk in chunks_of(replay, graph, split, samples):
-        environment = replay.start(chunk)
-        with evaluating(graph):
-            for node in replay.nodes:
-                if node.op not in ("placeholder", "output"):
-                    environment[node] = replay.value(node, environment)
-                if node in wanted and isinstance(node.args[0], Node):
-                    value = environment[node.args[0]]
-                    rows = value.movedim(wanted[node].channel_axis(value), -1).flatten(0, -2).double()
-                    n, total, squares = sums.get(wanted[node].weight, (0, 0.0, 0.0))
-                    sums[wanted[node].weight] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
-                replay.release(node, environment)
+    with evaluating(graph):
+        for operator, given, _ in _readings(replay, wanted, chunks_of(replay, graph, split, samples)):
+            rows = given.movedim(operator.channel_axis(given), -1).flatten(0, -2).double()
+            n, total, squares = sums.get(operator.weight, (0, torch.zeros(()), torch.zeros(())))
+            sums[operator.weight] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
     return {name: (squares / n - (total / n).square()).clamp_min(0) for name, (n, total, squares) in sums.items()}
 
 
 def chunks_of(replay: Replay, graph: Graph, split: Split, samples: int) -> list[list[Tensor]]:
     """At most so many calibration samples in batches of 64; fewer, where activations would exceed 1 GiB."""
-    flat = take(split, affordable(replay, graph, samples))
-    return [[value[start : start + _CHUNK] for value in flat] for start in range(0, len(flat[0]), _CHUNK)]
+    return in_batches(take(split, affordable(replay, graph, samples)), _CHUNK)
 
 
 @dataclass(frozen=True)

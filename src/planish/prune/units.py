@@ -33,6 +33,17 @@ def members(unit_of: NDArray[np.int64], units: int) -> NDArray[np.int64]:
     return order[np.count_nonzero(unit_of < 0) :].reshape(units, -1)
 
 
+def columns(unit_of: NDArray[np.int64], units: int, each: int) -> NDArray[np.int64]:
+    """The columns of a flattened weight that read each unit, [units, columns per unit].
+
+    Args:
+        unit_of: the unit of each input channel, or -1.
+        units: how many there are.
+        each: columns of a channel: the positions of the kernel.
+    """
+    return (members(unit_of, units)[:, :, None] * each + np.arange(each)).reshape(units, -1)
+
+
 def vectors(tensor: Tensor, dim: int, unit_of: NDArray[np.int64], units: int) -> NDArray[np.float64]:
     """Everything that belongs to each unit, [units, numbers per unit]; arguments as for `by_unit`."""
     rows = tensor.detach().movedim(dim, 0).reshape(tensor.shape[dim], -1).double().numpy()

@@ -17,7 +17,7 @@ from planish.graph.divergence import divergence
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
-from planish.graph.replay import Environment, Replay, affordable, samples_within, take
+from planish.graph.replay import Environment, Replay, affordable, in_batches, samples_within, take
 from planish.plan import Option
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
 from planish.quantize.insert import watch, weight_quantizer, why_not
@@ -81,7 +81,7 @@ def precision_options(
     passes = 0.5 * len(analysis.operators) + 2
     flat = take(split, samples_within(replay, split, affordable(replay, folded, samples), passes, seconds, _LEAST_SAMPLES))
     alone, _ = _candidates(folded, analysis, runtime, target, flat, observer)
-    chunks = [[value[start : start + _CHUNK] for value in flat] for start in range(0, len(flat[0]), _CHUNK)]
+    chunks = in_batches(flat, _CHUNK)
     reference = [replay.run(replay.start(chunk)) for chunk in chunks]
     measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
     losses = dict.fromkeys((operator.name for operator in alone), 0.0)

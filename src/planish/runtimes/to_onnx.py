@@ -239,9 +239,8 @@ def _finish(model: ir.Model, signature: Signature) -> None:
     for value in inside:
         value.metadata_props.clear()
         if value.shape is not None and value not in graph.outputs and not all(isinstance(size, int) for size in value.shape):
-            value.shape = (
-                None  # the exporter confuses symbols (two sequences, windows in the batch), and ONNX Runtime plans its memory by them
-            )
+            # the exporter confuses symbols (two sequences, windows in the batch), and ONNX Runtime plans its memory by them
+            value.shape = None
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None

@@ -14,7 +14,7 @@ from planish.prune.contract import Material
 from planish.prune.least_squares import Moments
 from planish.prune.readers import inputs_of_readers
 from planish.prune.saliency.magnitude import Magnitude
-from planish.prune.units import finite, members
+from planish.prune.units import columns, finite
 
 _DAMPING = 1e-3
 _STILL = 1e-9
@@ -102,13 +102,11 @@ def _reader(weight: Tensor, moments: Moments, group: Group, unit_of: NDArray[np.
     rows = weight.double().reshape(len(weight), -1)
     if not bool(gram.isfinite().all() and rows.isfinite().all()):
         return None
-    each = weight[0, 0].numel()
-    channels = torch.from_numpy(members(unit_of, group.units))
-    columns = (channels[:, :, None] * each + torch.arange(each)).reshape(group.units, -1)
+    at = torch.from_numpy(columns(unit_of, group.units, weight[0, 0].numel()))
     varies = gram.diagonal() > _STILL * gram.diagonal().mean()
     gram = gram + torch.eye(len(gram), dtype=gram.dtype) * (_DAMPING * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
     energy = max(float(((rows @ gram) * rows).sum()), torch.finfo(torch.float32).tiny)
-    return _Reader(rows.T @ rows, torch.linalg.inv(gram), columns, energy, ~varies[columns].any(1))
+    return _Reader(rows.T @ rows, torch.linalg.inv(gram), at, energy, ~varies[at].any(1))
 
 
 def _in_turn(readers: list[_Reader], units: int) -> NDArray[np.float64]:
