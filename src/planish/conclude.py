@@ -311,6 +311,7 @@ def _compare(
         operators=operator_rows(bench, pursuit, winner, first_timing.latency_s.median, (second_timing or first_timing).latency_s.median),
         groups=group_widths(bench, winner),
         search=search_account(pursuit),
+        history=winner.history if winner else (),
         machine=machine(),
         seed=request.seed,
         threads=request.threads,

@@ -19,7 +19,7 @@ from planish.clock import FINAL_S, SHARES, Clock
 from planish.errors import MissingFile, OutputExists, StudyError, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine
-from planish.plan import TECHNIQUES, Plan
+from planish.plan import ONE_SHOT, TECHNIQUES, Plan
 from planish.request import Request, checked
 from planish.study.store import CONCLUDED, Meta, Study, lock_folder
 from planish.target import parse_target
@@ -51,6 +51,7 @@ def optimize(
     overwrite: bool = False,
     accept_nearest: bool = False,
     saliency: str | None = None,
+    schedule: str = ONE_SHOT,
     events: Events | None = None,
 ) -> Result:
     """Make a trained net meet a budget in its target runtime, on this machine, and write it with the proof.
@@ -72,6 +73,9 @@ def optimize(
         overwrite: replace an artifact (and its study) that is there.
         accept_nearest: write the nearest net when nothing holds the budget.
         saliency: which units of a group go first, "taylor" by default; several joined by "+"; or a clustering, whose units are merged.
+        schedule: how units leave: at once ("one-shot"), in rounds with recovery between ("iterative"), behind gates from which they may return
+            ("growth"), or driven to zero while the net trains ("l1", "group-lasso", "growing-l2"; "augmented-lagrangian", which also
+            decides on the widths). All but the first use half of the recovery's time.
         events: is told of the run's progress.
 
     Returns:
@@ -97,6 +101,7 @@ def optimize(
         overwrite=overwrite,
         accept_nearest=accept_nearest,
         saliency=saliency,
+        schedule=schedule,
     )
     check_output(request.out, overwrite)
     return _run(job, request, events or Silent(), resuming=False)

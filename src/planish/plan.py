@@ -12,6 +12,10 @@ TECHNIQUES = ("prune", "quantize", "distill")
 """What `techniques=` may name."""
 
 
+ONE_SHOT = "one-shot"
+"""The schedule by which all units leave at once, before recovery."""
+
+
 class Option(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that could be done to one group, operator or block.
 
@@ -56,6 +60,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         blocks: residual blocks that are bypassed.
         precisions: scheme per operator; an operator that is not named stays in fp32.
         saliency: which units of a group go first.
+        schedule: how they leave: "one-shot", or over time while the net trains.
         observer: how activation ranges are chosen.
         recovery: how the result is trained back.
         seed: of everything random on the way.
@@ -66,14 +71,20 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     blocks: tuple[str, ...] = ()
     precisions: dict[str, str] = {}
     saliency: str = "magnitude"
+    schedule: str = ONE_SHOT
     observer: str = "mse"
     recovery: Recovery = Recovery()
     seed: int = 0
 
     @functools.cached_property
     def digest(self) -> str:
-        """A stable hexadecimal name of the plan: 16 digits of the SHA-256 of its canonical JSON."""
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
+        """A stable hexadecimal name of the plan: 16 digits of the SHA-256 of the canonical JSON of what is not as it is by default.
+
+        A field that a later version adds does not rename the plans that were made before it.
+        """
+        defaults = Plan(self.target)
+        chosen = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) != getattr(defaults, name)}
+        return hashlib.sha256(msgspec.json.encode({"target": self.target, **chosen}, order="sorted")).hexdigest()[:16]
 
     def __hash__(self) -> int:
         return int(self.digest, 16)

@@ -98,7 +98,7 @@ class Pursuit:
             return False
         options = self._pruning_options()
         self.baseline, self.options = self._choose_runtime(options)
-        self.template = Plan(self.baseline.target.name, saliency=request.saliency, seed=request.seed)
+        self.template = Plan(self.baseline.target.name, saliency=request.saliency, schedule=request.schedule, seed=request.seed)
         self.space = Space(bench.analysis, self.options, self.template)
         if not self.space.variables:
             bench.notes.append("nothing can be pruned or quantized in this model and target; see `planish inspect`")
@@ -317,7 +317,13 @@ class Pursuit:
                 self.events.progress(done, len(bench.baselines))
                 if "int8" not in baseline.runtime.schemes or not whole:
                     continue
-                plan = Plan(baseline.target.name, precisions=whole, saliency=self.request.saliency, seed=self.request.seed)
+                plan = Plan(
+                    baseline.target.name,
+                    precisions=whole,
+                    saliency=self.request.saliency,
+                    schedule=self.request.schedule,
+                    seed=self.request.seed,
+                )
                 ratio = self.trials.trial(plan).ratio
                 is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
                 if ratio is not None and not is_sure and self.trials.visits(plan) == 1:  # one noisy figure rules no runtime out

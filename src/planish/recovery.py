@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from torch import Tensor
 
+from planish import registry
 from planish.distill.recover import RecoverReport, recover
 from planish.distill.teacher import Teacher
-from planish.graph.graph import Graph
-from planish.plan import Plan, Recovery
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
+from planish.graph.macs import macs
+from planish.plan import ONE_SHOT, Plan, Recovery
+from planish.prune.apply import removals, translated
+from planish.prune.compensate import compensate
+from planish.prune.order import Orders, orders
+from planish.prune.shaping import Kept, Shaping, Step
 from planish.pursuit import Pursuit
 from planish.search.contract import NO_DROP
+from planish.search.soft import soft_price
 from planish.train.checkpoint import Checkpoint
-from planish.trial import Compressed, lost_on_validation, quantized
+from planish.trial import Compressed, compress, lost_on_validation, quantized
 from planish.workbench import RECOVERY_S
 
 LEAST_S = 5.0
@@ -34,6 +43,8 @@ _JUDGED = 5000
 """Samples of validation that judge a heat."""
 _LEAST_LOST = 0.1
 """Of the drop that is allowed: below it, what a heat lost on validation says nothing."""
+_SHAPING = 0.5
+"""Of recovery's time and samples in floating point, what a schedule takes that lets units leave while the net trains."""
 _ALIKE = 0.9
 """A heat that time cut below this share of the first one's samples is not compared with it."""
 
@@ -44,13 +55,17 @@ class Trained:
 
     Args:
         plan: with what recovery did.
+        compressed: the plan's net in floating point; another than was given where its schedule shaped it.
         final: what is exported.
         skipped: operators that were to be int8 and stay in float -> why.
+        history: figures of the plan's schedule on its way.
     """
 
     plan: Plan
+    compressed: Compressed
     final: Graph
     skipped: Mapping[str, str]
+    history: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,20 +168,86 @@ class Recoverer:
         seen = self._begun.samples if self._begun is not None and self._begun.compressed is compressed else 0
         is_smaller = bool(plan.widths or plan.blocks)
         quantized_share = 0.0 if not plan.precisions else self.settings.quantized_share if is_smaller else 1.0
-        graph: Graph = compressed.graph
         skipped: Mapping[str, str] = {}
+        history: tuple[Step, ...] = ()
         if is_smaller:
-            samples = math.ceil(self.settings.samples * (1 - quantized_share))
+            samples, until = math.ceil(self.settings.samples * (1 - quantized_share)), now + (end - now) * (1 - quantized_share)
+            if plan.widths and plan.schedule != ONE_SHOT:
+                with self.bench.clock.stage(f"units leave ({plan.schedule})"):
+                    compressed, history, shaped = self._shaped(plan, math.ceil(_SHAPING * samples), now + _SHAPING * (until - now))
+                seen, samples, plan = shaped, samples - shaped, compressed.plan
             with self.bench.clock.stage("recovery"):
-                seen += self._recover(graph, plan, "recovery", samples, now + (end - now) * (1 - quantized_share)).samples
+                seen += self._recover(compressed.graph, plan, "recovery", max(1, samples), until).samples
+        graph: Graph = compressed.graph
         if plan.precisions:
             graph, skipped = quantized(self.bench, compressed.graph, compressed.analysis, plan)
             samples = math.ceil(self.settings.samples * quantized_share)
             with self.bench.clock.stage("recovery in int8"):
                 seen += self._recover(graph, plan, "recovery-in-int8", samples, end).samples
-        return Trained(plan.replace(recovery=msgspec.structs.replace(self.settings, samples=seen)), graph, skipped)
+        return Trained(plan.replace(recovery=msgspec.structs.replace(self.settings, samples=seen)), compressed, graph, skipped, history)
 
-    def _recover(self, graph: Graph, plan: Plan, name: str, samples: int, deadline: float) -> RecoverReport:
+    def _shaped(self, plan: Plan, samples: int, deadline: float) -> tuple[Compressed, tuple[Step, ...], int]:
+        """A plan's net as its schedule makes it, from the original with the plan's blocks bypassed; its figures; and the samples seen."""
+        pursuit, bench = self.pursuit, self.bench
+        known = pursuit.trials.orders
+        graph, analysis = compress(bench, plan.replace(widths={}), known)
+        going = {name: going.units for name, going in removals(bench.analysis, plan, known)[0].items()}
+        leaving = translated(analysis, bench.analysis, going)
+        space, costs = pursuit.space, pursuit.costs
+        assert costs is not None
+        began, seen = time.monotonic(), 0
+
+        def fit(
+            trained: Graph,
+            /,
+            share: float,
+            name: str,
+            penalty: Callable[[], Tensor] | None = None,
+            after_step: Callable[[float, float], None] | None = None,
+        ) -> None:
+            nonlocal seen
+            until = min(deadline, time.monotonic() + share * (deadline - began))
+            report = self._recover(trained, plan, name, max(1, math.ceil(share * samples)), until, penalty, after_step, keep_last=True)
+            seen += report.samples
+
+        def refit(pruned: Graph, kept: Kept) -> None:
+            compensate(pruned, bench.graph, kept, bench.data.calibration, seed=plan.seed)
+
+        def reorder(graph: Graph, analysis: Analysis) -> Orders:
+            return orders(plan.saliency, graph, analysis, bench.material, plan.seed)
+
+        shaping = Shaping(
+            graph,
+            analysis,
+            {name: analysis.groups[name].units - len(units) for name, units in leaving.items()},
+            known if not plan.blocks else reorder(graph, analysis),
+            {
+                v.subject: [int(value) for value in v.values]
+                for v in space.variables
+                if v.technique == "width" and v.subject in analysis.groups
+            },
+            soft_price(costs, plan),
+            reorder,
+            refit,
+            fit,
+            bench.events.say,
+        )
+        shaped = registry.get("schedule", plan.schedule)().shape(shaping)
+        chosen = plan.replace(widths={name: width for name, width in shaped.widths.items() if name in bench.analysis.groups})
+        now = analyse(shaped.graph)
+        return Compressed(chosen, shaped.graph, now, shaped.graph, {}, macs(now)), shaped.history, seen
+
+    def _recover(
+        self,
+        graph: Graph,
+        plan: Plan,
+        name: str,
+        samples: int,
+        deadline: float,
+        penalty: Callable[[], Tensor] | None = None,
+        after_step: Callable[[float, float], None] | None = None,
+        keep_last: bool = False,
+    ) -> RecoverReport:
         pursuit = self.pursuit
         if self._teacher is None:
             self._teacher = Teacher(self.bench.graph, self.split, self.bench.data.folder)
@@ -176,11 +257,14 @@ class Recoverer:
             self.bench.job,
             self.bench.data,
             msgspec.structs.replace(self.settings, samples=samples),
-            pursuit.request.seed + _STAGES.index(name),
+            pursuit.request.seed + (_STAGES.index(name) if name in _STAGES else len(_STAGES)),
             deadline=deadline,
             progress=self.bench.events.progress,
             should_stop=pursuit.settle,
             checkpoint=Checkpoint(pursuit.study.checkpoint(f"{unrecovered(plan)}-{name}")),
+            penalty=penalty,
+            after_step=after_step,
+            keep_last=keep_last,
         )
 
 

@@ -1,4 +1,4 @@
-"""Everything that is found by name: runtimes, saliencies, clusterings, observers and search methods, with other packages' entry points.
+"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, observers and search methods, with other packages' entry points.
 
 A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
 the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
@@ -39,6 +39,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "mixture": "planish.prune.redundancy.mixture:Mixture",
         "spectral": "planish.prune.redundancy.spectral:Spectral",
     },
+    "schedule": {
+        "augmented-lagrangian": "planish.prune.schedules.augmented_lagrangian:AugmentedLagrangian",
+        "group-lasso": "planish.prune.schedules.lasso:GroupLasso",
+        "growing-l2": "planish.prune.schedules.growing_l2:GrowingL2",
+        "growth": "planish.prune.schedules.growth:Growth",
+        "iterative": "planish.prune.schedules.iterative:Iterative",
+        "l1": "planish.prune.schedules.lasso:L1",
+        "one-shot": "planish.prune.schedules.one_shot:OneShot",
+    },
     "observer": {
         "minmax": "planish.quantize.observers.minmax:MinMax",
         "mse": "planish.quantize.observers.mse:MeanSquaredError",
@@ -56,7 +65,7 @@ def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def names(kind: str) -> list[str]:
-    """Every registered name of `kind` ("runtime", "saliency", "redundancy", "observer", "search"), built-in and installed, sorted."""
+    """Every registered name of `kind` ("runtime", "saliency", "redundancy", "schedule", "observer", "search"), built-in and installed, sorted."""
     return sorted({*BUILT_IN[kind], *_entry_points(kind)})
 
 

@@ -13,7 +13,7 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
-from planish.plan import TECHNIQUES
+from planish.plan import ONE_SHOT, TECHNIQUES
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Request:
         target: as the user wrote it.
         budget: limits and drop.
         out: where the artifact goes.
-        search, saliency: registered names.
+        search, saliency, schedule: registered names.
         trials: candidates at most.
         time_limit: seconds of the whole call; None: as long as the default recovery takes.
         seed: of everything random.
@@ -43,6 +43,7 @@ class Request:
     out: Path
     search: str
     saliency: str
+    schedule: str
     trials: int
     time_limit: float | None
     seed: int
@@ -64,6 +65,7 @@ class Request:
             "target": self.target,
             "search": self.search,
             "saliency": self.saliency,
+            "schedule": self.schedule,
             "trials": self.trials,
             "techniques": list(self.techniques),
             "keep": list(self.keep),
@@ -89,6 +91,7 @@ def checked(
     overwrite: bool = False,
     accept_nearest: bool = False,
     saliency: str | None = None,
+    schedule: str = ONE_SHOT,
 ) -> Request:
     """The arguments of `optimize`, checked without touching data, model or disk.
 
@@ -96,7 +99,7 @@ def checked(
         UsageError: the first that makes no sense.
     """
     parse_target(target, registry.names("runtime"))
-    for kind, name in (("search", search), ("saliency", saliency or "taylor")):
+    for kind, name in (("search", search), ("saliency", saliency or "taylor"), ("schedule", schedule)):
         registry.check(kind, name)
     chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
     for technique in chosen:
@@ -104,6 +107,12 @@ def checked(
             raise UnknownName("technique", str(technique), TECHNIQUES)
     if not chosen:
         raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}")
+    if schedule != ONE_SHOT and not {"prune", "distill"} <= set(chosen):
+        raise UsageError(
+            f"schedule: {schedule!r} prunes while the net trains; it needs the techniques prune and distill; got {', '.join(chosen)}"
+        )
+    if schedule != ONE_SHOT and saliency is not None and saliency.partition(":")[0] in registry.names("redundancy"):
+        raise UsageError(f"schedule: a clustering merges units at once; with {schedule!r} give a saliency; got {saliency!r}")
     for what, number, least in (("trials", trials, 1), ("seed", seed, 0), ("threads", 1 if threads is None else threads, 1)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise UsageError(f"{what}: give a whole number of at least {least}; got {number!r}")
@@ -131,6 +140,7 @@ def checked(
         Path(out) if out is not None else default_folder(job.name),
         search,
         saliency or "taylor",
+        schedule,
         trials,
         time_limit,
         seed,

@@ -120,6 +120,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         groups: prunable groups -> (units before, units after).
         search: what the search says of itself.
         seconds: stage -> wall seconds; "total" is the whole call.
+        history: figures of the plan's schedule while units left, in order: the multiplier and KKT residual of constrained training, say.
         notes: sentences that a reader of the figures must know.
         machine: where it was measured.
         artifact: path of what was written, or None.
@@ -150,6 +151,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     groups: dict[str, tuple[int, int]] = {}
     search: Search = Search(method="none")
     seconds: dict[str, float] = {}
+    history: tuple[dict[str, float], ...] = ()
     notes: tuple[str, ...] = ()
     machine: Machine | None = None
     artifact: str | None = None

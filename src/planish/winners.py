@@ -13,6 +13,7 @@ from planish.measure.probe import Probe
 from planish.measurement import Outcome
 from planish.metrics import paired_interval
 from planish.plan import Plan
+from planish.prune.shaping import Step
 from planish.pursuit import Pursuit
 from planish.recovery import LEAST_S, Recoverer, Trained, unrecovered
 from planish.search.contract import Evidence, Kind
@@ -53,6 +54,8 @@ class Winner:
         drop: lost on validation (or by `evaluate`), by the exported model's own outputs; None where nothing can be judged.
         outcome: "measured" where limits and drop hold on what was measured so far.
         skipped: operators that were to be int8 and stay in float -> why.
+        history: figures of the plan's schedule on its way.
+        proposed: the plan as it was proposed; a schedule may have decided on other widths.
     """
 
     plan: Plan
@@ -63,6 +66,8 @@ class Winner:
     drop: float | None
     outcome: Outcome
     skipped: Mapping[str, str]
+    history: tuple[Step, ...] = ()
+    proposed: str = ""
 
     @property
     def holds(self) -> bool:
@@ -83,7 +88,7 @@ def best_winner(pursuit: Pursuit) -> Winner | None:
     recoverer = Recoverer(pursuit)
     winners = _under_limits(recoverer) if pursuit.limits.costs else _as_fast_as_possible(recoverer)
     if not any(winner.holds for winner in winners):
-        tried = {unrecovered(winner.plan) for winner in winners if not winner.plan.recovery.samples}
+        tried = {winner.proposed for winner in winners if not winner.plan.recovery.samples}
         for plan in pursuit.known_trials():
             is_worth = unrecovered(plan) not in tried and _is_within(pursuit, plan) and recoverer.left_s > -0.5 * pursuit.reserve_s
             winner = _made(recoverer, plan, 0.0) if is_worth or not winners else None
@@ -180,7 +185,7 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
     pursuit = recoverer.pursuit
     assert pursuit.search is not None
     lost = pursuit.search.expected_drop(plan) or 0.0
-    done = {unrecovered(winner.plan) for winner in winners}
+    done = {winner.proposed for winner in winners}
     others = [other for other in pursuit.search.best(pursuit.request.trials) if unrecovered(other) not in done]
     chosen = {detail for *_, kind, detail in pursuit.study.events() if kind == _CHOSEN}
     for other in (plan, *others):
@@ -211,7 +216,7 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
 def _next(pursuit: Pursuit, winners: Sequence[Winner]) -> Plan | None:
     """The most promising plan that was not recovered yet."""
     assert pursuit.search is not None
-    done = {unrecovered(winner.plan) for winner in winners}
+    done = {winner.proposed for winner in winners}
     kinds: tuple[Kind, ...] = ("trial", "candidate")
     for kind in kinds:
         for plan in pursuit.search.best(8, kind):
@@ -225,9 +230,10 @@ def _made(recoverer: Recoverer, plan: Plan, share: float) -> Winner | None:
     pursuit, bench = recoverer.pursuit, recoverer.bench
     began = time.monotonic()
     compressed = recoverer.carry_out(plan)
-    made = Trained(plan, compressed.final, compressed.skipped)
+    made = Trained(plan, compressed, compressed.final, compressed.skipped)
     if share > 0 and recoverer.is_wanted and not plan.is_identity:
         made = recoverer.train(plan, compressed, share)
+    compressed = made.compressed
     with bench.clock.stage("exporting and measuring the winner"):
         try:
             exported = export_and_measure(bench, made.final, made.plan, bench.folder / "winners" / made.plan.digest, seconds=2.0)
@@ -243,7 +249,9 @@ def _made(recoverer: Recoverer, plan: Plan, share: float) -> Winner | None:
         outcome = _outcome(pursuit, exported, evidence, worst)
         pursuit.trials.record(made.plan, "winner", outcome, evidence, time.monotonic() - began, exported.ratio)
         pursuit.tell(made.plan, evidence)
-    return Winner(made.plan, compressed.graph, made.final, compressed.analysis, exported, lost, outcome, made.skipped)
+    return Winner(
+        made.plan, compressed.graph, made.final, compressed.analysis, exported, lost, outcome, made.skipped, made.history, unrecovered(plan)
+    )
 
 
 def _outcome(pursuit: Pursuit, exported: Exported, evidence: Evidence, lost: float | None) -> Outcome:

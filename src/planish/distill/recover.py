@@ -64,6 +64,9 @@ def recover(
     should_stop: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
     is_control: bool = False,
+    penalty: Callable[[], Tensor] | None = None,
+    after_step: Callable[[float, float], None] | None = None,
+    keep_last: bool = False,
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -80,6 +83,9 @@ def recover(
         checkpoint: saved now and then; where it holds something, training goes on from there.
         is_control: for the original itself, tuned: no hints, all of which it meets and which would hold it there, and what training gives is
             kept, since it starts with no distance to its teacher at all.
+        penalty: a scalar that is added to the loss of every step.
+        after_step: called after every step, see `fit`.
+        keep_last: keep what training gives, even where it is further from the teacher than what it began with.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
@@ -112,7 +118,9 @@ def recover(
 
     def objective(outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         is_known = not batch.is_augmented and teacher.split is split
-        return total(outputs, teacher.outputs(batch.rows, batch.inputs) if is_known else teacher.run(batch.inputs), batch.targets)
+        wanted = teacher.outputs(batch.rows, batch.inputs) if is_known else teacher.run(batch.inputs)
+        value = total(outputs, wanted, batch.targets)
+        return value if penalty is None else value + penalty()
 
     def augment(flat: list[Tensor]) -> list[Tensor]:
         assert job.augment is not None
@@ -131,6 +139,7 @@ def recover(
         progress=progress,
         should_stop=should_stop,
         checkpoint=checkpoint,
-        keep_best=not is_control,
+        keep_best=not (is_control or keep_last),
+        after_step=after_step,
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)

@@ -95,9 +95,13 @@ def apply(graph: Graph, analysis: Analysis, plan: Plan, orders: Orders) -> Appli
     if plan.blocks:
         current = bypass(current, analysis, plan.blocks)
         now = analyse(current)
-    translated = {name: units for name, group in now.groups.items() if (units := _translate(group, analysis, removed))}
-    pruned = prune(current, now, translated)
+    pruned = prune(current, now, translated(now, analysis, removed))
     return Applied(pruned.graph, pruned.kept, removed, spared)
+
+
+def translated(now: Analysis, original: Analysis, removed: Mapping[str, NDArray[np.int64]]) -> dict[str, list[int]]:
+    """The units that go from each group of a graph whose blocks were bypassed, where those of the original's groups go."""
+    return {name: units for name, group in now.groups.items() if (units := _translate(group, original, removed))}
 
 
 def _merged(graph: Graph, analysis: Analysis, going: Mapping[str, Going]) -> Graph:

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 import planish
 from planish.report import figures, rows
 from planish.report.figures import plain
-from planish.report.plots import runtimes_figure, trials_figure
+from planish.report.plots import history_figure, runtimes_figure, trials_figure
 
 if TYPE_CHECKING:
     from planish.result import Summary
@@ -28,7 +28,7 @@ def page(summary: Summary) -> str:
         summary: of a run; every name in it is escaped, wherever it came from.
     """
     template = _environment().get_template("page.html.j2")
-    plots = {"trials": trials_figure(summary), "runtimes": runtimes_figure(summary)}
+    plots = {"trials": trials_figure(summary), "runtimes": runtimes_figure(summary), "history": history_figure(summary)}
     shown = {name: figures.finite(figure) for name, figure in plots.items() if figure is not None}
     return template.render(
         s=summary,

@@ -170,3 +170,34 @@ def runtimes_figure(summary: Summary) -> Figure | None:
         },
         "label": "Latency of the original in every runtime, and of the optimized net.",
     }
+
+
+def history_figure(summary: Summary) -> Figure | None:
+    """Every figure of the plan's schedule over its steps, one below the other: multiplier, violation and KKT residual, say."""
+    ticks = next((name for name in ("step", "round") if summary.history and name in summary.history[0]), None)
+    if ticks is None:
+        return None
+    names = [name for name in summary.history[0] if name != ticks]
+    height = 1 / len(names)
+    layout: Figure = {"xaxis": {"title": {"text": ticks}, "anchor": f"y{len(names)}" if len(names) > 1 else "y"}, "showlegend": False}
+    layout["height"] = 90 + 110 * len(names)
+    data = []
+    for place, name in enumerate(names):
+        axis = "" if place == 0 else str(place + 1)
+        layout[f"yaxis{axis}"] = {
+            "title": {"text": html.escape(plain(name, 20))},
+            "domain": [1 - (place + 0.85) * height, 1 - place * height],
+            "anchor": "x",
+        }
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if len(summary.history) < 20 else "lines",
+                "x": [step.get(ticks) for step in summary.history],
+                "y": [step.get(name) for step in summary.history],
+                "yaxis": f"y{axis}",
+                "line": {"color": "accent"},
+                "hovertemplate": f"{ticks} %{{x}}: %{{y:.3g}}<extra></extra>",
+            }
+        )
+    return {"data": data, "layout": layout, "label": f"How {', '.join(names)} went while units left."}

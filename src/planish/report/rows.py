@@ -322,5 +322,5 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ]
     lines += [(name, version) for name, version in sorted(made.versions.items())]
     if summary.plan is not None:
-        lines.append(("plan", f"{summary.plan.digest} ({summary.plan.saliency}, {summary.plan.observer})"))
+        lines.append(("plan", f"{summary.plan.digest} ({summary.plan.saliency}, {summary.plan.schedule}, {summary.plan.observer})"))
     return lines

@@ -31,8 +31,11 @@
     var layout = themed(figure.layout);
     var axis = { gridcolor: color("line"), zerolinecolor: color("line"), linecolor: color("line"), ticks: "", automargin: true };
     layout.xaxis = Object.assign({}, axis, layout.xaxis);
-    layout.yaxis = Object.assign({}, axis, layout.yaxis);
-    if (layout.yaxis.title) { layout.yaxis.title.standoff = 12; }
+    layout.yaxis = layout.yaxis || {};
+    Object.keys(layout).filter(function (key) { return /^yaxis/.test(key); }).forEach(function (key) {
+      layout[key] = Object.assign({}, axis, layout[key]);
+      if (layout[key].title) { layout[key].title.standoff = 12; }
+    });
     (layout.shapes || []).forEach(function (shape) { if (shape.y0 === "bottom") { shape.y0 = lowest(figure.data) - Math.abs(shape.y1); } });
     Object.assign(layout, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true, dragmode: false,
@@ -45,7 +48,7 @@
     Plotly.react(element, themed(figure.data), layout, { responsive: true, displayModeBar: false });
   }
   function all() {
-    ["runtimes", "trials"].forEach(function (name) { if (document.getElementById("plot-" + name)) { draw(name); } });
+    ["runtimes", "trials", "history"].forEach(function (name) { if (document.getElementById("plot-" + name)) { draw(name); } });
   }
   all();
   dark.addEventListener("change", all);

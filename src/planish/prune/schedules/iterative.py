@@ -1,0 +1,61 @@
+"""Units leave in several rounds, with recovery and a new look at what stays in between."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planish.graph.surgery import prune
+from planish.prune.shaping import Kept, Shaped, Shaping, Step, again
+
+_ROUNDS = 4
+
+
+class Iterative:
+    """See `planish.prune.shaping.Schedule`.
+
+    Each round takes the same part of the units that leave; those that go next are chosen in the net as it is then.
+
+    References:
+        Han et al. 2015, section 3.
+    Differs:
+        units instead of weights; every round ends with a refit to the original.
+    """
+
+    def shape(self, shaping: Shaping) -> Shaped:
+        """Trained in between; the last round's recovery is the run's own."""
+        graph, analysis, orders = shaping.graph, shaping.analysis, shaping.orders
+        total: Kept = {}
+        history: list[Step] = []
+        for number in range(1, _ROUNDS + 1):
+            removed = {}
+            for name in shaping.widths:
+                if name not in analysis.groups:  # its units were all alike to another group's once that had narrowed
+                    continue
+                now = analysis.groups[name]
+                wanted = now.units - _width(shaping, name, number, now.multiple)
+                removed[name] = orders[name].going(wanted).units.tolist() if wanted > 0 else []
+            pruned = prune(graph, analysis, {name: units for name, units in removed.items() if units})
+            total = composed(total, pruned.kept)
+            graph = pruned.graph
+            shaping.refit(graph, total)
+            history.append({"round": float(number), "units": float(sum(len(units) for units in removed.values()))})
+            if number < _ROUNDS:
+                shaping.fit(graph, 1 / (_ROUNDS - 1), f"round-{number}")
+                analysis, orders = again(graph, shaping)
+        return Shaped(graph, total, dict(shaping.widths), tuple(history))
+
+
+def _width(shaping: Shaping, name: str, number: int, multiple: int) -> int:
+    """The width of a group after so many rounds."""
+    goal, units = shaping.widths[name], shaping.analysis.groups[name].units
+    if number == _ROUNDS:
+        return goal
+    return goal + -(-(units - goal) * (_ROUNDS - number) // (_ROUNDS * multiple)) * multiple
+
+
+def composed(first: Kept, second: Kept) -> Kept:
+    """What is kept of the original by one surgery after another."""
+    both = dict(first)
+    for key, indices in second.items():
+        both[key] = first[key][indices] if key in first else np.asarray(indices)
+    return both

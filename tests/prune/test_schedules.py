@@ -1,0 +1,193 @@
+"""Schedules: every one under the contract, and what each promises beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pruning
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planish import registry
+from planish.data import Split
+from planish.graph.graph import Graph
+from planish.plan import Option, Plan
+from planish.prune.compensate import compensate
+from planish.prune.levels import width_levels
+from planish.prune.order import Order, orders
+from planish.prune.schedules.augmented_lagrangian import AugmentedLagrangian
+from planish.prune.schedules.growth import Growth
+from planish.prune.schedules.lasso import GroupLasso
+from planish.prune.shaping import Kept, Shaping, Units, gated
+from planish.search.costs import Costs
+from planish.search.soft import soft_price
+from planish.search.space import Space
+from planish.testing.schedules import check_schedule, trainer
+
+
+class Twice(nn.Module):
+    """Two hidden layers; the first units of each give what the others do not."""
+
+    def __init__(self, hidden: int = 12) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, hidden), nn.BatchNorm1d(hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.norm(self.first(x))))))
+
+
+def shaping(steps: int = 60, seed: int = 0, **changes: object) -> Shaping:
+    """Half of both hidden layers shall leave; prices are MACs."""
+    torch.manual_seed(seed)
+    graph, analysis = pruning.captured(Twice().eval(), (torch.randn(4, 6),))
+    split = pruning.calibration(graph, 64)
+    inputs = [torch.from_numpy(array) for array in split.inputs]
+    levels = {name: width_levels(group, 2) for name, group in analysis.groups.items()}
+    options = [Option("width", name, width, 0.1) for name, widths in levels.items() for width in widths[1:]]
+    costs = Costs(Space(analysis, options, Plan("onnxruntime:cpu")), None)
+    made = Shaping(
+        graph,
+        analysis,
+        {name: group.units // 2 for name, group in analysis.groups.items()},
+        orders("taylor", graph, analysis, pruning.material(graph, 64), 0),
+        levels,
+        soft_price(costs, Plan("onnxruntime:cpu")),
+        lambda graph, analysis: orders("taylor", graph, analysis, pruning.material(graph, 64), 0),
+        _refit(graph, split),
+        trainer(graph, inputs, steps),
+        lambda said: None,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def _refit(original: Graph, split: Split) -> Callable[[Graph, Kept], None]:
+    def refit(pruned: Graph, kept: Kept) -> None:
+        compensate(pruned, original, kept, split)
+
+    return refit
+
+
+@pytest.mark.parametrize("name", registry.names("schedule"))
+def test_the_contract(name: str) -> None:
+    given = shaping()
+    shaped = check_schedule(registry.get("schedule", name), given)
+    if name != "augmented-lagrangian":
+        assert shaped.widths == given.widths
+
+
+@pytest.mark.parametrize("name", ["group-lasso", "l1", "growing-l2"])
+def test_sparse_training_leaves_little_of_what_is_cut(name: str) -> None:
+    """So little that the outputs of the trained net hardly change when its units go: a sixth of what leaves at once changes."""
+    seen: dict[str, Graph] = {}
+    given = shaping(steps=300)
+
+    def fit(graph: Graph, *arguments: object, **more: object) -> None:
+        given.fit(graph, *arguments, **more)  # type: ignore[arg-type]
+        seen["trained"] = graph
+
+    kept = replace(given, fit=fit, refit=lambda pruned, kept: None)
+    shaped = registry.get("schedule", name)().shape(kept)
+    split = pruning.calibration(given.graph, 64)
+    at_once = registry.get("schedule", "one-shot")().shape(kept)
+    lost = pruning.relative_error(pruning.outputs(shaped.graph, split), pruning.outputs(seen["trained"], split))
+    assert lost < pruning.relative_error(pruning.outputs(at_once.graph, split), pruning.outputs(given.graph, split)) / 6
+
+
+def test_the_strength_follows_the_units_that_are_due() -> None:
+    shaped = GroupLasso().shape(shaping(steps=300))
+    gone = [step["gone"] for step in shaped.history]
+    assert gone[-1] >= 12 and gone == sorted(gone)
+
+
+def test_a_unit_that_was_gated_off_wrongly_returns() -> None:
+    """The order is upside down: what the net needs most goes first. Growth must end closer to the original than a cut by that order."""
+    given = shaping(steps=200)
+    wrong = {name: Order(-order.scores + np.nanmax(order.scores), order.multiple) for name, order in given.orders.items()}
+    upside_down = replace(given, orders=wrong, refit=lambda pruned, kept: None)
+    shaped = Growth().shape(upside_down)
+    assert sum(step["returned"] for step in shaped.history) > 0
+    stayed = shaped.kept["first.weight", 0]
+    by_order = np.sort(np.setdiff1d(np.arange(12), wrong["first"].going(6).units))
+    assert stayed.tolist() != by_order.tolist()
+
+
+def test_gates_scale_what_readers_read() -> None:
+    """A gate at zero is the unit masked; a gate of one changes nothing."""
+    given = shaping()
+    net = gated(given.graph, given.analysis, ["first"])
+    split = pruning.calibration(given.graph, 16)
+    torch.testing.assert_close(pruning.outputs(net.graph, split), pruning.outputs(given.graph, split))
+    with torch.no_grad():
+        net.gates["first"][3] = 0.0
+    masked = given.graph.copy()
+    with torch.no_grad():
+        dict(masked.module.named_parameters())["second.weight"][:, 3] = 0.0
+    torch.testing.assert_close(pruning.outputs(net.graph, split), pruning.outputs(masked, split))
+
+
+def test_norms_of_units_are_relative_and_scaled_together() -> None:
+    given = shaping()
+    units = Units(given.graph.copy(), given.analysis.groups["first"])
+    assert float(units.norms().square().mean()) == pytest.approx(1.0, rel=1e-5)
+    before = units.norms()
+    factors = torch.ones(12)
+    factors[2], factors[5] = 0.5, 0.0
+    units.scale_(factors)
+    torch.testing.assert_close(units.norms(), before * factors)
+
+
+class Planted:
+    """A `Fit` without a net: the loss of the gates is `sum of worth * (1 - gate)^2 / 2`, whose minimum under a linear price is known."""
+
+    def __init__(self, worth: Tensor, steps: int) -> None:
+        self.worth, self.steps = worth, steps
+
+    def __call__(
+        self, graph: Graph, share: float, name: str, penalty: object = None, after_step: Callable[..., None] | None = None
+    ) -> None:
+        gates = [value for key, value in graph.module.named_buffers() if key.startswith("gates_") and value.requires_grad]
+        assert after_step is not None
+        for step in range(self.steps):
+            start = 0
+            for gate in gates:
+                gate.grad = -self.worth[start : start + len(gate)] * (1 - gate.detach())
+                start += len(gate)
+            after_step(0.02, (step + 1) / self.steps)
+
+
+def test_constrained_training_finds_the_multiplier_and_keeps_what_is_worth_most() -> None:
+    """Half of all gates may stay, at equal prices: of both groups those that are worth most, wherever they are."""
+    worth = torch.cat([torch.linspace(0.1, 1.2, 12), torch.linspace(2.0, 9.0, 12)])  # the second group's are all worth more
+
+    def price(units: dict[str, Tensor]) -> Tensor:
+        return torch.stack([value.double() for value in units.values()]).sum()
+
+    given = shaping(
+        fit=Planted(worth, 3000),
+        price=price,
+        refit=lambda pruned, kept: None,
+        levels={"first": range(12, 0, -1), "second": range(12, 0, -1)},
+    )
+    shaped = AugmentedLagrangian().shape(given)
+    assert sum(shaped.widths.get(name, 12) for name in ("first", "second")) <= 12
+    assert shaped.widths.get("second", 12) > shaped.widths["first"]
+    last = shaped.history[-1]
+    assert last["multiplier"] > 0 and last["violation"] < 0.01
+    assert last["kkt"] < max(step["kkt"] for step in shaped.history) / 10
+
+
+def test_a_price_between_levels_is_linear_and_has_a_slope() -> None:
+    given = shaping()
+    at = {name: torch.tensor(8.0, requires_grad=True) for name in ("first", "second")}
+    found = given.price(at)
+    # MACs of a batch of 4: 6 * first + first * second + 3 * second
+    assert found.item() == 4 * (6 * 8 + 8 * 8 + 3 * 8)
+    found.backward()
+    assert given.price({"first": torch.tensor(9.0), "second": torch.tensor(8.0)}).item() == 4 * (6 * 9 + 9 * 8 + 3 * 8)
+    slope = at["first"].grad
+    assert slope is not None and slope.item() == 4 * (6 + 8)
