@@ -23,6 +23,7 @@ from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.graph import Analysis, Graph
 from planish.graph.groups import analyse
+from planish.graph.idle import idle_channels
 from planish.graph.modes import set_mode
 from planish.measure.latency import Timing, interleaved
 from planish.measure.machine import available_targets
@@ -373,6 +374,12 @@ def prepare(
     with clock.stage("capturing the model"):
         graph = capture(job.model_module(), job.example_inputs, job.state or None)
         set_mode(graph, False)
+        seen = [split.inputs for split in (data.train, data.validation, data.calibration) if split is not None]
+        graph.idle = idle_channels(graph, seen)
+        for name, (_, channels) in graph.idle.items():
+            data.notes.append(
+                f"input {name}: channels that have one value in all data, and that a plan may stop reading: {_listed(channels)}"
+            )
         analysis = analyse(graph, keep)
         if isinstance(graph.signature.inputs[0].shape[0], int):
             why = next((note for note in graph.notes if "batch" in note), "its program works for one batch size only")
@@ -388,6 +395,10 @@ def prepare(
     except BaseException:
         bench.close()
         raise
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
 def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: bool) -> None:

@@ -134,6 +134,7 @@ GROUPS: dict[str, dict[str, int]] = {
     "mixtral": {
         "model.embed_tokens": 48,
         **numbered("model.layers.{}.self_attn.q_proj", 2, 0, 1),
+        **numbered("model.layers.{}.mlp.gate", 4, 0, 1),  # the experts, two of which are picked for each token
         **numbered("model.layers.{}.mlp.experts.gate_up_proj", 96, 0, 1),
     },
     # one layer that runs three times

@@ -24,16 +24,18 @@ class Graph:
         signature: names, dtypes, dynamic axes, and the structure that the caller sees.
         example: the flat example inputs, at the batch that latency is measured at.
         notes: sentences for the report ("the axis 'sequence' is static because ...").
+        idle: input name -> (axis, its channels that never vary), see `planish.graph.idle`.
     """
 
     module: torch.fx.GraphModule
     signature: Signature
     example: tuple[torch.Tensor, ...]
     notes: list[str] = field(default_factory=list)
+    idle: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def copy(self) -> Graph:
         """A deep copy of the module; signature and example are shared."""
-        return Graph(copy.deepcopy(self.module), self.signature, self.example, list(self.notes))
+        return Graph(copy.deepcopy(self.module), self.signature, self.example, list(self.notes), self.idle)
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs, in the original's structure, for inputs in the original's structure (torch tensors)."""
@@ -74,6 +76,8 @@ class Group:
         exact: False where removal changes a statistic over survivors (a layer norm over the pruned dimension).
         multiple: widths must stay a multiple of this many units (1 where nothing asks for it).
         pinned: why no unit may be removed (a `keep` glob), or "".
+        routed: how many of the units a router picks at a time, as many of which must stay (the experts of a mixture); 0 where none does.
+        idle: units that may go, all others must stay: channels of an input that never vary; () where any may.
     """
 
     name: str
@@ -83,6 +87,13 @@ class Group:
     exact: bool = True
     multiple: int = 1
     pinned: str = ""
+    routed: int = 0
+    idle: tuple[int, ...] = ()
+
+    @property
+    def least(self) -> int:
+        """How many units must stay."""
+        return max(1, self.routed, self.units - len(self.idle) if self.idle else 0)
 
 
 @dataclass(frozen=True)

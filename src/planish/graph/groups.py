@@ -40,11 +40,13 @@ class Solved:
         program: the ids.
         unit: for each id, a number that all ids of one unit share, or -1 where the id is fixed.
         inexact: for each unit, whether a statistic runs over it.
+        routed: for each unit, how many of its kind a router picks at a time; 0 where none does.
     """
 
     program: Program
     unit: NDArray[np.int64]
     inexact: NDArray[np.bool_]
+    routed: NDArray[np.int64]
 
 
 def solve(program: Program) -> Solved:
@@ -60,7 +62,10 @@ def solve(program: Program) -> Solved:
     inexact = np.zeros(count, bool)
     for vector in ids.inexact:
         inexact[component[vector]] = True
-    return Solved(program, np.where(fixed[component], -1, component).astype(np.int64), inexact)
+    routed = np.zeros(count, np.int64)
+    for vector, picked in ids.routed:
+        np.maximum.at(routed, component[vector], picked)
+    return Solved(program, np.where(fixed[component], -1, component).astype(np.int64), inexact, routed)
 
 
 def dimensions(program: Program) -> dict[Key, Val]:
@@ -104,9 +109,9 @@ def coverage(solved: Solved) -> float:
     return float(sum(sizes.get(key[0], 0) * prunable[units].mean() for key, units in labelled.items()))
 
 
-def decide(module: GraphModule, facts: Facts, state: Mapping[str, int]) -> Solved:
+def decide(module: GraphModule, facts: Facts, state: Mapping[str, int], idle: Mapping[str, int]) -> Solved:
     """Propagate ids; wherever a kind of place can be kept rectangular in several ways, take the one that covers most."""
-    best = solve(Program(module, facts, state=state))
+    best = solve(Program(module, facts, state=state, idle=idle))
     covered, chosen = coverage(best), dict[Signature, int]()
     tried: set[Signature] = set()
     while True:
@@ -116,13 +121,15 @@ def decide(module: GraphModule, facts: Facts, state: Mapping[str, int]) -> Solve
         signature = open_[0]
         tried.add(signature)
         for choice in range(1, best.program.ids.options[signature]):
-            other = solve(Program(module, facts, {**chosen, signature: choice}, state))
+            other = solve(Program(module, facts, {**chosen, signature: choice}, state, idle))
             if (more := coverage(other)) > covered * _WORTH:
                 best, covered = other, more
                 chosen = {**chosen, signature: choice}
 
 
-def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], NDArray[np.int64], dict[int, tuple[str, int]]]:
+def _groups(
+    solved: Solved, pins: Mapping[str, str], idle: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[dict[str, Group], NDArray[np.int64], dict[int, tuple[str, int]]]:
     """The groups in program order; for each id its unit's number (-1: in no group); number -> (group, unit in it)."""
     labelled, families = _members(solved)
     keys = list(labelled)
@@ -130,6 +137,12 @@ def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], 
     roles = solved.program.ids.roles
     groups: dict[str, Group] = {}
     place: dict[int, tuple[str, int]] = {}
+    of_input: dict[int, tuple[str, int]] = {}  # unit -> (input whose channel it is, which one)
+    for node, axis in solved.program.idle.items():
+        given = solved.program.vals[node]
+        assert isinstance(given, Val)
+        if axis in given.ids:
+            of_input.update({int(u): (node, i) for i, u in enumerate(solved.unit[given.ids[axis].numpy()]) if u >= 0})
 
     def producing(family: Family) -> int:
         """The first dimension that issues the units (a weight before a bias), else the first parameter's."""
@@ -139,7 +152,7 @@ def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], 
         return (weights or issuing or own or [family[0][0]])[0]
 
     for family, units in sorted(families.items(), key=lambda item: (producing(item[0]), item[0])):
-        if len(units) < 2 or not any(keys[n][0] in parameters for n, _ in family):
+        if len(units) < max(2, int(solved.routed[units].max()) + 1) or not any(keys[n][0] in parameters for n, _ in family):
             continue
         first = producing(family)
         _, positions = np.unique(labelled[keys[first]], return_index=True)
@@ -147,7 +160,16 @@ def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], 
         ranked = sorted(units, key=lambda u: order[u])
         number_of = np.full(int(solved.unit.max()) + 2, -1, np.int64)
         number_of[ranked] = np.arange(len(ranked))
-        name = unique(module_path(keys[first][0]), groups)
+        entrance = of_input.get(ranked[0])
+        never: tuple[int, ...] = ()
+        if entrance is not None:
+            name, channels = idle[entrance[0]]
+            never = tuple(number for number, u in enumerate(ranked) if of_input[u][1] in channels)
+            if not never:
+                continue
+            name = unique(f"input.{name}", groups)
+        else:
+            name = unique(module_path(keys[first][0]), groups)
         member = [keys[n] for n, _ in family]
         groups[name] = Group(
             name,
@@ -156,6 +178,8 @@ def _groups(solved: Solved, pins: Mapping[str, str]) -> tuple[dict[str, Group], 
             {key: roles.get(key, "affine") for key in member},
             exact=not bool(solved.inexact[ranked].any()),
             pinned=next((pins[p] for p, _ in member if p in pins), ""),
+            routed=int(solved.routed[ranked].max()),
+            idle=never,
         )
         place.update({unit: (name, position) for position, unit in enumerate(ranked)})
     return groups, solved.unit, place
@@ -210,6 +234,13 @@ def _states(graph: Graph) -> dict[str, int]:
     return {inputs[name]: outputs.index(source) for name, source in graph.signature.state.items()}
 
 
+def _idle(graph: Graph) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of a placeholder some of whose channels never vary -> the input's name, and these channels."""
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    named = {spec.name: node.name for spec, node in zip(graph.signature.inputs, placeholders, strict=True)}
+    return {named[name]: (name, channels) for name, (_, channels) in graph.idle.items() if name not in graph.signature.state}
+
+
 def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
     """What can be removed from a graph, what its operators cost, and why the rest stays.
 
@@ -224,8 +255,10 @@ def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
         UnknownName: a glob that matches no parameter.
     """
     pins = _pins(graph.module, keep)
-    solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)), _states(graph))
-    groups, unit, place = _groups(solved, pins)
+    idle = _idle(graph)
+    axes = {node: graph.idle[name][0] for node, (name, _) in idle.items()}
+    solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)), _states(graph), axes)
+    groups, unit, place = _groups(solved, pins, idle)
     labels = Labels(solved.program, unit, place, {name: group.units for name, group in groups.items()})
     operators = find_operators(graph.module, labels, observe(graph.module, graph.example))
     blocks = find_blocks(solved.program, operators)

@@ -30,12 +30,14 @@ class Val:
         ids: dimension -> int64 vector of ids, as long as the dimension; a dimension that is missing is fixed (or neutral, of size 1).
         weak: dimensions whose ids are weak.
         origin: dimension -> (parameter, dimension) that it is, for parameters and movements of parameters.
+        points: the ids of the dimension that its elements are positions in, where a router picked them.
     """
 
     shape: Shape
     ids: dict[int, Tensor] = field(default_factory=dict)
     weak: set[int] = field(default_factory=set)
     origin: dict[int, tuple[str, int]] = field(default_factory=dict)
+    points: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -68,6 +70,7 @@ class Ids:
         self.right: list[NDArray[np.int64]] = []
         self.fixes: list[tuple[NDArray[np.int64], str]] = []
         self.inexact: list[NDArray[np.int64]] = []
+        self.routed: list[tuple[NDArray[np.int64], int]] = []
         self.roles: dict[tuple[str, int], str] = {}
 
     def fresh(self, count: int) -> Tensor:
@@ -102,6 +105,11 @@ class Ids:
     def mark_inexact(self, ids: Tensor) -> None:
         """Say that a statistic runs over these ids, so that removing one changes what the others give."""
         self.inexact.append(ids.reshape(-1).numpy())
+
+    def route(self, ids: Tensor, picked: int) -> None:
+        """Say that a router picks so many of these ids at a time: as many must stay, and what it gives changes when one goes."""
+        self.mark_inexact(ids)
+        self.routed.append((ids.reshape(-1).numpy(), picked))
 
     def choose(self, signature: Signature, options: int) -> int:
         """Which of `options` ways to take for this kind of place."""

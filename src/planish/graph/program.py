@@ -111,6 +111,14 @@ class Step:
         return outs[0]
 
 
+MOVES_POSITIONS = frozenset(
+    {"view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "to", "clone", "contiguous"}
+    | {"detach", "alias", "_to_copy", "slice", "select", "narrow"}
+)
+"""Operators that hand positions which a router picked on as they are."""
+LOOKS_UP = frozenset({"index", "index_select", "gather", "embedding", "one_hot"})
+"""Operators that use them as positions; everything else computes with them as numbers, which surgery would change."""
+
 CREATED = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
 
 
@@ -122,13 +130,19 @@ class Program:
         facts: of a run of it.
         decisions: see `Ids`.
         state: name of an input that the caller feeds from the step before -> position of the output that it is fed from.
+        idle: name of an input some of whose channels never vary -> the axis of its channels, which may go.
     """
 
     def __init__(
-        self, module: GraphModule, facts: Facts, decisions: Mapping[Signature, int] | None = None, state: Mapping[str, int] | None = None
+        self,
+        module: GraphModule,
+        facts: Facts,
+        decisions: Mapping[Signature, int] | None = None,
+        state: Mapping[str, int] | None = None,
+        idle: Mapping[str, int] | None = None,
     ) -> None:
         self.module, self.facts, self.ids = module, facts, Ids(decisions)
-        self.state = dict(state or {})
+        self.state, self.idle = dict(state or {}), dict(idle or {})
         self.vals: dict[str, Result | None] = {}
         self.copies: dict[tuple[str, str], Val] = {}
         self.parameters: dict[str, Val] = {}
@@ -175,8 +189,8 @@ class Program:
     def _visit(self, node: Node) -> None:
         if node.op == "placeholder":
             shape = self.facts.shape(node.name)
-            is_state = node.name in self.state
-            self.vals[node.name] = Val(shape, {d: self.ids.fresh(k) for d, k in enumerate(shape) if d and k > 1} if is_state else {})
+            dims = range(1, len(shape)) if node.name in self.state else [self.idle[node.name]] if node.name in self.idle else []
+            self.vals[node.name] = Val(shape, {d: self.ids.fresh(shape[d]) for d in dims if shape[d] > 1})
         elif node.op == "get_attr":
             if isinstance(self.facts.shapes[node.name], tuple):
                 name = self.canonical(str(node.target))
@@ -216,6 +230,12 @@ class Program:
         if found is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
             found = RULES["pointwise"]
         result = found(step) if found is not None else None
+        pointing = next((val.points for val in step.operands() if val.points is not None), None)
+        if pointing is not None:
+            if step.name in MOVES_POSITIONS and isinstance(result, Val):
+                result.points = pointing
+            elif step.name not in LOOKS_UP:
+                self.ids.fix(pointing, f"its position is a number in {step.why}")
         if result is None:
             operands = step.operands()
             if any(val.ids for val in operands):

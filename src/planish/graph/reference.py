@@ -15,7 +15,8 @@ from planish.graph.facts import arguments, attribute, call, rule_name
 from planish.graph.ids import Val
 from planish.graph.program import Program
 
-_STATISTICS = frozenset({"mean", "var", "std", "amax", "amin", "max", "min", "logsumexp"})
+_STATISTICS = frozenset({"mean", "var", "std", "amax", "amin", "max", "min", "logsumexp", "softmax", "_softmax", "log_softmax", "softmin"})
+_ROUTERS = frozenset({"topk", "argmax"})
 
 
 class _Reference:
@@ -68,6 +69,14 @@ class _Reference:
         full[torch.meshgrid(*places, indexing="ij")] = small
         return full
 
+    def routed(self, node: Node, x: Tensor, val: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a router picks from what is there, as positions in the whole."""
+        given = arguments(node)
+        dim = int(given["dim"]) % val.rank
+        there = self._mask(val, dim, x.shape[dim]).nonzero()[:, 0]
+        found = call(node, (x.index_select(dim, there), *args[1:]), kwargs)
+        return [found[0], there[found[1]]] if isinstance(found, (tuple, list)) else there[found]
+
     def _full(self, val: Val, dim: int, small: int) -> int:
         return small * val.shape[dim] // self.stay.count(val, dim)
 
@@ -96,7 +105,9 @@ def run_masked(program: Program, stay: Survivors, flat_inputs: Sequence[Tensor])
                 args = (args[0], args[1], weights, *args[3:])
             first = program.operand(node.args[0], node) if node.args and isinstance(node.args[0], Node) else None
             shrinks = first is not None and any(stay.changed(first, d) for d in first.ids)
-            if (
+            if first is not None and name in _ROUTERS and arguments(node)["dim"] is not None and shrinks:
+                env[node] = reference.routed(node, args[0], first, args, kwargs)
+            elif (
                 first is not None
                 and shrinks
                 and (name in ("layer_norm", "rms_norm") or (name in _STATISTICS and "other" not in arguments(node)))

@@ -58,8 +58,12 @@ def survivors(analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> Survi
             raise PlanError(f"surgery: units of group {name!r} must be in [0, {group.units}); got {wrong[0]}; choose among those")
         if len(units) and group.pinned:
             raise PlanError(f"surgery: group {name!r} must keep all its units ({group.pinned}); got {len(units)} to remove; leave it out")
-        if len({int(u) for u in units}) >= group.units:
-            raise PlanError(f"surgery: group {name!r} must keep at least one of its {group.units} units; all were to go; keep one")
+        if len({int(u) for u in units}) > group.units - group.least:
+            least = "one" if group.least == 1 else str(group.least)
+            gone_now = "all" if len({int(u) for u in units}) >= group.units else str(len({int(u) for u in units}))
+            raise PlanError(
+                f"surgery: group {name!r} must keep at least {least} of its {group.units} units; {gone_now} were to go; keep {least}"
+            )
         gone |= {(name, int(u)) for u in units}
     keep = np.ones(int(labels.unit.max(initial=0)) + 2, bool)
     for number, place in labels.place.items():
@@ -93,7 +97,7 @@ def _copy_but_for(graph: Graph, program: Program, stay: Survivors) -> Graph:
         if any(stay.changed(val, d) for d in val.ids):
             tensor = attribute(graph.module, name)
             shared[id(tensor)] = tensor
-    return Graph(copy.deepcopy(graph.module, shared), graph.signature, graph.example, list(graph.notes))
+    return Graph(copy.deepcopy(graph.module, shared), graph.signature, graph.example, list(graph.notes), graph.idle)
 
 
 def _shrink_parameters(module: GraphModule, program: Program, stay: Survivors) -> dict[tuple[str, int], NDArray[np.int64]]:
@@ -157,22 +161,15 @@ def _own_constant(module: GraphModule, node: Node, consumer: Node, val: Val, sta
     return own
 
 
-def _keep_the_caller_s_state(module: GraphModule, program: Program, stay: Survivors, name: str, position: int) -> None:
-    """A state goes in and out as wide as before, so that who steps the net changes nothing: what survives is picked from what comes in, and
-    what goes out has zeros in the other places.
-    """
+def _keep_the_caller_s_input(module: GraphModule, program: Program, stay: Survivors, name: str) -> None:
+    """An input is as wide as before, so that the caller changes nothing: what survives is picked from what comes in."""
     val = program.vals[name]
-    nodes = {node.name: node for node in module.graph.nodes}
-    given, output = nodes[name], next(node for node in module.graph.nodes if node.op == "output")
+    given = next(node for node in module.graph.nodes if node.name == name)
     assert isinstance(val, Val)
     for d in val.ids:
         if not stay.changed(val, d):
             continue
-        indices = torch.from_numpy(stay.indices(val, d))
-        places = torch.full((val.shape[d],), len(indices))  # the zero that is put behind what survives
-        places[indices] = torch.arange(len(indices))
-        module.register_buffer(f"{name}_kept_{d}", indices)
-        module.register_buffer(f"{name}_places_{d}", places)
+        module.register_buffer(f"{name}_kept_{d}", torch.from_numpy(stay.indices(val, d)))
         users = list(given.users)
         with module.graph.inserting_after(given):
             kept = module.graph.get_attr(f"{name}_kept_{d}")
@@ -181,6 +178,20 @@ def _keep_the_caller_s_state(module: GraphModule, program: Program, stay: Surviv
         for user in users:
             user.replace_input_with(given, picked)
         given = picked
+
+
+def _keep_the_caller_s_state(module: GraphModule, program: Program, stay: Survivors, name: str, position: int) -> None:
+    """A state comes out as wide as it goes in: with zeros in the places of what is gone."""
+    val = program.vals[name]
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    assert isinstance(val, Val)
+    for d in val.ids:
+        if not stay.changed(val, d):
+            continue
+        indices = torch.from_numpy(stay.indices(val, d))
+        places = torch.full((val.shape[d],), len(indices))  # the zero that is put behind what survives
+        places[indices] = torch.arange(len(indices))
+        module.register_buffer(f"{name}_places_{d}", places)
         assert isinstance(output.args[0], tuple)
         outputs = list(output.args[0])
         with module.graph.inserting_before(output):
@@ -220,6 +231,8 @@ def prune(graph: Graph, analysis: Analysis, removed: Mapping[str, Sequence[int]]
             original = originals.get(node.name)
             if node.op == "call_function" and original is not None and rule_name(node.target) in EDITS:
                 EDITS[rule_name(node.target)](Edit(program, stay, module, node, original))
+        for name in (*program.state, *program.idle):
+            _keep_the_caller_s_input(module, program, stay, name)
         for name, position in program.state.items():
             _keep_the_caller_s_state(module, program, stay, name, position)
         for node in module.graph.nodes:

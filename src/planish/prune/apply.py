@@ -46,8 +46,8 @@ def check(analysis: Analysis, plan: Plan) -> None:
                 raise PlanError(f"plan: {UnknownName(kind, name, known)}")
     for name, width in plan.widths.items():
         group = analysis.groups[name]
-        if not 1 <= width <= group.units:
-            raise PlanError(f"plan: the width of {name!r} must be in [1, {group.units}]; got {width}; choose one of its levels")
+        if not group.least <= width <= group.units:
+            raise PlanError(f"plan: the width of {name!r} must be in [{group.least}, {group.units}]; got {width}; choose one of its levels")
         if width < group.units and group.pinned:
             raise PlanError(f"plan: the width of {name!r} must stay {group.units} ({group.pinned}); got {width}; leave the group out")
         if width < group.units and width % group.multiple:

@@ -25,6 +25,8 @@ def unit_multiple(group: Group, multiple: int) -> int:
         units, at least 1.
     """
     step = max(group.multiple, 1)
+    if group.routed:
+        return step  # experts: what a router has of each is one row of scores
     for key, unit_of in group.unit_of.items():
         covered = np.count_nonzero(unit_of == 0)
         if covered and group.roles[key] in ("out", "in"):
@@ -44,10 +46,12 @@ def width_levels(group: Group, multiple: int) -> tuple[int, ...]:
     """
     if group.pinned:
         return (group.units,)
+    if group.idle:
+        return (group.units, group.least)
     step = unit_multiple(group, multiple)
     available = (group.units - 1) // step  # multiples that are narrower than the full width
     if available < len(_SHARES) + 1:
         counts = set(range(1, available + 1))
     else:
         counts = {max(1, round(share * group.units / step)) for share in _SHARES}
-    return (group.units, *(step * count for count in sorted(counts, reverse=True)))
+    return (group.units, *(step * count for count in sorted(counts, reverse=True) if step * count >= group.least))

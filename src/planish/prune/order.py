@@ -50,6 +50,7 @@ class Order:
         shares: [units, units], how much of unit v unit u is, as far as readers see, or by the weights where nobody is known to read them;
             without it 1.
         remark: what its scores or clusters stand on, where it is not what was asked for.
+        reserved: how many units have no score since they are not for removal.
     """
 
     scores: NDArray[np.float64]
@@ -57,6 +58,7 @@ class Order:
     clusters: Callable[[int], NDArray[np.int64]] | None = None
     shares: NDArray[np.float32] | None = None
     remark: str = ""
+    reserved: int = 0
     _known: dict[int, Going] = field(default_factory=dict, compare=False, repr=False)
 
     def going(self, count: int) -> Going:
@@ -96,7 +98,7 @@ Orders = Mapping[str, Order]
 
 def remarks(orders: Orders) -> list[str]:
     """Sentences for the report: units whose scores are not finite, and groups that are ordered by something else than was asked for."""
-    found = {name: int(np.isnan(order.scores).sum()) for name, order in orders.items()}
+    found = {name: int(np.isnan(order.scores).sum()) - order.reserved for name, order in orders.items()}
     kept = [f"{name} ({count} of {len(orders[name].scores)})" for name, count in found.items() if count]
     out = [f"saliency: units whose score is not finite are kept: {_some(kept)}."] if kept else []
     for remark in sorted({order.remark for order in orders.values() if order.remark}):
@@ -148,14 +150,23 @@ def orders(name: str, graph: Graph, analysis: Analysis, material: Material, seed
     registry.check("saliency", name)
     method, _, of = name.partition(":")
     if method in registry.names("redundancy"):
-        return _clustered(registry.get("redundancy", method)(), of or "weights", graph, analysis, material, seed)
+        clustered = _clustered(registry.get("redundancy", method)(), of or "weights", graph, analysis, material, seed)
+        return {g: _idle_first(group) if group.idle else clustered[g] for g, group in analysis.groups.items()}
     methods: list[Saliency] = [registry.get("saliency", part)() for part in name.split("+")]
     parts = [one.scores(graph, analysis, material, seed) for one in methods]
     scores = parts[0] if len(parts) == 1 else {g: np.mean([relative(part[g]) for part in parts], axis=0) for g in parts[0]}
     others = {g for one in methods for g in one.others}
     return {
-        g: Order(finite(scores[g]), group.multiple, remark="by magnitude" if g in others else "") for g, group in analysis.groups.items()
+        g: _idle_first(group) if group.idle else Order(finite(scores[g]), group.multiple, remark="by magnitude" if g in others else "")
+        for g, group in analysis.groups.items()
     }
+
+
+def _idle_first(group: Group) -> Order:
+    """Channels of an input that never vary may go, whatever a criterion says of them; no other may."""
+    scores = np.full(group.units, np.nan)
+    scores[list(group.idle)] = 0.0
+    return Order(scores, group.multiple, reserved=group.least)
 
 
 def _clustered(method: Redundancy, of: str, graph: Graph, analysis: Analysis, material: Material, seed: int) -> dict[str, Order]:

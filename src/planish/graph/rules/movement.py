@@ -164,7 +164,8 @@ def pad(step: Step) -> Result | None:
 
 @rule("index", "index_select", "gather")
 def index(step: Step) -> Result | None:
-    """Indexing by data: the indexed dimensions are fixed, the others move along."""
+    """Indexing by data: the indexed dimensions are fixed, the others move along. A dimension that is looked up at the positions that a router
+    picked is tied to what it picked from."""
     val = step.tensor("self")
     if step.name == "index":
         indexed = [d for d, i in enumerate(step.arguments["indices"]) if i is not None]
@@ -175,6 +176,11 @@ def index(step: Step) -> Result | None:
     for other in step.operands():
         if other is not val:
             step.ids.fix_all(other, f"it is an index of {step.why}")
+            if other.points is not None and len(indexed) == 1 and len(other.points) == val.shape[indexed[0]] and indexed[0] in val.ids:
+                step.ids.tie(val.ids[indexed[0]], other.points, step.why)
+                val = Val(val.shape, {d: i for d, i in val.ids.items() if d != indexed[0]}, val.weak - set(indexed), dict(val.origin))
+            elif other.points is not None:
+                step.ids.fix(other.points, f"its position is an index of {step.why}")
     step.ids.fix_all(val, f"it is indexed by {step.why}", indexed)
     return step.move(Val(val.shape, {d: i for d, i in val.ids.items() if d not in indexed}, val.weak - set(indexed)))
 

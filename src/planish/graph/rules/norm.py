@@ -66,7 +66,17 @@ def edit_group_norm(edit: Edit) -> None:
         edit.set("num_groups", int(edit.survivors.mask(x, 1).reshape(groups, -1)[:, 0].sum()))
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin")
+def softmax(step: Step) -> Result | None:
+    """A distribution over what is there: removal is allowed, and changes it."""
+    x = step.operands()[0]
+    dim = int(step.value("dim")) % x.rank
+    if dim in x.ids:
+        step.ids.mark_inexact(x.ids[dim])
+    return Val(step.shape, dict(x.ids), set(x.weak))
+
+
+@rule("cumsum", "cumprod", "logcumsumexp")
 def along(step: Step) -> Result | None:
     """Operators along one dimension, where no index can be left out."""
     x = step.operands()[0]

@@ -7,7 +7,7 @@ from planish.graph.program import Result, Step, rule
 from planish.graph.rules.elementwise import pointwise
 
 EXACT = frozenset({"sum", "norm", "linalg_vector_norm", "count_nonzero"})
-FIXING = frozenset({"prod", "all", "any", "argmax", "argmin"})
+FIXING = frozenset({"prod", "all", "any", "argmin"})
 
 
 @rule(
@@ -26,7 +26,6 @@ FIXING = frozenset({"prod", "all", "any", "argmax", "argmin"})
     "prod",
     "all",
     "any",
-    "argmax",
     "argmin",
 )
 def reduction(step: Step) -> Result | None:
