@@ -18,7 +18,7 @@ import click
 import planish
 from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
-from planish.plan import ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 
 if TYPE_CHECKING:
     from planish.result import Result
@@ -163,7 +163,12 @@ def _budget_options(function: F) -> F:
     metavar="SECONDS",
     help="For the whole call; without it recovery alone may take 25 minutes.",
 )
-@click.option("--techniques", default=",".join(TECHNIQUES), show_default=True, help="Which may be used.")
+@click.option(
+    "--techniques",
+    default=",".join(DEFAULT_TECHNIQUES),
+    show_default=True,
+    help="Which may be used; also adapt: blocks that go may leave a 1x1 or low-rank map.",
+)
 @keep_option
 @click.option(
     "--saliency",

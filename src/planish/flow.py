@@ -19,7 +19,7 @@ from planish.clock import FINAL_S, SHARES, Clock
 from planish.errors import MissingFile, OutputExists, StudyError, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine
-from planish.plan import ONE_SHOT, TECHNIQUES, Plan
+from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, Plan
 from planish.request import Request, checked
 from planish.study.store import CONCLUDED, Meta, Study, lock_folder
 from planish.target import parse_target
@@ -44,7 +44,7 @@ def optimize(
     trials: int = 20,
     time_limit: float | None = None,
     seed: int = 0,
-    techniques: Sequence[str] = TECHNIQUES,
+    techniques: Sequence[str] = DEFAULT_TECHNIQUES,
     keep: Sequence[str] = (),
     threads: int | None = None,
     control: bool = False,
@@ -65,7 +65,7 @@ def optimize(
         trials: candidates that are judged at most.
         time_limit: seconds for the whole call; without one recovery sees five epochs, 25 minutes at most.
         seed: of everything random.
-        techniques: any of "prune", "quantize", "distill".
+        techniques: any of "prune", "quantize", "distill", and "adapt": blocks that go may leave a linear map, fitted by least squares.
         keep: globs of parameters that must be left alone.
         threads: of one call in the target, at most; all usable cores by default. Fewer are taken where that costs less than a tenth,
             or where they hold a limit on latency with room to spare.

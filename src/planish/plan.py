@@ -8,19 +8,33 @@ from typing import Any
 
 import msgspec
 
-TECHNIQUES = ("prune", "quantize", "distill")
+TECHNIQUES = ("prune", "adapt", "quantize", "distill")
 """What `techniques=` may name."""
+DEFAULT_TECHNIQUES = ("prune", "quantize", "distill")
+"""What is used where nothing else is asked for."""
+WHOLE_MAP = "1x1"
+"""The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
 
 
 ONE_SHOT = "one-shot"
 """The schedule by which all units leave at once, before recovery."""
 
 
+def rank_of(adaptor: str) -> int | None:
+    """Through how many channels an adaptor goes; None: all. Raises ValueError where it is none."""
+    if adaptor == WHOLE_MAP:
+        return None
+    kind, _, rank = adaptor.partition("-")
+    if kind != "rank" or not rank.isdecimal() or int(rank) < 1:
+        raise ValueError(f"an adaptor must be {WHOLE_MAP!r} or 'rank-R'; got {adaptor[:40]!r}")
+    return int(rank)
+
+
 class Option(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that could be done to one group, operator or block.
 
     Args:
-        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1) or "precision" (run it as `value`).
+        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1, or leave an adaptor: "1x1" or "rank-R") or "precision" (run it as `value`).
         subject: the name of the group, block or operator.
         value: units kept, 1, or the name of a scheme such as "int8".
         loss: predicted increase of the calibration loss (same unit for all options of a graph), at least 0.
@@ -58,6 +72,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         target: "runtime:device" that it was made for (placement of quantizers and ranges depend on it).
         widths: units kept, per group; a group that is not named keeps all.
         blocks: residual blocks that are bypassed.
+        adaptors: those of them that leave a linear map of the stream behind -> its kind, "1x1" or "rank-R".
         precisions: scheme per operator; an operator that is not named stays in fp32.
         saliency: which units of a group go first.
         schedule: how they leave: "one-shot", or over time while the net trains.
@@ -69,6 +84,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     target: str
     widths: dict[str, int] = {}
     blocks: tuple[str, ...] = ()
+    adaptors: dict[str, str] = {}
     precisions: dict[str, str] = {}
     saliency: str = "magnitude"
     schedule: str = ONE_SHOT

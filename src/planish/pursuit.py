@@ -271,7 +271,7 @@ class Pursuit:
             bench.notes.extend(remarks(self.trials.orders))
             multiple = width_step(bench.best.target)
             return self._kept_options(
-                f"pruning by {multiple}",
+                f"pruning by {multiple}" + (" with adaptors" if "adapt" in self.request.techniques else ""),
                 lambda: sensitivities(
                     bench.graph,
                     bench.analysis,
@@ -281,6 +281,7 @@ class Pursuit:
                     self.events.progress,
                     kind=bench.output_kind,
                     seconds=self._sensitivity_s,
+                    is_adapted="adapt" in self.request.techniques,
                 ),
             )
 

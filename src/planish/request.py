@@ -13,7 +13,7 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
-from planish.plan import ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def checked(
     trials: int = 20,
     time_limit: float | None = None,
     seed: int = 0,
-    techniques: Sequence[str] = TECHNIQUES,
+    techniques: Sequence[str] = DEFAULT_TECHNIQUES,
     keep: Sequence[str] = (),
     threads: int | None = None,
     control: bool = False,

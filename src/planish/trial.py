@@ -25,6 +25,7 @@ from planish.measure.probe import Probe
 from planish.measurement import Estimate, Outcome
 from planish.metrics import Metric
 from planish.plan import Plan
+from planish.prune.adaptors import narrow_adaptors_
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
 from planish.prune.order import Orders
@@ -92,6 +93,7 @@ def compress(bench: Workbench, plan: Plan, orders: Orders) -> tuple[Graph, Analy
         return bench.graph.copy(), bench.analysis
     applied = apply(bench.graph, bench.analysis, plan, orders)
     compensate(applied.graph, bench.graph, applied.kept, bench.data.calibration, seed=plan.seed)
+    narrow_adaptors_(applied.graph, plan.adaptors, bench.data.calibration)
     return applied.graph, analyse(applied.graph)
 
 

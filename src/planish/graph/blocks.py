@@ -1,15 +1,18 @@
-"""Residual branches: found where an addition has one side that reaches the other's source without parameters, and bypassed there."""
+"""Residual branches: found where an addition has one side that reaches the other's source without parameters, and bypassed there, or replaced by
+a linear map of what goes past them (an adaptor)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+import torch
+from torch import nn
 from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from planish.errors import UnknownName
 from planish.graph.facts import attribute, rule_name
-from planish.graph.graph import Analysis, Block, Graph, Operator
+from planish.graph.graph import Analysis, Block, Graph, Operator, Size
 from planish.graph.naming import module_path, unique
 from planish.graph.program import Program
 
@@ -27,9 +30,14 @@ def _ancestors(node: Node, stop: Collection[Node] = ()) -> set[Node]:
     return found
 
 
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+Sizes = Callable[[str], tuple[Size, ...]]
+
+
 class _Finder:
-    def __init__(self, program: Program, operators: Mapping[str, Operator]) -> None:
-        self.program, self.operators = program, operators
+    def __init__(self, program: Program, operators: Mapping[str, Operator], sizes: Sizes) -> None:
+        self.program, self.operators, self.sizes = program, operators, sizes
         self.nodes = list(program.module.graph.nodes)
         self.parameters = {name for name, _ in program.module.named_parameters(remove_duplicate=False)}
 
@@ -92,9 +100,18 @@ class _Finder:
                 operators = tuple(o.name for o in self.operators.values() if o.node in gone)
                 used = parameters or {str(a.target) for n in dying for a in n.all_input_nodes if a.op == "get_attr"}
                 name = unique(_shared_path(used) or node.name, found)
-                found[name] = Block(name, node.name, skip.name, operators, tuple(sorted(parameters)))
+                stream = self.sizes(node.name)
+                found[name] = Block(
+                    name, node.name, skip.name, operators, tuple(sorted(parameters)), stream, self._adaptor(operators, len(stream))
+                )
                 break
         return found
+
+    def _adaptor(self, operators: Collection[str], rank: int) -> str:
+        kinds = {self.operators[name].kind for name in operators}
+        if "conv" in kinds:
+            return "conv" if 3 <= rank <= 5 else ""
+        return "linear" if kinds & {"linear", "matmul", "attention"} and rank >= 2 else ""
 
 
 def _shared_path(parameters: Collection[str]) -> str:
@@ -108,9 +125,15 @@ def _shared_path(parameters: Collection[str]) -> str:
     return ".".join(shared)
 
 
-def find_blocks(program: Program, operators: Mapping[str, Operator]) -> dict[str, Block]:
-    """The residual branches that can be bypassed, in the order of the program."""
-    return _Finder(program, operators).find()
+def find_blocks(program: Program, operators: Mapping[str, Operator], sizes: Sizes) -> dict[str, Block]:
+    """The residual branches that can be bypassed, in the order of the program.
+
+    Args:
+        program: the ids.
+        operators: of the program.
+        sizes: name of a node -> the sizes of its value.
+    """
+    return _Finder(program, operators, sizes).find()
 
 
 def sweep(graph: FxGraph) -> None:
@@ -129,8 +152,14 @@ def drop_unread(module: GraphModule) -> None:
                 del store[leaf]
 
 
-def bypass(graph: Graph, analysis: Analysis, names: Collection[str]) -> Graph:
+def bypass(graph: Graph, analysis: Analysis, names: Collection[str], adapted: Collection[str] = ()) -> Graph:
     """A copy in which the branches of the named blocks are gone and their additions pass the skip on.
+
+    Args:
+        graph: left as it is.
+        analysis: of that graph.
+        names: of the blocks.
+        adapted: those of them whose addition gets a linear map of the skip in the branch's place, BLOCK.adaptor, which is zero at first.
 
     Raises:
         UnknownName: a block that the analysis has not.
@@ -148,10 +177,59 @@ def bypass(graph: Graph, analysis: Analysis, names: Collection[str]) -> Graph:
             continue
         at = [a.name for a in original[block.node].all_input_nodes].index(block.skip)
         addition = nodes[block.node]
-        addition.replace_all_uses_with(addition.all_input_nodes[at])
-        fx.erase_node(addition)
+        if name in adapted:
+            _adapt(result.module, block, addition, at)
+        else:
+            addition.replace_all_uses_with(addition.all_input_nodes[at])
+            fx.erase_node(addition)
     sweep(fx)
     drop_unread(result.module)
     fx.lint()
     result.module.recompile()
     return result
+
+
+def _adapt(module: GraphModule, block: Block, addition: Node, at: int) -> None:
+    """Puts a linear map of the skip, its operand number `at`, in the place of an addition's other operand."""
+    assert block.adaptor, block.name
+    spatial = len(block.stream) - 2 if block.adaptor == "conv" else 0
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(block.channels, block.channels, *[1] * spatial))
+    layer.bias = nn.Parameter(torch.zeros(block.channels))
+    name = f"{block.name}.adaptor"
+    module.add_submodule(name, layer)
+    skip, branch = addition.all_input_nodes[at], addition.all_input_nodes[1 - at]
+    with module.graph.inserting_before(addition):
+        target = _CONVOLUTIONS[spatial - 1] if spatial else aten.linear.default
+        mapped = module.graph.call_function(
+            target, (skip, module.graph.get_attr(f"{name}.weight"), module.graph.get_attr(f"{name}.bias")), name=f"adaptor_{addition.name}"
+        )
+    addition.replace_input_with(branch, mapped)
+
+
+def narrow_adaptor(module: GraphModule, name: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    """Splits the adaptor of a block in two, in place: what it computes becomes `up @ (down @ x) + bias`.
+
+    Args:
+        module: has the adaptor.
+        name: of the block.
+        down: [rank, channels].
+        up: [channels, rank].
+    """
+    node = next(
+        n
+        for n in module.graph.nodes
+        if n.op == "call_function" and any(str(a.target) == f"{name}.adaptor.weight" for a in n.all_input_nodes)
+    )
+    layer = module.get_submodule(f"{name}.adaptor")
+    ones = [1] * (layer.weight.dim() - 2)
+    first = nn.Module()
+    first.weight = nn.Parameter(down.reshape(*down.shape, *ones).to(layer.weight.dtype))
+    module.add_submodule(f"{name}.adaptor_down", first)
+    layer.weight = nn.Parameter(up.reshape(*up.shape, *ones).to(layer.weight.dtype))
+    with module.graph.inserting_before(node):
+        less = module.graph.call_function(
+            node.target, (node.args[0], module.graph.get_attr(f"{name}.adaptor_down.weight")), name=f"{node.name}_down"
+        )
+    node.update_arg(0, less)
+    module.recompile()

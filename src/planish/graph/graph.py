@@ -136,6 +136,8 @@ class Block:
         skip: fx name of the value that remains.
         operators: names of the operators that vanish.
         parameters: names of the parameters that vanish.
+        stream: the sizes of what the addition gives.
+        adaptor: what a linear map in the branch's place would be: "conv" over axis 1, "linear" over the last; "" where there can be none.
     """
 
     name: str
@@ -143,6 +145,13 @@ class Block:
     skip: str
     operators: tuple[str, ...]
     parameters: tuple[str, ...]
+    stream: tuple[Size, ...] = ()
+    adaptor: str = ""
+
+    @property
+    def channels(self) -> int:
+        """How many channels an adaptor would have to map."""
+        return self.stream[1 if self.adaptor == "conv" else -1].full
 
 
 @dataclass(frozen=True)

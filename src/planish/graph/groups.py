@@ -17,7 +17,7 @@ import planish.graph.rules  # noqa: F401  (registers the rules)
 from planish.errors import UnknownName
 from planish.graph.blocks import find_blocks
 from planish.graph.facts import Facts, at_batch, observe
-from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.graph import Analysis, Graph, Group, Size
 from planish.graph.ids import Signature, Val
 from planish.graph.naming import module_path, unique
 from planish.graph.operators import Labels, find_operators
@@ -260,7 +260,13 @@ def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
     solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)), _states(graph), axes)
     groups, unit, place = _groups(solved, pins, idle)
     labels = Labels(solved.program, unit, place, {name: group.units for name, group in groups.items()})
-    operators = find_operators(graph.module, labels, observe(graph.module, graph.example))
-    blocks = find_blocks(solved.program, operators)
+    facts = observe(graph.module, graph.example)
+    operators = find_operators(graph.module, labels, facts)
+
+    def sizes(name: str) -> tuple[Size, ...]:
+        val = solved.program.vals.get(name)
+        return labels.sizes(val if isinstance(val, Val) else None, facts.shape(name))
+
+    blocks = find_blocks(solved.program, operators, sizes)
     unknown = {name: tuple(nodes) for name, nodes in solved.program.unknown.items()}
     return Analysis(groups, blocks, operators, unknown, _reasons(solved, groups), labels)

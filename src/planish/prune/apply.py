@@ -13,7 +13,7 @@ from planish.graph.blocks import bypass
 from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.groups import analyse
 from planish.graph.surgery import prune
-from planish.plan import Plan
+from planish.plan import Plan, rank_of
 from planish.prune.order import Going, Orders, merge_
 
 
@@ -44,6 +44,15 @@ def check(analysis: Analysis, plan: Plan) -> None:
         for name in given:
             if name not in known:
                 raise PlanError(f"plan: {UnknownName(kind, name, known)}")
+    for name, adaptor in plan.adaptors.items():
+        if name not in plan.blocks or not analysis.blocks[name].adaptor:
+            raise PlanError(
+                f"plan: {name!r} must be bypassed and be a block of one linear stream to leave an adaptor; leave the adaptor out"
+            )
+        try:
+            rank_of(adaptor)
+        except ValueError as err:
+            raise PlanError(f"plan: {name!r}: {err}") from err
     for name, width in plan.widths.items():
         group = analysis.groups[name]
         if not group.least <= width <= group.units:
@@ -93,7 +102,7 @@ def apply(graph: Graph, analysis: Analysis, plan: Plan, orders: Orders) -> Appli
     removed = {name: its.units for name, its in going.items()}
     current, now = _merged(graph, analysis, going), analysis
     if plan.blocks:
-        current = bypass(current, analysis, plan.blocks)
+        current = bypass(current, analysis, plan.blocks, plan.adaptors)
         now = analyse(current)
     pruned = prune(current, now, translated(now, analysis, removed))
     return Applied(pruned.graph, pruned.kept, removed, spared)
@@ -124,6 +133,8 @@ def _translate(group: Group, original: Analysis, removed: Mapping[str, NDArray[n
     goes = np.ones(group.units, bool)
     known = np.zeros(group.units, bool)
     for key, unit_of in group.unit_of.items():
+        if key[0] not in original.ids.program.parameters:
+            continue  # an adaptor's: it has no units of its own
         gone = np.zeros(len(unit_of), bool)
         for name, units in removed.items():
             before = original.groups[name].unit_of.get(key)

@@ -1,4 +1,4 @@
-"""The loss of bypassing each residual block alone, after a short local repair."""
+"""The loss of bypassing each residual block alone, or of leaving an adaptor in its place, after a short local repair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.fx import Node
 from planish.graph.divergence import Divergence
 from planish.graph.graph import Analysis
 from planish.graph.replay import Environment, Replay
-from planish.prune.repair import STRENGTHS, Fit, Repair, find_fits
+from planish.prune.adaptors import Map, fitted, kinds_of
+from planish.prune.repair import STRENGTHS, Fit, Redirection, Repair, find_fits
 
 _REPAIRED = 4
 _ROWS_PER_COLUMN = 8
@@ -25,8 +26,9 @@ def block_losses(
     reference: list[list[Tensor]],
     measure: Divergence,
     done: Callable[[], None],
-) -> dict[str, float]:
-    """The mean divergence from the original of the graph without each block.
+    is_adapted: bool = False,
+) -> dict[tuple[str, int | str], float]:
+    """(block, 1 or the adaptor that it leaves) -> the mean divergence from the original of the graph without it.
 
     A residual stream that lacks a block is off by much more than what cannot be repaired, and ranks blocks wrongly. So the next few
     convolutions or linear maps behind the block are refitted as `compensate` does on two thirds of the batches, and the loss is what
@@ -39,39 +41,62 @@ def block_losses(
         reference: the original's flat outputs for each.
         measure: of outputs against the reference.
         done: called after each block.
+        is_adapted: whether adaptors are tried too.
     """
-    fitted = max(1, len(chunks) * 2 // 3)
-    held_out = fitted if len(chunks) > 1 else 0
+    fitted_on = max(1, len(chunks) * 2 // 3)
+    held_out = fitted_on if len(chunks) > 1 else 0
     fits, _ = find_fits(replay, replay)
     values: list[Environment] = [replay.start(chunk) for chunk in chunks]
     reached = 0
-    losses: dict[str, float] = {}
+    losses: dict[tuple[str, int | str], float] = {}
     for block in sorted(analysis.blocks.values(), key=lambda block: replay.position[replay.by_name[block.node]]):
-        node = replay.by_name[block.node]
+        node, skip = replay.by_name[block.node], replay.by_name[block.skip]
         while reached < replay.position[node]:
             for environment in values:
                 replay.step(replay.nodes[reached], environment)
             reached += 1
         near = {at: fit for at, fit in fits.items() if replay.position[at] > reached}
         near = dict(list(near.items())[:_REPAIRED])
-        repair = Repair(
-            replay,
-            replay,
-            _copies(replay, near),
-            {},
-            [dict(environment) for environment in values],
-            [dict(environment) for environment in values[:fitted]],
-            STRENGTHS,
-            _ROWS_PER_COLUMN,
-            torch.Generator().manual_seed(0),
-            reached,
-            reached,
-        )
-        outputs = repair.run(near, redirected={node: replay.by_name[block.skip]})
-        totals = [measure.per_sample(new, old) for new, old in zip(outputs[held_out:], reference[held_out:], strict=True)]
-        losses[block.name] = float(torch.cat(totals).double().mean())
+        ways: dict[int | str, Redirection] = {1: _bypassed(skip)}
+        for kind in kinds_of(block) if is_adapted else ():
+            skips = [environment[skip] for environment in values[:fitted_on]]
+            sums = [replay.value(node, environment) for environment in values[:fitted_on]]
+            ways[kind] = _adapted(fitted(block, skips, sums, kind), skip)
+        for way, redirection in ways.items():
+            repair = Repair(
+                replay,
+                replay,
+                _copies(replay, near),
+                {},
+                [dict(environment) for environment in values],
+                [dict(environment) for environment in values[:fitted_on]],
+                STRENGTHS,
+                _ROWS_PER_COLUMN,
+                torch.Generator().manual_seed(0),
+                reached,
+                reached,
+            )
+            outputs = repair.run(near, redirected={node: redirection})
+            totals = [measure.per_sample(new, old) for new, old in zip(outputs[held_out:], reference[held_out:], strict=True)]
+            losses[block.name, way] = float(torch.cat(totals).double().mean())
         done()
     return losses
+
+
+def _adapted(adaptor: Map, skip: Node) -> Redirection:
+    def redirection(environment: Environment) -> Tensor:
+        value: Tensor = environment[skip]
+        return value + adaptor(value)
+
+    return redirection
+
+
+def _bypassed(skip: Node) -> Redirection:
+    def redirection(environment: Environment) -> Tensor:
+        value: Tensor = environment[skip]
+        return value
+
+    return redirection
 
 
 def _copies(replay: Replay, fits: Mapping[Node, Fit]) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ def sensitivities(
     samples: int = 384,
     kind: str | None = None,
     seconds: float | None = None,
+    is_adapted: bool = False,
 ) -> list[Option]:
     """The loss of each width below full of each group, and of each bypassed block, alone.
 
@@ -73,6 +74,7 @@ def sensitivities(
         samples: how many samples to use.
         kind: "logits" or "values"; None guesses from the outputs.
         seconds: about what it may take; fewer samples are used where they would take longer, but never fewer than 24.
+        is_adapted: whether blocks that go may also leave an adaptor.
 
     Returns:
         Options with finite losses of at least 0; in each group a narrower width never loses less than a wider one.
@@ -80,7 +82,7 @@ def sensitivities(
     replay = Replay(graph.module)
     with evaluating(graph):
         levels = sum(len(width_levels(group, multiple)) - 1 for group in analysis.groups.values())
-        passes = 0.5 * levels + _PASSES_PER_BLOCK * len(analysis.blocks) + 2
+        passes = 0.5 * levels + _PASSES_PER_BLOCK * (3 if is_adapted else 1) * len(analysis.blocks) + 2
         count = samples_within(replay, split, affordable(replay, graph, samples), passes, seconds, _LEAST_SAMPLES)
     flat = take(split, count)
     size = min(_CHUNK, -(-count // 3))  # three batches at least, since blocks are repaired on two thirds and judged on the rest
@@ -107,7 +109,7 @@ def sensitivities(
                 changed = replay.run(dict(environment), reached, trial.parameters, trial.shifts)
                 trial.total += float(measure.per_sample(changed, outputs).double().sum())
                 tick()
-        blocks = block_losses(replay, analysis, chunks, reference, measure, tick)
+        blocks = block_losses(replay, analysis, chunks, reference, measure, tick, is_adapted)
     losses = {(trial.group, trial.width): trial.total / count for trial in trials}
     found = []
     for name, group in analysis.groups.items():
@@ -115,7 +117,7 @@ def sensitivities(
         for width in (width for width in width_levels(group, multiple) if (name, width) in losses):
             worst = max(worst, losses[name, width])
             found.append(Option("width", name, width, worst))
-    found += [Option("block", name, 1, max(blocks[name], 0.0)) for name in analysis.blocks]
+    found += [Option("block", name, way, max(loss, 0.0)) for (name, way), loss in blocks.items()]
     return [option for option in found if math.isfinite(option.loss)]
 
 

@@ -27,6 +27,9 @@ _ADDS = (aten.add.Tensor,)
 _UNTOUCHED = 1e-6  # relative squared error below which an operator already gives what the original gave, up to round-off
 
 
+Redirection = Callable[[Environment], Tensor]
+
+
 @dataclass(frozen=True)
 class Fit:
     """One operator of the changed net that can be refitted.
@@ -52,7 +55,7 @@ def find_fits(changed: Replay, original: Replay) -> tuple[dict[Node, Fit], dict[
     skipped: dict[str, str] = {}
     for node in changed.nodes:
         operator = contraction(node, parameters)
-        if operator is None or node.name not in original.by_name:
+        if operator is None:
             continue
         if uses[operator.weight] > 1 or (operator.bias is not None and uses[operator.bias] > 1):
             skipped[operator.weight] = "its parameters are shared"
@@ -69,6 +72,8 @@ def find_fits(changed: Replay, original: Replay) -> tuple[dict[Node, Fit], dict[
             others = [operand for operand in operands if not _comes_from(operand, node)]
             if len(operands) == 2 and len(others) == 1 and changed.position[others[0]] < changed.position[node]:
                 other = others[0]
+        if other is None and node.name not in original.by_name:
+            continue  # nothing says what it should give
         fits[node] = Fit(operator, norm, other, following.name if other is not None and following is not None else node.name)
     return fits, skipped
 
@@ -119,14 +124,14 @@ class Repair:
     def run(
         self,
         fits: Mapping[Node, Fit],
-        redirected: Mapping[Node, Node] | None = None,
+        redirected: Mapping[Node, Redirection] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Tensor]]:
         """The flat outputs of the changed net for each batch, after refitting on the way.
 
         Args:
             fits: what may be refitted.
-            redirected: node -> the node whose value it takes (a block that is bypassed without surgery).
+            redirected: node -> what gives its value in its place (a block that is bypassed without surgery).
             progress: called with (nodes done, nodes).
         """
         wanted = {fit.wanted for fit in fits.values()}
@@ -139,7 +144,7 @@ class Repair:
                 return [list(torch.fx.node.map_arg(node.args[0], environment.__getitem__)) for environment in self.values]
             if redirected is not None and node in redirected:
                 for environment in self.values:
-                    environment[node] = environment[redirected[node]]
+                    environment[node] = redirected[node](environment)
                     self.changed.release(node, environment)
                 continue
             if node in altered and node in fits:
@@ -152,7 +157,7 @@ class Repair:
                 self.changed.step(node, environment, self.tensors)
         raise AssertionError("a module ends in an output node")
 
-    def _altered(self, redirected: Mapping[Node, Node]) -> set[Node]:
+    def _altered(self, redirected: Mapping[Node, Redirection]) -> set[Node]:
         """The nodes whose value can differ from the original's: behind a parameter that shrank, or where the program changed."""
         shrunk = {name for name, _ in self.kept}
         altered: set[Node] = set()

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planish.graph.graph import Operator, Size
 from planish.graph.macs import operator_macs
 from planish.measure.kernels import Kernel
+from planish.plan import rank_of
 from planish.search.factor import Table
 from planish.search.space import FULL_PRECISION, Space, groups_of
 
 if TYPE_CHECKING:
-    from planish.graph.graph import Operator, Size
+    from planish.graph.graph import Block
 
 Grid = Mapping[int, tuple[int, ...]]
 """Variable -> the indices of its values at which kernels are measured, ascending, with both ends."""
@@ -69,6 +71,7 @@ class Term:
         schemes: variables of the precisions it depends on: the operator's own, or those of writer and reader that have one.
         bits: block bits that remove it.
         share: what part of the kernel's seconds counts.
+        chosen: a block's variable and the number of its value where the term exists only then (an adaptor); None otherwise.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Term:
     schemes: tuple[int, ...]
     bits: tuple[int, ...]
     share: float = 1.0
+    chosen: tuple[int, int] | None = None
 
     def _kept(self, picked: Sequence[int]) -> dict[str, int]:
         variables = self.space.variables
@@ -143,15 +147,20 @@ class Term:
         return table
 
     def _spread(self, table: Table, variables: tuple[int, ...]) -> tuple[tuple[int, ...], Table]:
-        return spread(self.space, table, variables, self.bits)
+        return spread(self.space, table, variables, self.bits, self.chosen)
 
 
-def spread(space: Space, table: Table, variables: tuple[int, ...], bits: tuple[int, ...]) -> tuple[tuple[int, ...], Table]:
-    """A table over `variables`, zero where one of the block `bits` is set, over the ascending variables of both."""
-    scope = tuple(sorted({*variables, *bits}))
+def spread(
+    space: Space, table: Table, variables: tuple[int, ...], bits: tuple[int, ...], chosen: tuple[int, int] | None = None
+) -> tuple[tuple[int, ...], Table]:
+    """A table over `variables`, zero where one of the block `bits` is set, and wherever the variable `chosen[0]` has another value than number
+    `chosen[1]`; over the ascending variables of all.
+    """
+    scope = tuple(sorted({*variables, *bits, *([chosen[0]] if chosen else [])}))
     order = sorted(range(len(variables)), key=lambda axis: variables[axis])
     out = np.zeros([space.sizes[v] for v in scope])
-    out[tuple(0 if v in bits else slice(None) for v in scope)] = table.transpose(order)
+    at = dict([chosen]) if chosen else {}
+    out[tuple(at[v] if v in at else 0 if v in bits else slice(None) for v in scope)] = table.transpose(order)
     return scope, out
 
 
@@ -180,7 +189,34 @@ def terms_of(space: Space) -> list[Term]:
         terms.append(Term(operator.name, space, operator, (), widths, own, space.bits_of(operator.name)))
     for operator in operators.values():
         terms += _conversions(space, operator, readers)
+    return [*terms, *adaptor_terms(space)]
+
+
+def adaptor_terms(space: Space) -> list[Term]:
+    """What the adaptors cost that blocks may leave, in floating point; each only where its block is bypassed that way."""
+    terms = []
+    for v, variable in enumerate(space.variables):
+        for number, value in enumerate(variable.values):
+            if variable.technique == "block" and isinstance(value, str):
+                for operator in _adaptor(space.analysis.blocks[variable.subject], rank_of(value)):
+                    widths = width_variables(space, operator.output + operator.inputs[0])
+                    terms.append(Term(operator.name, space, operator, (), widths, (), space.guards[v], 1.0, (v, number)))
     return terms
+
+
+def _adaptor(block: Block, rank: int | None) -> list[Operator]:
+    axis = 1 if block.adaptor == "conv" else len(block.stream) - 1
+    channels = block.stream[axis]
+    ends = [(channels, channels)] if rank is None else [(channels, Size(rank)), (Size(rank), channels)]
+    found = []
+    for number, (given, made) in enumerate(ends):
+        inputs, output = (tuple(size if d == axis else old for d, old in enumerate(block.stream)) for size in (given, made))
+        spatial = len(block.stream) - 2 if block.adaptor == "conv" else 0
+        attributes = {"stride": (1,) * spatial, "padding": (0,) * spatial, "dilation": (1,) * spatial} if spatial else {}
+        weights = ((made, given, *[Size(1)] * spatial), (made,))
+        name = f"{block.name}.adaptor.{number}"
+        found.append(Operator(name, name, block.adaptor, None, (inputs,), output, weights, attributes, reads=(block.skip,)))
+    return found
 
 
 def _conversions(space: Space, operator: Operator, readers: Mapping[str, int]) -> list[Term]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planish.search.factor import Table
-from planish.search.kernels import spread, width_variables
+from planish.search.kernels import adaptor_terms, spread, width_variables
 from planish.search.space import FULL_PRECISION, Space
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ def size_rows(space: Space) -> Factors:
             weights = weights[1:]
         seen.add(operator.weight or operator.name)
         out += [_bytes(space, operator, shape, narrows=len(shape) > 1) for shape in weights]
+    for term in adaptor_terms(space):
+        assert term.operator is not None
+        for shape in term.operator.weights:
+            widths = width_variables(space, shape)
+            out.append(spread(space, 4.0 * _elements(space, shape, widths), widths, term.bits, term.chosen))
     return out
 
 

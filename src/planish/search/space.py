@@ -27,7 +27,7 @@ class Variable:
     Args:
         technique: "width", "block" or "precision".
         subject: the name of the group, block or operator.
-        values: units kept from all downwards; 0 and 1 for a block; "fp32" and further schemes.
+        values: units kept from all downwards; 0 and 1 for a block, and the adaptors that it may leave; "fp32" and further schemes.
         losses: predicted loss of each value.
     """
 
@@ -127,6 +127,7 @@ class Space:
         plan = self.template.replace(
             widths={v.subject: value for v, value in picked if v.technique == "width"},
             blocks=tuple(v.subject for v, _ in picked if v.technique == "block"),
+            adaptors={v.subject: str(value) for v, value in picked if v.technique == "block" and value != 1},
             precisions={v.subject: value for v, value in picked if v.technique == "precision"},
         )
         return plan.replace(**changes) if changes else plan
@@ -139,7 +140,7 @@ class Space:
         """
         chosen = [0] * len(self.variables)
         wanted: list[tuple[str, str, int | str]] = [("width", name, width) for name, width in plan.widths.items()]
-        wanted += [("block", name, 1) for name in plan.blocks]
+        wanted += [("block", name, plan.adaptors.get(name, 1)) for name in plan.blocks]
         wanted += [("precision", name, scheme) for name, scheme in plan.precisions.items()]
         for technique, subject, value in wanted:
             number = self.index.get((technique, subject))
