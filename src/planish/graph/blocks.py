@@ -221,12 +221,12 @@ def narrow_adaptor(module: GraphModule, name: str, down: torch.Tensor, up: torch
         for n in module.graph.nodes
         if n.op == "call_function" and any(str(a.target) == f"{name}.adaptor.weight" for a in n.all_input_nodes)
     )
-    layer = module.get_submodule(f"{name}.adaptor")
-    ones = [1] * (layer.weight.dim() - 2)
+    layer, before = module.get_submodule(f"{name}.adaptor"), attribute(module, f"{name}.adaptor.weight")
+    ones = [1] * (before.dim() - 2)
     first = nn.Module()
-    first.weight = nn.Parameter(down.reshape(*down.shape, *ones).to(layer.weight.dtype))
+    first.weight = nn.Parameter(down.reshape(*down.shape, *ones).to(before.dtype))
     module.add_submodule(f"{name}.adaptor_down", first)
-    layer.weight = nn.Parameter(up.reshape(*up.shape, *ones).to(layer.weight.dtype))
+    layer.weight = nn.Parameter(up.reshape(*up.shape, *ones).to(before.dtype))
     with module.graph.inserting_before(node):
         less = module.graph.call_function(
             node.target, (node.args[0], module.graph.get_attr(f"{name}.adaptor_down.weight")), name=f"{node.name}_down"
