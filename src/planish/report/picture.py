@@ -1,0 +1,234 @@
+"""The picture of a net as plain data: boxes for operators, lines for what they read, brackets for blocks, all with coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from planish.report.figures import plain
+from planish.report.layout import Layout, lanes, lay_out
+
+BOX, HEAD, FUSED, ROW = 204, 42, 16, 20
+_STEP, _GAP, _LANE, _BRACKET, _MARGIN = BOX + 22, 34, 12, 24, 14
+_CORNER = 10.0
+LETTERS = 26
+"""So many letters of a name fit into a box."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Box:
+    """One operator.
+
+    Args:
+        number: its place in the program.
+        name: as the user's model calls it, in full.
+        label, detail, fused: the lines in the box; a light operator has only the first.
+        x, y, width, height: of the box.
+        is_light: it is element-wise, and drawn as a row below what it reads.
+        roles: role -> numbers of the groups that it is that to.
+        blocks: numbers of the blocks that it vanishes with.
+    """
+
+    number: int
+    name: str
+    label: str
+    detail: str
+    fused: str
+    x: float
+    y: float
+    width: float
+    height: float
+    is_light: bool
+    roles: dict[str, list[int]] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one operator reads of another: their numbers, and the path in SVG's language."""
+
+    source: int
+    target: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """A block that can be bypassed, beside its operators."""
+
+    number: int
+    label: str
+    x: float
+    top: float
+    bottom: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A net drawn from top to bottom; `frame` is what SVG calls its view box: left, top, width, height."""
+
+    frame: tuple[float, float, float, float]
+    boxes: list[Box]
+    lines: list[Line]
+    brackets: list[Bracket]
+
+
+def picture(data: dict[str, Any]) -> Picture:
+    """The picture of what `planish inspect` found.
+
+    Args:
+        data: the object that `inspect --json` prints.
+
+    Returns:
+        Each operator once, as a box; a line for each that one reads of another, but for those that are drawn in one stack, where
+        contact says it; the same for the same data.
+    """
+    operators = {operator["name"]: operator for operator in data["operators"]}
+    light = {name for name, operator in operators.items() if operator["kind"] == "elementwise"}
+    layout = lay_out({name: operator["reads"] for name, operator in operators.items()}, light)
+    frame = _Frame(layout, operators)
+    boxes = [frame.box(name) for name in operators]
+    for number, group in enumerate(data["groups"]):
+        for role, names in group["operators"].items():
+            for name in names:
+                boxes[frame.number[name]].roles.setdefault(role, []).append(number)
+    for number, block in enumerate(data["blocks"]):
+        for name in block["operators"]:
+            boxes[frame.number[name]].blocks.append(number)
+    lines = frame.lines()
+    brackets = _brackets(data["blocks"], boxes, frame.outer_left)
+    left = min([frame.outer_left, *(bracket.x - 10 for bracket in brackets)]) - _MARGIN
+    width, height = frame.outer_right + _MARGIN - left, max(frame.bottom, default=0.0) + 2 * _MARGIN
+    return Picture((left, -_MARGIN, width, height), boxes, lines, brackets)
+
+
+class _Frame:
+    """Coordinates of the layers and stacks of a layout, and the ways between them."""
+
+    def __init__(self, layout: Layout, operators: dict[str, dict[str, Any]]) -> None:
+        self.layout, self.operators = layout, operators
+        self.number = {name: i for i, name in enumerate(operators)}
+        self.stack = {name: i for i, stack in enumerate(layout.stacks) for name in stack}
+        self.first = {stack[0] for stack in layout.stacks}
+        heights = [sum(map(self._height, stack)) for stack in layout.stacks]
+        count = max(layout.layer, default=-1) + 1
+        tallest = [max(heights[i] for i, at in enumerate(layout.layer) if at == k) for k in range(count)]
+        self.top = [sum(tallest[:k]) + _GAP * k for k in range(count)]
+        self.bottom = [top + height for top, height in zip(self.top, tallest, strict=True)]
+        self.x = [_STEP * x for x in layout.x]
+        self.end = [self.top[at] + height for at, height in zip(layout.layer, heights, strict=True)]
+        inside = [[self.x[i] for i, at in enumerate(layout.layer) if at == k] for k in range(count)]
+        self.left = [min(row) - BOX / 2 for row in inside]
+        self.right = [max(row) + BOX / 2 for row in inside]
+        self.outer_left, self.outer_right = min(self.left, default=0.0), max(self.right, default=0.0)
+
+    def _height(self, name: str) -> int:
+        if name not in self.first:
+            return ROW
+        return HEAD + (FUSED if self.operators[name]["fused"] else 0)
+
+    def box(self, name: str) -> Box:
+        stack = self.layout.stacks[self.stack[name]]
+        above = sum(map(self._height, stack[: stack.index(name)]))
+        operator = self.operators[name]
+        kind = operator["op"] or operator["kind"]
+        kernel, size = "×".join(map(str, operator["kernel"])), "×".join(map(str, operator["output"][1:]))
+        is_light = name not in self.first
+        return Box(
+            number=self.number[name],
+            name=name,
+            label=plain(f"then {kind}" if is_light else name, LETTERS),
+            detail="" if is_light else plain(f"{kind} {kernel}".strip() + (f" → {size}" if size else ""), LETTERS),
+            fused="" if is_light or not operator["fused"] else plain("then " + ", ".join(operator["fused"]), LETTERS),
+            x=self.x[self.stack[name]] - BOX / 2,
+            y=self.top[self.layout.layer[self.stack[name]]] + above,
+            width=BOX,
+            height=self._height(name),
+            is_light=is_light,
+        )
+
+    def lines(self) -> list[Line]:
+        """A line for each operator that another reads; whatever one stack sends far down shares a lane beside the layers between."""
+        layer, sides = self.layout.layer, dict[int, bool]()
+        spans: dict[int, tuple[int, int]] = {}
+        for target, sources in enumerate(self.layout.reads):
+            for source in sources:
+                if layer[target] - layer[source] > 1:
+                    spans[source] = (layer[source], max(layer[target], spans.get(source, (0, 0))[1]))
+        for source in spans:
+            far = [t for t, read in enumerate(self.layout.reads) if source in read and layer[t] - layer[source] > 1]
+            sides[source] = self.x[source] + sum(self.x[t] for t in far) / len(far) < -1.0
+        lane: dict[int, float] = {}
+        for is_left in (False, True):
+            for source, n in lanes({s: span for s, span in spans.items() if sides[s] == is_left}).items():
+                within = slice(spans[source][0], spans[source][1] + 1)
+                away = 16 + _LANE * n
+                lane[source] = min(self.left[within]) - away if is_left else max(self.right[within]) + away
+        self.outer_left, self.outer_right = min([self.outer_left, *lane.values()]), max([self.outer_right, *lane.values()])
+        found = []
+        for name, operator in self.operators.items():
+            for read in operator["reads"]:
+                source, target = self.stack[read], self.stack[name]
+                if source != target:
+                    is_far = layer[target] - layer[source] > 1
+                    path = self._around(source, target, lane[source], sides[source]) if is_far else self._down(source, target)
+                    found.append(Line(self.number[read], self.number[name], path))
+        return found
+
+    def _down(self, source: int, target: int) -> str:
+        (x, y), (to, end) = (self.x[source], self.end[source]), (self.x[target], self.top[self.layout.layer[target]])
+        straight = self.bottom[self.layout.layer[source]]
+        return f"M{x:.1f} {y:.1f}V{straight:.1f}C{x:.1f} {straight + 20:.1f} {to:.1f} {end - 20:.1f} {to:.1f} {end - 4:.1f}"
+
+    def _around(self, source: int, target: int, lane: float, is_left: bool) -> str:
+        """From a stack to one far below along a lane: out at its side where nothing stands beside it, else through the gap below."""
+        x, to, half = self.x[source], self.x[target], -BOX / 2 if is_left else BOX / 2
+        start, end = self.layout.layer[source], self.layout.layer[target]
+        edge = self.left if is_left else self.right
+        leaves, comes = self.end[source] - 10, self.top[end] + 12
+        points: list[Point] = [(x + half, leaves), (lane, leaves)]
+        if abs(edge[start] - (x + half)) > 1:
+            gap = self.bottom[start] + 0.4 * _GAP
+            points = [(x + half / 2, self.end[source]), (x + half / 2, gap), (lane, gap)]
+        if abs(edge[end] - (to + half)) > 1:
+            gap = self.top[end] - 0.5 * _GAP
+            points += [(lane, gap), (to + half / 2, gap), (to + half / 2, self.top[end] - 4)]
+        else:
+            points += [(lane, comes), (to + half + (-4 if is_left else 4), comes)]
+        return rounded(points)
+
+
+def _brackets(blocks: Sequence[dict[str, Any]], boxes: Sequence[Box], edge: float) -> list[Bracket]:
+    spans: dict[int, tuple[int, int]] = {}
+    for number in range(len(blocks)):
+        inside = [box for box in boxes if number in box.blocks]
+        if inside:
+            spans[number] = (int(min(box.y for box in inside)), int(max(box.y + box.height for box in inside)))
+    return [
+        Bracket(
+            number,
+            plain(blocks[number]["name"], max(4, (spans[number][1] - spans[number][0]) // 8)),
+            edge - 18 - _BRACKET * lane,
+            *spans[number],
+        )
+        for number, lane in sorted(lanes(spans).items())
+    ]
+
+
+def rounded(points: Sequence[Point]) -> str:
+    """A path along `points` whose corners are round."""
+    parts = [f"M{points[0][0]:.1f} {points[0][1]:.1f}"]
+    for before, corner, after in zip(points, points[1:], points[2:], strict=False):
+        (ax, ay), (bx, by) = _towards(corner, before), _towards(corner, after)
+        parts.append(f"L{ax:.1f} {ay:.1f}Q{corner[0]:.1f} {corner[1]:.1f} {bx:.1f} {by:.1f}")
+    return "".join([*parts, f"L{points[-1][0]:.1f} {points[-1][1]:.1f}"])
+
+
+def _towards(corner: Point, other: Point) -> Point:
+    dx, dy = other[0] - corner[0], other[1] - corner[1]
+    length = max(abs(dx) + abs(dy), 1e-9)
+    share = min(_CORNER, length / 2) / length
+    return corner[0] + dx * share, corner[1] + dy * share
