@@ -7,15 +7,15 @@ import itertools
 import re
 from typing import Any
 
+import inspecting
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import inspecting
 from planish.report.groups_page import groups_page
 from planish.report.layout import lanes, lay_out, spread
 from planish.report.page import MARK
-from planish.report.picture import picture, rounded
+from planish.report.picture import LETTERS, ending, picture, rounded
 
 CHAIN = {"a": [], "relu": ["a"], "b": ["relu"], "c": ["b"], "add": ["c", "relu"], "d": ["add"]}
 
@@ -152,7 +152,7 @@ def test_hostile_names_are_text_and_nothing_is_loaded() -> None:
     assert "{{ 7 * 7 }}{% raw %}&amp;" in "".join(reader.text)
     assert inspecting.HOSTILE[0] in [op["data-name"] for op in reader.of_class("op")]
     for box in picture(inspecting.hostile()).boxes:
-        assert max(map(len, (box.label, box.detail, box.fused))) <= 26
+        assert max(map(len, (box.label, box.detail, box.fused))) <= LETTERS
 
 
 @pytest.mark.parametrize("without", ["groups", "blocks", "reasons", "notes"])
@@ -162,6 +162,28 @@ def test_a_net_without_something_has_a_page(without: str) -> None:
 
 
 def test_a_net_without_operators_has_a_page() -> None:
-    nothing: dict[str, Any] = dict.fromkeys(("operators", "groups", "blocks", "notes"), [])
+    nothing: dict[str, Any] = {"operators": [], "groups": [], "blocks": [], "notes": []}
     text = groups_page(nothing | {"name": "view", "parameters": 0, "macs": 0, "unknown": {}, "reasons": {}})
     assert "No operator in it costs time" in text and "Nothing in it can be pruned" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("layer1.0.conv1", "layer1.0.conv1"),
+        ("bert.encoder.layer.0.intermediate.dense", "….0.intermediate.dense"),
+        ("a." + "x" * 60, "….xxxxxxxxxx…xxxxxxxxxxx"),
+        ("y" * 60, "yyyyyyyyyyy…yyyyyyyyyyyy"),
+        ("short.\n\x1b", "short.??"),
+    ],
+)
+def test_a_name_that_is_too_long_keeps_its_end(name: str, wanted: str) -> None:
+    assert ending(name) == wanted
+    assert len(wanted) <= LETTERS
+
+
+def test_what_forks_and_joins_again_stays_in_one_column() -> None:
+    layout = lay_out({"a": [], "q": ["a"], "k": ["a"], "v": ["a"], "s": ["q", "k"], "m": ["s", "v"], "add": ["m", "a"]}, ())
+    x = dict(zip((s[0] for s in layout.stacks), layout.x, strict=True))
+    assert [x[n] for n in "aqkv"] == [0, -1, 0, 1]
+    assert x["s"] == x["m"] == x["add"] == 0

@@ -9,7 +9,7 @@ from planish.report.groups_text import dense, share, state
 from planish.report.picture import picture
 from planish.report.templating import asset, environment
 
-_ROLES = {"out": "issue", "in": "read", "affine": "hold parameters per unit", "passes": "let through"}
+_ROLES = {"out": "issued by", "in": "read by", "affine": "held one by one by", "passes": "let through by"}
 
 
 def groups_page(data: dict[str, Any]) -> str:
@@ -38,5 +38,5 @@ def groups_page(data: dict[str, Any]) -> str:
 
 def _said(group: dict[str, Any]) -> str:
     """What is read out when a group lights up."""
-    counts = [f"{len(names)} {_ROLES[role]}" for role, names in group["operators"].items() if names]
-    return f"{group['units']} {group['unit']}; of the operators {', '.join(counts)} them"
+    counts = [f"{_ROLES[role]} {len(names)}" for role, names in group["operators"].items() if names]
+    return f"{group['units']} {group['unit']}, {', '.join(counts)} of the operators"

@@ -47,7 +47,7 @@ def lay_out(reads: Mapping[str, Sequence[str]], light: Collection[str]) -> Layou
     for i, number in enumerate(layer):
         rows[number].append(i)
     _order(rows, above, below)
-    return Layout(tuple(map(tuple, stacks)), tuple(layer), tuple(_places(rows, above, below)), tuple(map(tuple, above)))
+    return Layout(tuple(map(tuple, stacks)), tuple(layer), tuple(_places(rows, above)), tuple(map(tuple, above)))
 
 
 def _stacks(reads: Mapping[str, Sequence[str]], light: Collection[str]) -> tuple[list[list[str]], dict[str, int]]:
@@ -91,16 +91,36 @@ def _order(rows: Sequence[list[int]], above: Sequence[Sequence[int]], below: Seq
                 settle(row)
 
 
-def _places(rows: Sequence[Sequence[int]], above: Sequence[Sequence[int]], below: Sequence[Sequence[int]]) -> list[float]:
-    """The middle of each stack: near its neighbours, in the order of its row."""
+def _places(rows: Sequence[Sequence[int]], above: Sequence[Sequence[int]]) -> list[float]:
+    """The middle of each stack: below what all its inputs come from, so that what forks and joins again stays in one column."""
+    parent = _dominators(above)
     x = [0.0] * len(above)
-    both = [[*above[i], *below[i]] for i in range(len(above))]
-    for ordered, neighbours in ((rows, above), (rows[::-1], below), (rows, both)):
-        for row in ordered:
-            wanted = [_mean([x[n] for n in neighbours[stack]], x[stack]) for stack in row]
-            for stack, place in zip(row, spread(wanted), strict=True):
-                x[stack] = place
+    for row in rows:
+        wanted = []
+        for stack in row:
+            source = parent[stack]
+            wanted.append(x[source] if source is not None else _mean([x[n] for n in above[stack]], 0.0))
+        for stack, place in zip(row, spread(wanted), strict=True):
+            x[stack] = place
     return x
+
+
+def _dominators(above: Sequence[Sequence[int]]) -> list[int | None]:
+    """For each stack the last one that all ways to it run through, or None where there is none."""
+    parent: list[int | None] = []
+    depth: list[int] = []
+    for sources in above:
+        common: int | None = sources[0] if sources else None
+        for source in sources[1:]:
+            other: int | None = source
+            while common != other:
+                if other is None or (common is not None and depth[common] >= depth[other]):
+                    common = None if common is None else parent[common]
+                else:
+                    other = parent[other]
+        parent.append(common)
+        depth.append(0 if common is None else depth[common] + 1)
+    return parent
 
 
 def spread(wanted: Sequence[float]) -> list[float]:

@@ -9,10 +9,10 @@ from typing import Any
 from planish.report.figures import plain
 from planish.report.layout import Layout, lanes, lay_out
 
-BOX, HEAD, FUSED, ROW = 204, 42, 16, 20
-_STEP, _GAP, _LANE, _BRACKET, _MARGIN = BOX + 22, 34, 12, 24, 14
+BOX, HEAD, FUSED, ROW = 192, 42, 16, 20
+_STEP, _GAP, _LANE, _BRACKET, _MARGIN = BOX + 18, 34, 12, 24, 14
 _CORNER = 10.0
-LETTERS = 26
+LETTERS = 24
 """So many letters of a name fit into a box."""
 
 Point = tuple[float, float]
@@ -99,14 +99,18 @@ def picture(data: dict[str, Any]) -> Picture:
         for name in block["operators"]:
             boxes[frame.number[name]].blocks.append(number)
     lines = frame.lines()
-    brackets = _brackets(data["blocks"], boxes, frame.outer_left)
-    left = min([frame.outer_left, *(bracket.x - 10 for bracket in brackets)]) - _MARGIN
-    width, height = frame.outer_right + _MARGIN - left, max(frame.bottom, default=0.0) + 2 * _MARGIN
+    brackets = frame.brackets(data["blocks"], boxes)
+    left = min([*frame.left, *(bracket.x - 12 for bracket in brackets)], default=0.0) - _MARGIN
+    width, height = max(frame.right, default=0.0) + _MARGIN - left, max(frame.bottom, default=0.0) + 2 * _MARGIN
     return Picture((left, -_MARGIN, width, height), boxes, lines, brackets)
 
 
 class _Frame:
-    """Coordinates of the layers and stacks of a layout, and the ways between them."""
+    """Coordinates of the layers and stacks of a layout, and the ways between them.
+
+    Attributes:
+        left, right: of each layer, as far out as anything is drawn there.
+    """
 
     def __init__(self, layout: Layout, operators: dict[str, dict[str, Any]]) -> None:
         self.layout, self.operators = layout, operators
@@ -123,7 +127,6 @@ class _Frame:
         inside = [[self.x[i] for i, at in enumerate(layout.layer) if at == k] for k in range(count)]
         self.left = [min(row) - BOX / 2 for row in inside]
         self.right = [max(row) + BOX / 2 for row in inside]
-        self.outer_left, self.outer_right = min(self.left, default=0.0), max(self.right, default=0.0)
 
     def _height(self, name: str) -> int:
         if name not in self.first:
@@ -140,7 +143,7 @@ class _Frame:
         return Box(
             number=self.number[name],
             name=name,
-            label=plain(f"then {kind}" if is_light else name, LETTERS),
+            label=plain(f"then {kind}", LETTERS) if is_light else ending(name),
             detail="" if is_light else plain(f"{kind} {kernel}".strip() + (f" → {size}" if size else ""), LETTERS),
             fused="" if is_light or not operator["fused"] else plain("then " + ", ".join(operator["fused"]), LETTERS),
             x=self.x[self.stack[name]] - BOX / 2,
@@ -161,13 +164,16 @@ class _Frame:
         for source in spans:
             far = [t for t, read in enumerate(self.layout.reads) if source in read and layer[t] - layer[source] > 1]
             sides[source] = self.x[source] + sum(self.x[t] for t in far) / len(far) < -1.0
+        edges = {False: list(self.right), True: list(self.left)}
         lane: dict[int, float] = {}
-        for is_left in (False, True):
+        for is_left, outermost, drawn in ((False, max, self.right), (True, min, self.left)):
             for source, n in lanes({s: span for s, span in spans.items() if sides[s] == is_left}).items():
-                within = slice(spans[source][0], spans[source][1] + 1)
+                within = range(spans[source][0], spans[source][1] + 1)
                 away = 16 + _LANE * n
-                lane[source] = min(self.left[within]) - away if is_left else max(self.right[within]) + away
-        self.outer_left, self.outer_right = min([self.outer_left, *lane.values()]), max([self.outer_right, *lane.values()])
+                lane[source] = outermost(edges[is_left][k] for k in within) + (-away if is_left else away)
+                for k in within:
+                    drawn[k] = outermost(drawn[k], lane[source])
+        self.edges = edges
         found = []
         for name, operator in self.operators.items():
             for read in operator["reads"]:
@@ -187,7 +193,7 @@ class _Frame:
         """From a stack to one far below along a lane: out at its side where nothing stands beside it, else through the gap below."""
         x, to, half = self.x[source], self.x[target], -BOX / 2 if is_left else BOX / 2
         start, end = self.layout.layer[source], self.layout.layer[target]
-        edge = self.left if is_left else self.right
+        edge = self.edges[is_left]
         leaves, comes = self.end[source] - 10, self.top[end] + 12
         points: list[Point] = [(x + half, leaves), (lane, leaves)]
         if abs(edge[start] - (x + half)) > 1:
@@ -200,22 +206,30 @@ class _Frame:
             points += [(lane, comes), (to + half + (-4 if is_left else 4), comes)]
         return rounded(points)
 
+    def brackets(self, blocks: Sequence[dict[str, Any]], boxes: Sequence[Box]) -> list[Bracket]:
+        """A bracket at the left of the layers of each block; one around others stands further out."""
+        layer = [self.layout.layer[self.stack[box.name]] for box in boxes]
+        inside = {n: [box for box in boxes if n in box.blocks] for n, block in enumerate(blocks) if block["operators"]}
+        spans = {n: (min(layer[b.number] for b in some), max(layer[b.number] for b in some) + 1) for n, some in inside.items()}
+        found = []
+        for number, lane in sorted(lanes(spans).items()):
+            top, bottom = min(b.y for b in inside[number]), max(b.y + b.height for b in inside[number])
+            x = min(self.left[slice(*spans[number])]) - 18 - _BRACKET * lane
+            found.append(Bracket(number, ending(blocks[number]["name"], max(4, int(bottom - top) // 8)), x, top, bottom))
+        return found
 
-def _brackets(blocks: Sequence[dict[str, Any]], boxes: Sequence[Box], edge: float) -> list[Bracket]:
-    spans: dict[int, tuple[int, int]] = {}
-    for number in range(len(blocks)):
-        inside = [box for box in boxes if number in box.blocks]
-        if inside:
-            spans[number] = (int(min(box.y for box in inside)), int(max(box.y + box.height for box in inside)))
-    return [
-        Bracket(
-            number,
-            plain(blocks[number]["name"], max(4, (spans[number][1] - spans[number][0]) // 8)),
-            edge - 18 - _BRACKET * lane,
-            *spans[number],
-        )
-        for number, lane in sorted(lanes(spans).items())
-    ]
+
+def ending(name: str, longest: int = LETTERS) -> str:
+    """The last parts of a dotted name, as many as fit: `….attention.self.query`; a part that is too long is cut in its middle."""
+    if len(name) <= longest:
+        return plain(name, longest)
+    parts = name.split(".")
+    kept = plain(parts[-1], longest - 2) if len(parts) > 1 else plain(name, longest)
+    for part in parts[-2:0:-1]:
+        if len(part) + len(kept) + 3 > longest:
+            break
+        kept = f"{plain(part)}.{kept}"
+    return f"….{kept}" if len(parts) > 1 else kept
 
 
 def rounded(points: Sequence[Point]) -> str:

@@ -96,13 +96,14 @@
   if (net) {
     var frame = net.viewBox.baseVal;
     var follow = function () {
-      seen.setAttribute("y", frame.y + pane.scrollTop);
-      seen.setAttribute("height", pane.clientHeight);
+      var scale = frame.height / net.clientHeight;
+      seen.setAttribute("y", frame.y + pane.scrollTop * scale);
+      seen.setAttribute("height", pane.clientHeight * scale);
       map.classList.toggle("idle", pane.clientHeight >= pane.scrollHeight);
     };
     var jump = function (event) {
       var at = map.getBoundingClientRect();
-      pane.scrollTop = (event.clientY - at.top) / at.height * frame.height - pane.clientHeight / 2;
+      pane.scrollTop = (event.clientY - at.top) / at.height * pane.scrollHeight - pane.clientHeight / 2;
     };
     pane.addEventListener("scroll", follow);
     window.addEventListener("resize", follow);
