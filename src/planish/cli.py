@@ -116,8 +116,8 @@ def doctor(console: Console, /, **_: Any) -> None:
 @click.pass_obj
 def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], output: Path | None, **_: Any) -> None:
     """Operators, groups and costs; what can be pruned or quantized, what not, and why."""
-    from planish.report import terminal
     from planish.report.file import check_page, write_page
+    from planish.report.inspection_text import inspection_text
 
     _check_target(target)
     if output is not None:
@@ -126,7 +126,7 @@ def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], 
     from planish import flow
 
     data = flow.inspect(workload, target=target, keep=keep, events=console).to_json()
-    text = terminal.inspection_text(data)
+    text = inspection_text(data)
     if output is not None:
         from planish.report.groups_page import groups_page
 

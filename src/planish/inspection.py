@@ -13,11 +13,11 @@ from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.groups import analyse
 from planish.graph.macs import macs, operator_macs
-from planish.graph.members import held, members, unit_name
+from planish.graph.members import Members, Shape, held, members, unit_name
 from planish.quantize.placement import unsupported
 
 if TYPE_CHECKING:
-    from planish.graph.graph import Analysis
+    from planish.graph.graph import Analysis, Operator
     from planish.request import Request
     from planish.workload import Workload
 
@@ -31,6 +31,7 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
     nodes = {node.name: node for node in graph.module.graph.nodes}
     total = macs(found)
     shapes = {name: tuple(value.shape) for name, value in graph.module.named_parameters()}
+    by_group = members(found)
     return {
         "name": job.name,
         "parameters": sum(map(math.prod, shapes.values())),
@@ -48,13 +49,11 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
                 "reads": list(operator.reads),
                 "tensors": list(operator.tensors),
                 "int8": unsupported(nodes[operator.node]) or "can be quantized",
-                "width": found.reasons.get(operator.weight or "", "") or "can be pruned"
-                if operator.weight is not None
-                else "has no channels of its own",
+                "width": _width(operator, found, by_group),
             }
             for name, operator in found.operators.items()
         ],
-        "groups": _groups(found, shapes, total),
+        "groups": _groups(found, by_group, shapes, total),
         "blocks": [
             {
                 "name": name,
@@ -69,12 +68,24 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
     }
 
 
-def _groups(found: Analysis, shapes: Mapping[str, tuple[int, ...]], total: int) -> list[dict[str, Any]]:
+def _width(operator: Operator, found: Analysis, by_group: Mapping[str, Members]) -> str:
+    """Whether an operator's output can be made narrower, or why not."""
+    if operator.weight is None:
+        return "has no channels of its own"
+    if operator.weight in found.reasons:
+        return found.reasons[operator.weight]
+    groups = [found.groups[name] for name, roles in by_group.items() if operator.name in (*roles["out"], *roles["affine"])]
+    if not groups:
+        return "is as wide as what it reads" if operator.kind == "norm" else "has no units that could go"
+    pinned = [group.pinned for group in groups if group.pinned]
+    return pinned[0] if len(pinned) == len(groups) else "can be pruned"
+
+
+def _groups(found: Analysis, by_group: Mapping[str, Members], shapes: Mapping[str, Shape], total: int) -> list[dict[str, Any]]:
     """Each group with its members, by tensor and by operator, and what would go if all its units went.
 
     An element of a weight belongs to a group on each side of it, so that the shares of all groups add up to more than one.
     """
-    by_group = members(found)
     parameters = max(1, sum(map(math.prod, shapes.values())))
     return [
         {

@@ -34,7 +34,7 @@ def test_units_are_heads_cells_or_channels() -> None:
     for name, wanted in {"vit": {"heads", "channels"}, "policy": {"cells", "channels"}, "unet": {"channels"}}.items():
         found = analysed(name)
         by_group = members(found)
-        assert {unit_name(group, found, by_group[group.name]) for group in found.groups.values()} <= wanted, name
+        assert {unit_name(group, found, by_group[group.name]) for group in found.groups.values()} == wanted, name
 
 
 def test_what_a_group_holds_counts_each_element_once() -> None:

@@ -187,3 +187,7 @@ def test_what_forks_and_joins_again_stays_in_one_column() -> None:
     x = dict(zip((s[0] for s in layout.stacks), layout.x, strict=True))
     assert [x[n] for n in "aqkv"] == [0, -1, 0, 1]
     assert x["s"] == x["m"] == x["add"] == 0
+    masked = lay_out({"a": [], "q": ["a"], "k": ["a"], "mask": [], "s": ["q", "k", "mask"]}, ())
+    assert masked.x[masked.stacks.index(("s",))] == masked.x[masked.stacks.index(("a",))]
+    towers = lay_out({"a": [], "b": [], "both": ["a", "b"]}, ())
+    assert towers.x == (-0.5, 0.5, 0.0)

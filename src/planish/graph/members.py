@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from planish.graph.graph import Analysis, Group, Operator, Size
 
 Shape = tuple[int, ...]
+Members = Mapping[str, tuple[str, ...]]
+"""Role of `ROLES` -> names of operators, in the order of the program."""
 
 ROLES = ("out", "in", "affine", "passes")
 """What an operator is to a group: it issues the units, reads them, holds parameters per unit, or lets them through without any."""
@@ -19,13 +21,16 @@ def _carried(shapes: Iterable[tuple[Size, ...]]) -> set[str]:
     return {group for shape in shapes for size in shape for group, _ in size.terms}
 
 
-def members(analysis: Analysis) -> dict[str, dict[str, tuple[str, ...]]]:
+def members(analysis: Analysis) -> dict[str, Members]:
     """For each group the operators that its units run through, by role, in the order of the program.
 
     An operator may issue and read the same group (a recurrent layer), and then stands under both roles.
 
+    Args:
+        analysis: what was found.
+
     Returns:
-        group name -> role of `ROLES` -> operator names.
+        The members by the group's name.
     """
     users: dict[str, list[Operator]] = collections.defaultdict(list)
     for operator in analysis.operators.values():
@@ -33,7 +38,7 @@ def members(analysis: Analysis) -> dict[str, dict[str, tuple[str, ...]]]:
             users[tensor].append(operator)
     taken = {name: _carried(operator.inputs) for name, operator in analysis.operators.items()}
     given = {name: _carried([operator.output]) for name, operator in analysis.operators.items()}
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    found: dict[str, Members] = {}
     for name, group in analysis.groups.items():
         by_role: dict[str, set[str]] = {role: set() for role in ROLES}
         for (tensor, _), role in group.roles.items():
@@ -48,7 +53,7 @@ def members(analysis: Analysis) -> dict[str, dict[str, tuple[str, ...]]]:
     return found
 
 
-def unit_name(group: Group, analysis: Analysis, by_role: Mapping[str, tuple[str, ...]]) -> str:
+def unit_name(group: Group, analysis: Analysis, by_role: Members) -> str:
     """What the units of a group are: "cells" of a recurrent layer, "heads" of an attention, or "channels".
 
     Args:
@@ -56,7 +61,8 @@ def unit_name(group: Group, analysis: Analysis, by_role: Mapping[str, tuple[str,
         analysis: what was found.
         by_role: the group's entry in `members`.
     """
-    if any(analysis.operators[name].kind in ("lstm", "gru") for name in by_role["out"]):
+    layers = any(analysis.operators[name].kind in ("lstm", "gru") for name in by_role["out"])
+    if layers or any(role == "out" and tensor.rpartition(".")[2].startswith("weight_hh") for (tensor, _), role in group.roles.items()):
         return "cells"
     for operator in analysis.operators.values():
         if operator.kind in ("attention", "softmax") and group.name in _carried(shape[:-2] for shape in operator.inputs):

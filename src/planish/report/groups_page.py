@@ -9,7 +9,7 @@ from planish.report.groups_text import dense, share, state
 from planish.report.picture import picture
 from planish.report.templating import asset, environment
 
-_ROLES = {"out": "issued by", "in": "read by", "affine": "held one by one by", "passes": "let through by"}
+_ROLES = {"out": "issued by", "in": "read by", "affine": "with parameters in", "passes": "let through by"}
 
 
 def groups_page(data: dict[str, Any]) -> str:

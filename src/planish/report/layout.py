@@ -106,21 +106,32 @@ def _places(rows: Sequence[Sequence[int]], above: Sequence[Sequence[int]]) -> li
 
 
 def _dominators(above: Sequence[Sequence[int]]) -> list[int | None]:
-    """For each stack the last one that all ways to it run through, or None where there is none."""
+    """For each stack the last one that all ways to it run through, or None where there is none.
+
+    Where ways share nothing the deeper one counts: a mask that comes from elsewhere moves no stream to another column.
+    """
     parent: list[int | None] = []
     depth: list[int] = []
     for sources in above:
         common: int | None = sources[0] if sources else None
         for source in sources[1:]:
-            other: int | None = source
-            while common != other:
-                if other is None or (common is not None and depth[common] >= depth[other]):
-                    common = None if common is None else parent[common]
-                else:
-                    other = parent[other]
+            common = _last_common(common, source, parent, depth) if common is not None else None
         parent.append(common)
         depth.append(0 if common is None else depth[common] + 1)
     return parent
+
+
+def _last_common(one: int, two: int, parent: Sequence[int | None], depth: Sequence[int]) -> int | None:
+    a: int | None = one
+    b: int | None = two
+    while a != b:
+        if b is None or (a is not None and depth[a] >= depth[b]):
+            a = None if a is None else parent[a]
+        else:
+            b = parent[b]
+    if a is None and depth[one] != depth[two]:
+        return one if depth[one] > depth[two] else two
+    return a
 
 
 def spread(wanted: Sequence[float]) -> list[float]:

@@ -140,11 +140,13 @@ class _Frame:
         kind = operator["op"] or operator["kind"]
         kernel, size = "×".join(map(str, operator["kernel"])), "×".join(map(str, operator["output"][1:]))
         is_light = name not in self.first
+        does = f"{kind} {kernel}".strip() if operator["tensors"] else ""  # what has no parameters is named after what it does
+        detail = f"{does} → {size}" if size else does
         return Box(
             number=self.number[name],
             name=name,
             label=plain(f"then {kind}", LETTERS) if is_light else ending(name),
-            detail="" if is_light else plain(f"{kind} {kernel}".strip() + (f" → {size}" if size else ""), LETTERS),
+            detail="" if is_light else plain(detail.strip(), LETTERS),
             fused="" if is_light or not operator["fused"] else plain("then " + ", ".join(operator["fused"]), LETTERS),
             x=self.x[self.stack[name]] - BOX / 2,
             y=self.top[self.layout.layer[self.stack[name]]] + above,

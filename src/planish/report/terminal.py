@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from planish.measurement import Estimate
 from planish.report import figures
 from planish.report.figures import NOTHING, plain
-from planish.report.groups_text import dense, listed, member_names, share, state
 
 if TYPE_CHECKING:
     from planish.measurement import Measurement
@@ -216,59 +215,6 @@ def work_plan_text(data: dict[str, Any]) -> str:
         + table(("stage", "about"), rows, right=(1,))
         + said
     )
-
-
-def inspection_text(data: dict[str, Any]) -> str:
-    """What `planish inspect` found: every operator with what can be done to it, the groups with their members, the blocks, and what stays."""
-    rows = [
-        (
-            operator["name"],
-            operator["kind"],
-            "×".join(map(str, operator["output"])),
-            figures.count(operator["macs"]),
-            f"{operator['share']:.0%}",
-            operator["width"],
-            operator["int8"],
-        )
-        for operator in data["operators"]
-    ]
-    groups = [
-        (
-            group["name"],
-            f"{group['units']} {group['unit']}",
-            share(group["share_of_parameters"]),
-            share(group["share_of_macs"]),
-            state(group),
-        )
-        for group in data["groups"]
-    ]
-    blocks = [(block["name"], share(block["share_of_macs"]), listed(block["operators"])) for block in data["blocks"]]
-    parts = [
-        folded(f"{data['name']}: {figures.count(data['parameters'])} parameters, {figures.count(data['macs'])} MACs a call"),
-        table(("operator", "kind", "output", "MACs", "share", "width", "int8"), rows, right=(2, 3, 4)),
-    ]
-    if groups:
-        parts.append(table(("group", "units", "of parameters", "of MACs", "state"), groups, right=(2, 3)))
-        parts.append(
-            folded("Members (out: issue the units, in: read them, affine: hold something for each, as a norm does):") + _members(data)
-        )
-    if blocks:
-        parts.append(table(("block that can be bypassed", "of MACs", "operators"), blocks, right=(1,)))
-    if data["reasons"]:
-        parts.append("".join(folded(f"stays dense: {listed(names)}: {reason}", "- ") for reason, names in dense(data)))
-    parts += [
-        folded(f"unknown operator {name}: what it touches stays dense ({listed(where)})", "- ") for name, where in data["unknown"].items()
-    ]
-    parts += [folded(note, "- ") for note in data["notes"]]
-    return "\n".join(parts)
-
-
-def _members(data: dict[str, Any]) -> str:
-    lines = []
-    for group in data["groups"]:
-        lines.append(folded(group["name"], "  "))
-        lines += [folded(f"{role}: {listed(names)}", "    ") for role, names in member_names(group).items()]
-    return "".join(lines)
 
 
 def verification_text(data: dict[str, Any]) -> str:
