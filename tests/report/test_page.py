@@ -297,6 +297,11 @@ def test_a_group_lights_up_in_a_browser(browser: Any, tmp_path: Path, width: int
     assert lit(browser)["second"] == ["in"]
     browser.switch_to.active_element.send_keys(Keys.ENTER)
     assert "out" in lit(browser)["stem"], "pressed again, the next one, which it reads"
+    lines = "return Array.from(document.querySelectorAll('.line.lit')).map(line => [line.dataset.from, line.dataset.to].map(Number))"
+    names = [operator["name"] for operator in data["operators"]]
+    ways = sorted((names[a], names[b]) for a, b in browser.execute_script(lines))
+    assert ("stem", "first") in ways and ("stem", "second") in ways, "the stream and its skip"
+    assert ("first", "second") not in ways, "which carries another group"
     browser.execute_script(f"document.getElementById('op-{stem}').focus()")
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert lit(browser) == {}

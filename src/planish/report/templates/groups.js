@@ -36,6 +36,7 @@
       var from = ops[line.dataset.from], to = ops[line.dataset.to];
       var gives = ["out", "affine", "passes", "block"].some(function (role) { return from.classList.contains("is-" + role); });
       line.classList.toggle("lit", gives && to.classList.contains("lit"));
+      if (line.classList.contains("lit")) { line.parentNode.appendChild(line); }
     });
     brackets.concat(rows).forEach(function (element) { element.classList.toggle("lit", key(element) === what); });
     var button = buttons.filter(function (b) { return key(b) === what; })[0];
