@@ -11,9 +11,10 @@ import torch
 from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
+from planish.graph.facts import Shape
 from planish.graph.groups import analyse
 from planish.graph.macs import macs, operator_macs
-from planish.graph.members import Members, Shape, held, members, unit_name
+from planish.graph.members import Members, held, members, unit_name
 from planish.quantize.placement import unsupported
 
 if TYPE_CHECKING:

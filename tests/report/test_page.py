@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import inspecting
 import msgspec
 import pytest
 
+import inspecting
 import making
 from planish.measurement import Estimate, Outcome
 from planish.report.groups_page import groups_page

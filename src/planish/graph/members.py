@@ -6,9 +6,9 @@ import collections
 import math
 from collections.abc import Iterable, Mapping
 
+from planish.graph.facts import Shape
 from planish.graph.graph import Analysis, Group, Operator, Size
 
-Shape = tuple[int, ...]
 Members = Mapping[str, tuple[str, ...]]
 """Role of `ROLES` -> names of operators, in the order of the program."""
 

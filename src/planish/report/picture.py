@@ -110,6 +110,8 @@ class _Frame:
 
     Attributes:
         left, right: of each layer, as far out as anything is drawn there.
+        edge: of each layer where its outermost box ends, at its left (True) and right (False).
+        is_left, lane: for each stack that is read far below, on which side of the layers what it gives runs down, and where.
     """
 
     def __init__(self, layout: Layout, operators: dict[str, dict[str, Any]]) -> None:
@@ -127,6 +129,8 @@ class _Frame:
         inside = [[self.x[i] for i, at in enumerate(layout.layer) if at == k] for k in range(count)]
         self.left = [min(row) - BOX / 2 for row in inside]
         self.right = [max(row) + BOX / 2 for row in inside]
+        self.edge = {False: tuple(self.right), True: tuple(self.left)}
+        self._lay_lanes()
 
     def _height(self, name: str) -> int:
         if name not in self.first:
@@ -155,34 +159,34 @@ class _Frame:
             is_light=is_light,
         )
 
-    def lines(self) -> list[Line]:
-        """A line for each operator that another reads; whatever one stack sends far down shares a lane beside the layers between."""
-        layer, sides = self.layout.layer, dict[int, bool]()
-        spans: dict[int, tuple[int, int]] = {}
+    def _lay_lanes(self) -> None:
+        """A lane beside the layers for each stack that is read far below, on the side to which it and its far readers lean."""
+        layer = self.layout.layer
+        far: dict[int, list[int]] = {}
         for target, sources in enumerate(self.layout.reads):
             for source in sources:
                 if layer[target] - layer[source] > 1:
-                    spans[source] = (layer[source], max(layer[target], spans.get(source, (0, 0))[1]))
-        for source in spans:
-            far = [t for t, read in enumerate(self.layout.reads) if source in read and layer[t] - layer[source] > 1]
-            sides[source] = self.x[source] + sum(self.x[t] for t in far) / len(far) < -1.0
-        edges = {False: list(self.right), True: list(self.left)}
-        lane: dict[int, float] = {}
-        for is_left, outermost, drawn in ((False, max, self.right), (True, min, self.left)):
-            for source, n in lanes({s: span for s, span in spans.items() if sides[s] == is_left}).items():
+                    far.setdefault(source, []).append(target)
+        self.is_left = {s: self.x[s] + sum(self.x[t] for t in targets) / len(targets) < -1.0 for s, targets in far.items()}
+        self.lane: dict[int, float] = {}
+        for side, outermost, drawn in ((False, max, self.right), (True, min, self.left)):
+            spans = {s: (layer[s], max(layer[t] for t in targets)) for s, targets in far.items() if self.is_left[s] == side}
+            for source, n in lanes(spans).items():
                 within = range(spans[source][0], spans[source][1] + 1)
                 away = 16 + _LANE * n
-                lane[source] = outermost(edges[is_left][k] for k in within) + (-away if is_left else away)
+                self.lane[source] = outermost(self.edge[side][k] for k in within) + (-away if side else away)
                 for k in within:
-                    drawn[k] = outermost(drawn[k], lane[source])
-        self.edges = edges
+                    drawn[k] = outermost(drawn[k], self.lane[source])
+
+    def lines(self) -> list[Line]:
+        """A line for each operator that another reads, but for those that stand in one stack."""
         found = []
         for name, operator in self.operators.items():
             for read in operator["reads"]:
                 source, target = self.stack[read], self.stack[name]
                 if source != target:
-                    is_far = layer[target] - layer[source] > 1
-                    path = self._around(source, target, lane[source], sides[source]) if is_far else self._down(source, target)
+                    is_far = self.layout.layer[target] - self.layout.layer[source] > 1
+                    path = self._around(source, target) if is_far else self._down(source, target)
                     found.append(Line(self.number[read], self.number[name], path))
         return found
 
@@ -191,11 +195,12 @@ class _Frame:
         straight = self.bottom[self.layout.layer[source]]
         return f"M{x:.1f} {y:.1f}V{straight:.1f}C{x:.1f} {straight + 20:.1f} {to:.1f} {end - 20:.1f} {to:.1f} {end - 4:.1f}"
 
-    def _around(self, source: int, target: int, lane: float, is_left: bool) -> str:
+    def _around(self, source: int, target: int) -> str:
         """From a stack to one far below along a lane: out at its side where nothing stands beside it, else through the gap below."""
+        is_left, lane = self.is_left[source], self.lane[source]
         x, to, half = self.x[source], self.x[target], -BOX / 2 if is_left else BOX / 2
         start, end = self.layout.layer[source], self.layout.layer[target]
-        edge = self.edges[is_left]
+        edge = self.edge[is_left]
         leaves, comes = self.end[source] - 10, self.top[end] + 12
         points: list[Point] = [(x + half, leaves), (lane, leaves)]
         if abs(edge[start] - (x + half)) > 1:
