@@ -380,6 +380,21 @@ def test_report_writes_a_page_and_only_over_a_page(tmp_path: Path, capfd: pytest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.html", "net.planish", "thesis.html"]
 
 
+def test_inspect_draws_a_page_and_only_over_a_page(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    page, other = tmp_path / "deep" / "groups.html", tmp_path / "thesis.html"
+    assert cli.main(["inspect", str(job), "-o", str(page), "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert answer["page"] == str(page)
+    assert [operator["name"] for operator in answer["operators"]] == ["0"]
+    assert 'data-name="0"' in page.read_text()
+    assert cli.main(["inspect", str(job), "-o", str(page)]) == 0
+    assert f"written: {page}" in capfd.readouterr().out
+    other.write_text("years of work")
+    assert cli.main(["inspect", "missing.py", "-o", str(other)]) == 2
+    assert "inspect: " in (err := capfd.readouterr().err) and "is no page of planish" in err
+    assert other.read_text() == "years of work"
+
+
 def test_report_of_a_run_that_wrote_no_artifact(tmp_path: Path) -> None:
     import msgspec
 

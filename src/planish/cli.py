@@ -102,22 +102,37 @@ def doctor(console: Console, /, **_: Any) -> None:
     console.answer(data, terminal.doctor_text(data))
 
 
-@cli.command(epilog=_example("planish inspect job.py --target openvino:cpu"))
+@cli.command(epilog=_example("planish inspect job.py --target openvino:cpu", "planish inspect job.py -o groups.html"))
 @job_argument
 @target_option
 @keep_option
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Also draw the net: one offline page in which the members of a group light up together.",
+)
 @_common
 @click.pass_obj
-def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], **_: Any) -> None:
+def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], output: Path | None, **_: Any) -> None:
     """Operators, groups and costs; what can be pruned or quantized, what not, and why."""
-    from planish.report import terminal
+    from planish.report.file import check_page, write_page
+    from planish.report.inspection_text import inspection_text
 
     _check_target(target)
+    if output is not None:
+        check_page(output, "inspect")
     workload = _load(console, job)
     from planish import flow
 
     data = flow.inspect(workload, target=target, keep=keep, events=console).to_json()
-    console.answer(data, terminal.inspection_text(data))
+    text = inspection_text(data)
+    if output is not None:
+        from planish.report.groups_page import groups_page
+
+        data |= {"page": str(write_page(groups_page(data), output, "inspect"))}
+        text += f"\nwritten: {output}\n"
+    console.answer(data, text)
 
 
 def _budget_options(function: F) -> F:
@@ -313,9 +328,9 @@ def bench(console: Console, /, job: Path, paths: tuple[Path, ...], seconds: floa
 def report(console: Console, /, path: Path, output: Path | None, **_: Any) -> None:
     """One offline page: the verdict, both nets, every trial, every operator."""
     from planish.artifact import beside
-    from planish.report.file import read_summary, write_page
+    from planish.report.file import read_summary, write_report
 
-    page = write_page(read_summary(path), output or beside(path, ".html"))
+    page = write_report(read_summary(path), output or beside(path, ".html"))
     console.answer({"page": str(page)}, f"written: {page}\n")
 
 
@@ -327,14 +342,14 @@ def report(console: Console, /, path: Path, output: Path | None, **_: Any) -> No
 def demo(console: Console, /, out: Path, overwrite: bool, seed: int, threads: int | None, **_: Any) -> int:
     """The main job on data that a dependency ships: train, optimize to half the latency, and show it."""
     from planish.artifact import beside, check_output
-    from planish.report.file import write_page
+    from planish.report.file import write_report
 
     overwrite = overwrite or out == _DEMO or _is_made_by_demo(out)
     check_output(out, overwrite)
     from planish import demo as example
 
     result = example.run(out, events=console, seed=seed, threads=threads, overwrite=overwrite)
-    page = write_page(result.summary, beside(out, ".html"))
+    page = write_report(result.summary, beside(out, ".html"))
     return _show_result(console, result, page)
 
 

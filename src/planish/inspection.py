@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,14 @@ import torch
 from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
+from planish.graph.facts import Shape
 from planish.graph.groups import analyse
 from planish.graph.macs import macs, operator_macs
+from planish.graph.members import Members, held, members, unit_name
 from planish.quantize.placement import unsupported
 
 if TYPE_CHECKING:
+    from planish.graph.graph import Analysis, Operator
     from planish.request import Request
     from planish.workload import Workload
 
@@ -28,41 +31,82 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
     found = analyse(graph, keep)
     nodes = {node.name: node for node in graph.module.graph.nodes}
     total = macs(found)
-    parameters = sum(value.numel() for value in graph.module.parameters())
+    shapes = {name: tuple(value.shape) for name, value in graph.module.named_parameters()}
+    by_group = members(found)
     return {
         "name": job.name,
-        "parameters": parameters,
+        "parameters": sum(map(math.prod, shapes.values())),
         "macs": total,
         "operators": [
             {
                 "name": name,
                 "kind": operator.kind,
+                "op": operator.attributes.get("op", ""),
+                "kernel": list(operator.attributes.get("kernel_size", ()) if operator.kind == "conv" else ()),
                 "output": [size.full for size in operator.output],
                 "macs": operator_macs(operator),
                 "share": operator_macs(operator) / total if total else 0.0,
                 "fused": list(operator.fused),
+                "reads": list(operator.reads),
+                "tensors": list(operator.tensors),
                 "int8": unsupported(nodes[operator.node]) or "can be quantized",
-                "width": found.reasons.get(operator.weight or "", "") or "can be pruned"
-                if operator.weight is not None
-                else "has no channels of its own",
+                "width": _width(operator, found, by_group),
             }
             for name, operator in found.operators.items()
         ],
-        "groups": [
+        "groups": _groups(found, by_group, shapes, total),
+        "blocks": [
             {
                 "name": name,
-                "units": group.units,
-                "parameters": len(group.unit_of),
-                "exact": group.exact,
-                "pinned": group.pinned,
+                "operators": list(block.operators),
+                "share_of_macs": sum(operator_macs(found.operators[o]) for o in block.operators) / total if total else 0.0,
             }
-            for name, group in found.groups.items()
+            for name, block in found.blocks.items()
         ],
-        "blocks": [{"name": name, "operators": list(block.operators)} for name, block in found.blocks.items()],
         "unknown": {name: list(places) for name, places in found.unknown.items()},
         "reasons": dict(found.reasons),
         "notes": graph.notes,
     }
+
+
+def _width(operator: Operator, found: Analysis, by_group: Mapping[str, Members]) -> str:
+    """Whether an operator's output can be made narrower, or why not."""
+    if operator.weight is None:
+        return "has no channels of its own"
+    if operator.weight in found.reasons:
+        return found.reasons[operator.weight]
+    groups = [found.groups[name] for name, roles in by_group.items() if operator.name in (*roles["out"], *roles["affine"])]
+    if not groups:
+        return "is as wide as what it reads" if operator.kind == "norm" else "has no units that could go"
+    pinned = [group.pinned for group in groups if group.pinned]
+    return pinned[0] if len(pinned) == len(groups) else "can be pruned"
+
+
+def _groups(found: Analysis, by_group: Mapping[str, Members], shapes: Mapping[str, Shape], total: int) -> list[dict[str, Any]]:
+    """Each group with its members, by tensor and by operator, and what would go if all its units went.
+
+    An element of a weight belongs to a group on each side of it, so that the shares of all groups add up to more than one.
+    """
+    parameters = max(1, sum(map(math.prod, shapes.values())))
+    return [
+        {
+            "name": name,
+            "units": group.units,
+            "unit": unit_name(group, found, by_group[name]),
+            "parameters": len(group.unit_of),
+            "exact": group.exact,
+            "multiple": group.multiple,
+            "pinned": group.pinned,
+            "share_of_parameters": held(group, shapes) / parameters,
+            "share_of_macs": 1 - macs(found, {name: 0}) / total if total else 0.0,
+            "members": [
+                {"tensor": tensor, "dimension": dimension, "role": group.roles[tensor, dimension], "indices": int((units >= 0).sum())}
+                for (tensor, dimension), units in group.unit_of.items()
+            ],
+            "operators": {role: list(operators) for role, operators in by_group[name].items()},
+        }
+        for name, group in found.groups.items()
+    ]
 
 
 def _too_short(total_s: float, limit_s: float | None) -> list[str]:

@@ -15,8 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
+import inspecting
 import making
 from planish.measurement import Estimate, Outcome
+from planish.report.groups_page import groups_page
 from planish.report.page import MARK, page
 from planish.report.plots import front, trials_figure
 from planish.result import OperatorRow, Summary
@@ -214,33 +216,105 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     shutil.rmtree(profile, ignore_errors=True)
 
 
+def load(browser: Any, file: Path, width: int, scheme: str) -> None:
+    """Open a page at a width, in a colour scheme; what the browser logged before is forgotten."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(file.as_uri())
+
+
+def check_quiet(browser: Any, file: Path, width: int) -> None:
+    """No error, no request but for the page itself, no overflow, and no script of a name has run."""
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith(("file:///", "data:", "blob:"))] == []
+    assert asked[0] == file.as_uri()
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.title != "owned"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 420])
 def test_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
     for name, summary in {"good": making.summary(), "hostile": hostile()}.items():
         file = tmp_path / f"{name}.html"
         file.write_text(page(summary), encoding="utf-8")
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        )
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        browser.get_log("browser")
-        browser.get_log("performance")
-        browser.get(file.as_uri())
+        load(browser, file, width, scheme)
         drawn = browser.execute_async_script(
             "const done = arguments[0]; let n = 0;"
             "(function wait() { const k = document.querySelectorAll('.plot .main-svg').length;"
             " if (k >= 2 || ++n > 100) done(k); else setTimeout(wait, 50); })();"
         )
         assert drawn >= 2, "the plots were not drawn"
-        assert browser.get_log("browser") == []
-        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        assert [url for url in asked if not url.startswith(("file:///", "data:", "blob:"))] == []
-        assert asked[0] == file.as_uri()
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        assert browser.title != "owned"
+        check_quiet(browser, file, width)
         assert browser.find_element("css selector", ".verdict h2").is_displayed()
         if name == "hostile":
             assert "<script>document.title='owned'</script>" in browser.execute_script("return document.body.innerText")
             assert browser.execute_script("return document.querySelectorAll('main script:not([type]), main img, main b').length") == 0
+
+
+LIT = """return Array.from(document.querySelectorAll('.op.lit')).map(op =>
+    [op.dataset.name, ['out', 'in', 'affine', 'passes', 'block'].filter(role => op.classList.contains('is-' + role))])"""
+SEEN = """const pane = document.getElementById('pane').getBoundingClientRect();
+    return Array.from(document.querySelectorAll('.op.lit .box')).some(box => { const at = box.getBoundingClientRect();
+        return at.top >= pane.top && at.bottom <= pane.bottom && at.left >= pane.left && at.right <= pane.right + 1; })"""
+
+
+def lit(browser: Any) -> dict[str, list[str]]:
+    """The operators that are lit, each with what it is to the group."""
+    return dict(browser.execute_script(LIT))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_group_lights_up_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    data = inspecting.found()
+    file = tmp_path / "groups.html"
+    file.write_text(groups_page(data), encoding="utf-8")
+    load(browser, file, width, scheme)
+    assert lit(browser) == {}
+    for number, group in enumerate(data["groups"]):
+        by_role = group["operators"]
+        wanted = {name: [role for role in by_role if name in by_role[role]] for names in by_role.values() for name in names}
+        browser.execute_script(f"document.querySelector('button[data-group=\"{number}\"]').focus()")
+        assert lit(browser) == wanted, group["name"]
+        assert browser.execute_script(SEEN), "a member is scrolled into the picture"
+        assert group["name"] in browser.find_element("id", "said").text
+        tags = browser.execute_script("return Array.from(document.querySelectorAll('.op:not(.lit) .tag')).map(tag => tag.textContent)")
+        assert set(tags) <= {""}
+    browser.execute_script("document.activeElement.blur()")
+    assert lit(browser) == {}
+
+    first, stem = (next(i for i, o in enumerate(data["operators"]) if o["name"] == name) for name in ("first", "stem"))
+    browser.execute_script(f"document.getElementById('op-{first}').focus()")
+    assert lit(browser)["second"] == ["in"], "a focused operator lights the group that it issues"
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert lit(browser)["second"] == ["in"]
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert "out" in lit(browser)["stem"], "pressed again, the next one, which it reads"
+    lines = "return Array.from(document.querySelectorAll('.line.lit')).map(line => [line.dataset.from, line.dataset.to].map(Number))"
+    names = [operator["name"] for operator in data["operators"]]
+    ways = sorted((names[a], names[b]) for a, b in browser.execute_script(lines))
+    assert ("stem", "first") in ways and ("stem", "second") in ways, "the stream and its skip"
+    assert ("first", "second") not in ways, "which carries another group"
+    browser.execute_script(f"document.getElementById('op-{stem}').focus()")
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert lit(browser) == {}
+    browser.execute_script("document.querySelector('button[data-block]').click()")
+    assert lit(browser) == {"first": ["block"], "second": ["block"]}
+    check_quiet(browser, file, width)
+
+
+def test_hostile_names_in_the_picture_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "hostile.html"
+    file.write_text(groups_page(inspecting.hostile()), encoding="utf-8")
+    for width in (1280, 420):
+        load(browser, file, width, "light")
+        browser.execute_script("document.querySelectorAll('button[data-group]').forEach(button => button.click())")
+        assert len(lit(browser)) == 2
+        check_quiet(browser, file, width)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
+import inspecting
 import msgspec
 import pytest
 
 import making
 from planish.measurement import Estimate
-from planish.report import figures, terminal
+from planish.report import figures, groups_text, terminal
+from planish.report.inspection_text import inspection_text
 from planish.result import Summary
 
 
@@ -82,36 +86,51 @@ def test_every_table_fits_and_loses_nothing(columns: int, monkeypatch: pytest.Mo
     texts = [
         terminal.result_text(summary),
         terminal.trials_text(summary.trials),
-        terminal.inspection_text(
-            {
-                "name": name,
-                "parameters": 270_000,
-                "macs": 40_600_000,
-                "operators": [
-                    {
-                        "name": name,
-                        "kind": "conv",
-                        "output": [1, 16, 32, 32],
-                        "macs": 2,
-                        "share": 0.5,
-                        "width": "can be pruned",
-                        "int8": name,
-                    }
-                ],
-                "groups": [{"name": name, "units": 16, "parameters": 4, "exact": True, "pinned": ""}],
-                "blocks": [{"name": name, "operators": [name, name]}],
-                "unknown": {"aten.odd": [name]},
-                "reasons": {},
-                "notes": ["a note"],
-            }
-        ),
+        inspection_text(inspecting.hostile()),
+        inspection_text(inspecting.found()),
     ]
     for text in texts:
         assert max(map(len, text.splitlines())) <= columns
         assert "\x1b" not in text
     assert "nearest trials" in texts[0]
     assert "qualitylost" in "".join(texts[1].split())
-    assert "aten.odd" in texts[2]
+    assert "unknown operator {{ 7 * 7 }}" in texts[2]
+    assert "second" in texts[3]
+
+
+def test_groups_are_listed_with_their_members_and_what_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = inspection_text(inspecting.found())
+    assert re.search(r"^first +12 channels +\d+ % +\d+ % +exact$", text, re.MULTILINE)
+    members = text.partition("Members")[2]
+    assert re.search(
+        r"^  first\n    out: first \(weight, bias\)\n    affine: norm \(weight, bias, running_mean, running_var\)\n    in: second \(weight\)$",
+        members,
+        re.MULTILINE,
+    )
+    assert re.search(r"^- stays dense, it is the program's output: head\.weight$", text, re.MULTILINE)
+
+
+def test_of_very_many_names_the_first_and_the_last_are_listed() -> None:
+    assert groups_text.listed([f"n{i}" for i in range(12)]) == ", ".join(f"n{i}" for i in range(12))
+    assert groups_text.listed([f"n{i}" for i in range(40)]).endswith("n10, … 28 more …, n39")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "exact"),
+        ({"exact": False, "multiple": 4}, "inexact: changes a norm's statistics, in steps of 4"),
+        ({"pinned": "keep=stem.*"}, "pinned by keep=stem.*"),
+    ],
+)
+def test_the_state_of_a_group(changes: dict[str, Any], wanted: str) -> None:
+    assert groups_text.state({"exact": True, "multiple": 1, "pinned": ""} | changes) == wanted
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(0.0, "0 %"), (0.0004, "< 1 %"), (0.124, "12 %"), (1.0, "100 %")])
+def test_a_share_is_never_nothing_where_there_is_something(value: float, wanted: str) -> None:
+    assert groups_text.share(value) == wanted
 
 
 def test_verification_and_bench() -> None:

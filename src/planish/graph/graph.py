@@ -112,6 +112,7 @@ class Operator:
             the operator's short name for element-wise, norm and pool.
         fused: short names of element-wise operators that directly follow it alone ("relu", "add"), in order; batch norm is folded.
         reads: names of the operators that its activation inputs come from, through movements and fused element-wise operators.
+        tensors: names of the parameters, buffers and constants that it and what is computed inside it use, a folded norm's included.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Operator:
     attributes: Mapping[str, Any]
     fused: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +187,22 @@ class _Finder:
                 stack.extend(reversed([a for a in node.all_input_nodes if self._is_activation(a)]))
         return list(found)
 
+    def _tensors(self, inside: Collection[Node]) -> list[str]:
+        """Names of the parameters, buffers and constants that these nodes use, looking through what belongs to no operator."""
+        found: dict[str, None] = {}
+        seen = set(inside)
+        stack = sorted(inside, key=lambda node: -self.position[node])
+        while stack:
+            for argument in stack.pop().all_input_nodes:
+                if argument in seen or argument in self.leader or argument in self.kinds:
+                    continue
+                seen.add(argument)
+                if argument.op != "get_attr":
+                    stack.append(argument)
+                elif isinstance(self.facts.shapes[argument.name], tuple):
+                    found.setdefault(self.program.canonical(str(argument.target)))
+        return list(found)
+
     def find(self, module: GraphModule) -> dict[str, Operator]:
         """The operators by name, in the order of the program."""
         self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -247,6 +263,7 @@ class _Finder:
             attributes=attributes,
             fused=tuple(rule_name(n.target) for n in followers),
             reads=tuple(self._sources(read)),
+            tensors=tuple(self._tensors(inside)),
         )
 
     def _val(self, node: Node, consumer: Node) -> Val | None:

@@ -30,19 +30,36 @@ def read_summary(path: Path) -> Summary:
         raise ArtifactError(f"{path}: {RESULT} cannot be read: {err}") from err
 
 
-def write_page(summary: Summary, output: Path) -> Path:
-    """The report page at `output`; a page of ours that is there is replaced, nothing else.
+def check_page(output: Path, command: str) -> None:
+    """Refuse a place where a page must not be written.
+
+    Args:
+        output: where the page would go; a page of ours that is there may be replaced, nothing else.
+        command: which writes it, for the message.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    if output.is_dir() or output.is_symlink():
+        raise UsageError(f"{command}: {output} is no file; give another -o")
+    if output.exists():
+        with output.open("rb") as file:
+            if MARK.encode() not in file.read(2000):
+                raise UsageError(f"{command}: {output} is there and is no page of planish; it is not overwritten: give another -o")
+
+
+def write_page(text: str, output: Path, command: str) -> Path:
+    """A page at `output`, written whole or not at all.
+
+    Args:
+        text: the page.
+        output: where it goes.
+        command: which writes it, for the message.
 
     Raises:
         UsageError: it cannot be written, or something else is there.
     """
-    if output.is_dir() or output.is_symlink():
-        raise UsageError(f"report: {output} is no file; give another -o")
-    if output.exists():
-        with output.open("rb") as file:
-            if MARK.encode() not in file.read(2000):
-                raise UsageError(f"report: {output} is there and is no page of planish; it is not overwritten: give another -o")
-    text = page(summary)
+    check_page(output, command)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -50,5 +67,11 @@ def write_page(summary: Summary, output: Path) -> Path:
         temporary.replace(output)
     except OSError as err:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"report: {output} could not be written: {err.strerror}") from err
+        raise UsageError(f"{command}: {output} could not be written: {err.strerror}") from err
     return output
+
+
+def write_report(summary: Summary, output: Path) -> Path:
+    """The report page of a run; raises what `write_page` does."""
+    check_page(output, "report")
+    return write_page(page(summary), output, "report")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from importlib import resources
 from typing import TYPE_CHECKING
 
-import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 import planish
 from planish.report import figures, rows
-from planish.report.figures import plain
 from planish.report.plots import history_figure, runtimes_figure, trials_figure
+from planish.report.templating import asset, environment
 
 if TYPE_CHECKING:
     from planish.result import Summary
@@ -27,7 +25,7 @@ def page(summary: Summary) -> str:
     Args:
         summary: of a run; every name in it is escaped, wherever it came from.
     """
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     plots = {"trials": trials_figure(summary), "runtimes": runtimes_figure(summary), "history": history_figure(summary)}
     shown = {name: figures.finite(figure) for name, figure in plots.items() if figure is not None}
     return template.render(
@@ -46,34 +44,10 @@ def page(summary: Summary) -> str:
         search=rows.search(summary),
         facts=rows.facts(summary),
         figures=shown,
-        css=_asset("page.css"),
-        script=_asset("page.js"),
+        css=asset("page.css"),
+        script=asset("page.js"),
         plotly=_plotly() if shown else "",
     )
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("planish.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["plain"] = plain
-    environment.filters["breakable"] = _breakable
-    return environment
-
-
-def _breakable(name: str) -> Markup:
-    """A dotted name, escaped, that may be broken after its dots."""
-    return escape(name).replace(".", Markup(".<wbr>"))
-
-
-def _asset(name: str) -> Markup:
-    """A style sheet or script of this package: written by us, so it goes into the page as it is."""
-    return Markup((resources.files("planish.report") / "templates" / name).read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -217,38 +217,6 @@ def work_plan_text(data: dict[str, Any]) -> str:
     )
 
 
-def inspection_text(data: dict[str, Any]) -> str:
-    """What `planish inspect` found: every operator with what can be done to it, the groups and the blocks."""
-    rows = [
-        (
-            operator["name"],
-            operator["kind"],
-            "×".join(map(str, operator["output"])),
-            figures.count(operator["macs"]),
-            f"{operator['share']:.0%}",
-            operator["width"],
-            operator["int8"],
-        )
-        for operator in data["operators"]
-    ]
-    groups = [(group["name"], group["units"], group["parameters"], group["pinned"] or "can be pruned") for group in data["groups"]]
-    blocks = [(block["name"], ", ".join(block["operators"])) for block in data["blocks"]]
-    parts = [
-        folded(f"{data['name']}: {figures.count(data['parameters'])} parameters, {figures.count(data['macs'])} MACs a call"),
-        table(("operator", "kind", "output", "MACs", "share", "width", "int8"), rows, right=(2, 3, 4)),
-    ]
-    if groups:
-        parts.append(table(("group", "units", "tensors", "state"), groups, right=(1, 2)))
-    if blocks:
-        parts.append(table(("block that can be bypassed", "operators"), blocks))
-    parts += [
-        folded(f"unknown operator {name}: what it touches stays dense ({', '.join(where)})", "- ")
-        for name, where in data["unknown"].items()
-    ]
-    parts += [folded(note, "- ") for note in data["notes"]]
-    return "\n".join(parts)
-
-
 def verification_text(data: dict[str, Any]) -> str:
     """What an artifact does here, beside what it claims."""
     now, then = data["latency_s"], data["claimed_latency_s"]
