@@ -57,10 +57,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*registry.names("saliency"), *clusterings], help="criteria")
     parser.add_argument("--images", type=int, default=20000, help="of recovery; 0: compensation alone")
     parser.add_argument("--option", default="A", choices=("A", "B"), help="shortcuts; both compute the same before pruning")
+    parser.add_argument("--blocks", action="store_true", help="let whole blocks go too")
+    parser.add_argument("--calibration", type=int, default=512, help="images that compensation and sensitivities see")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
 
-    job = cifar.job(arguments.depth, cifar.data_folder(arguments.data), option=arguments.option)
+    job = cifar.job(arguments.depth, cifar.data_folder(arguments.data), option=arguments.option, calibration=arguments.calibration)
     work = Path(tempfile.mkdtemp(prefix="planish-bench-"))
     data = job.materialize(work / "data")
     assert data.test is not None and data.train is not None and data.labelled is not None and data.labelled.targets is not None
@@ -82,12 +84,14 @@ def main() -> None:
                 continue
             order = orders(name, graph, analysis, material, seed)
             ordered = time.monotonic() - began
-            options = [o for o in sensitivities(graph, analysis, order, data.calibration, _MULTIPLE) if o.technique == "width"]
+            options = [
+                o for o in sensitivities(graph, analysis, order, data.calibration, _MULTIPLE) if arguments.blocks or o.technique == "width"
+            ]
             for fewer in arguments.fewer:
                 plan = cheapest(analysis, options, name, 1 / fewer)
                 pruned = apply(graph, analysis, plan, order)
-                compensate(pruned.graph, graph, pruned.kept, data.calibration, seed=seed)
-                judge(name, pruned.graph, seed, ordered)
+                compensate(pruned.graph, graph, pruned.kept, data.calibration, samples=data.calibration.n, seed=seed)
+                judge(name, pruned.graph, seed, ordered, time.monotonic() - began)
 
 
 class Judge:
@@ -105,8 +109,8 @@ class Judge:
         self.tuned = outputs(control, self.data.test)
         return get_metric("accuracy").score(self.tuned, self.data.test.targets)
 
-    def __call__(self, name: str, smaller: Graph, seed: int, seconds: float) -> None:
-        """A line about a net that `name` made in so many seconds."""
+    def __call__(self, name: str, smaller: Graph, seed: int, seconds: float, total: float = 0.0) -> None:
+        """A line about a net whose units `name` ordered in so many seconds, and that was there after `total`."""
         nets = [outputs(smaller, self.data.test)]
         if self.recovery.samples:
             recover(smaller, self.teacher, self.job, self.data, self.recovery, seed=seed)
@@ -114,7 +118,7 @@ class Judge:
         before, after = (paired_interval(get_metric("accuracy"), self.tuned, net, self.data.test.targets) for net in (nets[0], nets[-1]))
         print(
             f"  {name:20s} MACs / {self.full_macs / macs(analyse(smaller)):.2f}  drop {100 * after[0]:+6.2f} ({100 * after[1]:+.2f} to "
-            f"{100 * after[2]:+.2f})  before recovery {100 * before[0]:+6.2f}  ordered in {seconds:.1f} s",
+            f"{100 * after[2]:+.2f})  before recovery {100 * before[0]:+6.2f}  ordered in {seconds:.1f} s, there after {total:.0f} s",
             flush=True,
         )
 

@@ -100,8 +100,8 @@ def resnet(depth: int, folder: Path, option: str = "A") -> ResNet:
     return net.eval()
 
 
-def job(depth: int, folder: Path, test: bool = True, option: str = "A") -> planish.Workload:
-    """The benchmark's job: 45,000 images to train on, 5,000 to validate, 5,000 of the test set."""
+def job(depth: int, folder: Path, test: bool = True, option: str = "A", calibration: int = 512) -> planish.Workload:
+    """The benchmark's job: 45,000 images to train on, 5,000 to validate, 5,000 of the test set; the first of the former calibrate."""
     x, y = images(folder / "cifar10_train.tar.xz")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, kept = order[:5000], order[5000:]
@@ -111,6 +111,7 @@ def job(depth: int, folder: Path, test: bool = True, option: str = "A") -> plani
     return planish.Workload(
         model=resnet(depth, folder, option),
         example_inputs=(x[:1],),
+        calibration=[x[kept[:calibration]]],
         metric="accuracy",
         name=f"resnet{depth}",
         **{name: torch.utils.data.TensorDataset(*pair) for name, pair in splits.items()},

@@ -7,11 +7,11 @@ import itertools
 import re
 from typing import Any
 
-import inspecting
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import inspecting
 from planish.report.groups_page import groups_page
 from planish.report.layout import lanes, lay_out, spread
 from planish.report.page import MARK

@@ -6,10 +6,10 @@ import math
 import re
 from typing import Any
 
-import inspecting
 import msgspec
 import pytest
 
+import inspecting
 import making
 from planish.measurement import Estimate
 from planish.report import figures, groups_text, terminal
