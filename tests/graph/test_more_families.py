@@ -100,6 +100,7 @@ GROUPS: dict[str, dict[str, int]] = {
     "unet": {"one.0": 8, "two.0": 16, "bottom.0": 24, "up2": 16, "back2.0": 16, "up1": 8, "back1.0": 8},
     # 256 features are 16 channels of 4 x 4, on the way in and on the way out
     "autoencoder": {"encode.0": 8, "encode.2": 16, "encode.5": 32, "mean": 12, "decode.0": 16, "decode.3": 8},
+    "variational": {"encode.0": 32, "latent": 10, "latent#2": 10, "decode.0": 24},
     "weight_norm": {"features.0": 16, "features.2": 24},
     # whole groups of a group norm
     "group_norm": {"features.0": 4, "features.2.conv1": 6, "features.3.conv1": 6},
@@ -119,7 +120,12 @@ GROUPS: dict[str, dict[str, int]] = {
     "cross_attention": {"memory": 16, "query": 24, "attention.q_proj_weight": 4, "attention.out_proj": 24},
     "policy": {"encode.0": 32, "core": 24},
     "stepped": {"conv1": 16, "conv2": 12, "cell": 16},
+    "pixel_policy": {"see.0": 8, "see.2": 12, "see.5": 32, "core.l0": 24, "critic.0": 16},
     "gcn": {"one": 16},
+    "gcn_edges": {"one.linear": 16},
+    **{name: {"one.neighbours": 16} for name in ("sage_mean", "sage_max")},
+    "gat": {"one.linear": 4},  # heads
+    "graphs_apart": {"one.0": 16, "one.2": 20, "two.0": 24, "two.2": 16},
     "experts": {"embed": 16, **numbered("experts.{}.0", 32, 0, 1, 2, 3)},
     "gpt2": {
         "transformer.wte": 48,

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from planish.errors import CaptureError, UsageError
 from planish.graph.blame import FORWARD_ERRORS, blame
+from planish.graph.constants import fold_constants, graph_axes
 from planish.graph.functional import functionalise
 from planish.graph.graph import Graph
 from planish.graph.modes import TRAIN_DROPOUT, set_mode, short_name
@@ -78,7 +79,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         notes += call.notes
         dropouts = _train_dropouts(mine, call, few if is_dynamic else whole)
         if is_dynamic:
-            program = _export_dynamic(model, mine, call, few)
+            program = _export_dynamic(model, mine, call, few, notes)
             axes = _axes(program, list(inputs))
             is_dynamic = all(isinstance(shape[0], str) for shape in axes.values())
         if not is_dynamic:
@@ -207,10 +208,12 @@ def _restore_dropouts(module: fx.GraphModule, dropouts: list[float], notes: list
             node.meta[TRAIN_DROPOUT] = dropout
 
 
-def _export_dynamic(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """With sequence axes free as well, or, where tracing cannot follow one, with the batch alone."""
+def _export_dynamic(
+    model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], notes: list[str]
+) -> torch.export.ExportedProgram:
+    """With sequence axes free as well; with the batch alone where tracing cannot follow one, or where it runs over a graph that is given."""
     try:
-        return _export(model, mine, call, flat, axes=3)
+        program = _export(model, mine, call, flat, axes=3)
     except CaptureError as first:
         if all(tensor.dim() > 3 or tensor.dim() == 1 for tensor in flat):
             raise
@@ -218,6 +221,11 @@ def _export_dynamic(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tup
             return _export(model, mine, call, flat, axes=1)
         except CaptureError:
             raise first from None
+    names = _symbol_names(program)
+    if any(names.get(symbol, "batch") != "batch" for symbol in graph_axes(program) or ()):
+        notes.append("all axes but the batch are static, because the model holds a graph whose nodes lie along one of them")
+        return _export(model, mine, call, flat, axes=1)
+    return program
 
 
 def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], axes: int) -> torch.export.ExportedProgram:
@@ -296,6 +304,8 @@ def _plain(program: torch.export.ExportedProgram, mine: nn.Module, names: list[s
     functionalise(graph)
     to_aten(graph)
     graph.eliminate_dead_code()
+    if graph_axes(program) is not None:
+        fold_constants(lifted)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
     module = fx.GraphModule(lifted, graph)

@@ -11,6 +11,7 @@ from planish.graph.rules import (
     pooling,
     recurrent,
     reduction,
+    scatter,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "pooling",
     "recurrent",
     "reduction",
+    "scatter",
 ]
