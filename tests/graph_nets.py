@@ -119,7 +119,7 @@ class GraphsApart(nn.Module):
         x = x.flatten(0, 1)
         for layer in (self.one, self.two):
             x = torch.relu(layer(x + torch.zeros_like(x).index_add_(0, target, x.index_select(0, source))))
-        graph = torch.arange(graphs).repeat_interleave(nodes)
+        graph = torch.arange(graphs).view(-1, 1).expand(graphs, nodes).flatten()
         mean = x.new_zeros(graphs, x.size(1)).index_add_(0, graph, x) / nodes
         highest = x.new_zeros(graphs, x.size(1)).scatter_reduce_(0, graph.view(-1, 1).expand_as(x), x, "amax", include_self=False)
         return self.fc(torch.cat([mean, highest], 1))
