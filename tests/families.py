@@ -334,7 +334,9 @@ class PixelPolicy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.see = nn.Sequential(nn.Conv2d(3, 8, 4, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(108, 32), nn.ReLU())
+        self.see = nn.Sequential(
+            nn.Conv2d(3, 8, 4, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(108, 32), nn.ReLU()
+        )
         self.core = nn.LSTM(32, 24, batch_first=True)
         self.actor, self.critic = nn.Linear(24, 4), nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 1))
 

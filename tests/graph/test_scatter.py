@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
+import families
 import graph_nets
 import nets
 from planish.errors import UsageError
@@ -18,7 +20,9 @@ from planish.graph.capture import capture
 from planish.graph.graph import Graph
 from planish.graph.groups import analyse
 from planish.graph.surgery import masked_reference, prune
+from planish.runtimes.contract import get_runtime
 from planish.runtimes.to_onnx import to_onnx
+from planish.target import Target
 
 ROWS = [0, 2, 5, 1, 2, 2]  # of six: the first four differ, 3 and 4 get nothing, 2 gets three
 
@@ -162,3 +166,80 @@ def test_statistics_that_training_changes_and_parameters_are_no_constants() -> N
 
     graph = capture(Normed().eval(), torch.randn(2, graph_nets.NODES, 12, generator=torch.Generator().manual_seed(0)))
     assert not any(name.endswith("_constant") for name, _ in graph.module.named_buffers())
+
+
+@pytest.mark.runtime("openvino")
+@pytest.mark.parametrize("name", ["gcn_edges", "sage_mean", "sage_max", "gat", "graphs_apart"])
+@torch.no_grad()
+def test_openvino_computes_what_the_module_does(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model, example = families.build(name)
+    graph = capture(model, example)
+    runtime = get_runtime("openvino")
+    session = runtime.open(runtime.export(graph, tmp_path), graph.signature, Target("openvino"))
+    for batch in (1, 3):
+        inputs = graph.signature.flatten(nets.resized(example, batch))
+        assert close(tuple(session.run([tensor.numpy() for tensor in inputs])), graph.module(*inputs))
+    session.close()
+
+
+class Geometric(nn.Module):
+    """Two layers of PyTorch Geometric over a graph that the net holds."""
+
+    def __init__(self, one: nn.Module, two: nn.Module, is_union: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.is_union = one, two, is_union
+        self.register_buffer("edges", graph_nets.edges(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_union:
+            return self.two(torch.relu(self.one(x, self.edges)), self.edges)
+        graphs, nodes = x.size(0), x.size(1)  # layers that take one graph only: the samples are put together as one
+        edges = (self.edges.unsqueeze(1) + nodes * torch.arange(graphs).view(1, -1, 1)).flatten(1)
+        return self.two(torch.relu(self.one(x.flatten(0, 1), edges)), edges).unflatten(0, (graphs, nodes))
+
+
+def geometric(kind: str) -> tuple[nn.Module, dict[str, int]]:
+    """The net as its user writes it, and its groups."""
+    layers = pytest.importorskip("torch_geometric.nn")
+    torch.manual_seed(0)
+
+    def mlp(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(inputs, 20), nn.ReLU(), nn.Linear(20, outputs))
+
+    nets_and_groups: dict[str, Callable[[], tuple[nn.Module, nn.Module, bool, dict[str, int]]]] = {
+        "gcn": lambda: (layers.GCNConv(30, 16), layers.GCNConv(16, 5), False, {"one.lin": 16}),
+        "gcn_cached": lambda: (layers.GCNConv(30, 16, cached=True), layers.GCNConv(16, 5, cached=True), False, {"one.lin": 16}),
+        "sage": lambda: (layers.SAGEConv(30, 16), layers.SAGEConv(16, 5), False, {"one.lin_l": 16}),
+        "sage_max": lambda: (layers.SAGEConv(30, 16, aggr="max"), layers.SAGEConv(16, 5, aggr="max"), False, {"one.lin_l": 16}),
+        "gin": lambda: (layers.GINConv(mlp(30, 16)), layers.GINConv(mlp(16, 5)), False, {"one.nn.0": 20, "one.nn.2": 16, "two.nn.0": 20}),
+        "gat": lambda: (layers.GATConv(30, 6, heads=4), layers.GATConv(24, 5), True, {"one.lin": 4}),  # heads
+        "gat_2": lambda: (layers.GATv2Conv(30, 6, heads=4), layers.GATv2Conv(24, 5), True, {"one.lin_l": 4}),
+        "transformer": lambda: (
+            *(layers.TransformerConv(30, 6, heads=4), layers.TransformerConv(24, 5), True),
+            {"one.lin_query": 4, "two.lin_query": 5},
+        ),
+    }
+    one, two, is_union, groups = nets_and_groups[kind]()
+    return Geometric(one, two, is_union).eval(), groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gcn", "gcn_cached", "sage", "sage_max", "gin", "gat", "gat_2", "transformer"])
+@torch.no_grad()
+def test_layers_of_pytorch_geometric(kind: str, tmp_path: Path) -> None:
+    model, groups = geometric(kind)
+    example = (torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(0)),)
+    graph = capture(model, example)
+    analysis = analyse(graph)
+    assert {group.name: group.units for group in analysis.groups.values()} == groups
+    assert not analysis.unknown
+    removed = {name: list(range(0, units, 3)) for name, units in groups.items()}
+    pruned = prune(graph, analysis, removed).graph
+    to_onnx(pruned, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        (x,) = nets.resized(example, batch)
+        assert close(graph.module(x), (model(x),))
+        assert close(pruned.module(x), masked_reference(graph, analysis, removed, [x]))
+        assert close(tuple(session.run(None, {"x": np.asarray(x)})), pruned.module(x))

@@ -22,7 +22,7 @@ from planish.graph.blame import FORWARD_ERRORS, blame
 from planish.graph.constants import fold_constants, graph_axes
 from planish.graph.functional import functionalise
 from planish.graph.graph import Graph
-from planish.graph.modes import TRAIN_DROPOUT, set_mode, short_name
+from planish.graph.modes import TRAIN_DROPOUT, has_mode, set_mode, short_name
 from planish.graph.quiet import silenced
 from planish.graph.recurrent import Recurrence, to_aten
 from planish.graph.structure import FlatCall, check_batch, flat_inputs
@@ -32,6 +32,7 @@ aten = torch.ops.aten
 _BOOKKEEPING = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
 _KEPT_META = ("nn_module_stack", "stack_trace", TRAIN_DROPOUT)  # sizes and fake tensors would go stale, and do not pickle
 _TRACE_BATCHES = (2, 3, 5, 7, 11, 13, 17)
+_TAKEN = frozenset(name for name, value in vars(fx.GraphModule).items() if isinstance(value, property))
 _SPECIALISED = ("torch._export.non_strict_utils",)
 """Warns of every axis of size 1, which stays fixed."""
 
@@ -87,6 +88,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
             program = _export(model, mine, call, whole, axes=0)
             axes = _axes(program, list(inputs))
     graph = _plain(program, mine, list(inputs))
+    _check_no_chance(graph)
     _restore_dropouts(graph, dropouts, notes)
     signature = _signature(program, inputs, axes, call, takes, dict(state or {}))
     notes += _static_notes(inputs, axes)
@@ -111,6 +113,24 @@ def _check_names(model: nn.Module) -> None:
             raise CaptureError(
                 f"capture: {type(model).__name__} has a layer named {name[:80]!r}; torch.export cannot write quotes, backslashes or "
                 "control characters in a name; rename it"
+            )
+        first = name.split(".")[0]
+        if first in _TAKEN:
+            raise CaptureError(
+                f"capture: {type(model).__name__} has a layer named {first!r}, which is a property of torch.fx's own modules; rename it"
+            )
+
+
+def _check_no_chance(module: fx.GraphModule) -> None:
+    """Refuse a program that draws random numbers in eval mode: no two runs of it could be compared. What has a mode draws none in eval mode."""
+    for node in module.graph.nodes:
+        is_drawn = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        if is_drawn and node.users and not has_mode(node):
+            lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace", ""))
+            where = f"{lines[-1][0]}:{lines[-1][1]}: " if lines else ""
+            raise CaptureError(
+                f"capture: the model must give the same outputs for the same inputs in eval mode; {where}{short_name(node)} draws random "
+                "numbers; use their mean unless self.training, or make them an input"
             )
 
 

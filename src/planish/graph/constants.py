@@ -15,7 +15,10 @@ from planish.graph.program import CREATED
 _SCATTERING = frozenset({"scatter", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "index_put"})
 _KEEPS_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 _CHEAP = CREATED | frozenset(
-    {*("arange", "expand", "expand_as", "repeat", "clone", "detach"), *("view", "flatten", "select", "slice", "unbind", "getitem", "unsqueeze")}
+    {
+        *("arange", "expand", "expand_as", "repeat", "clone", "detach"),
+        *("view", "flatten", "select", "slice", "unbind", "getitem", "unsqueeze"),
+    }
 )
 """Operators on constants that are left where they are: they cost nothing, and what they give may be larger than what they take."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,12 +63,16 @@ def index_put(step: Step) -> Result | None:
     for val in step.vals("indices"):
         step.ids.fix_all(val, f"it is an index of {step.why}")
     step.ids.fix_all(x, f"it is indexed by {step.why}", indexed)
-    many = torch.broadcast_shapes(*(tuple(index.shape) for index in picked))
+    many = np.broadcast_shapes(*(tuple(index.shape) for index in picked))
     first, behind = indexed[0], x.rank - 1 - indexed[-1]
     places = [*range(first), *range(x.rank - behind, x.rank)]  # of the dimensions that are not indexed, in the tensor
     moved = [*range(first), *range(first + len(many), first + len(many) + behind)]  # and in what indexing would pick
     shape = (*x.shape[:first], *many, *x.shape[x.rank - behind :])
-    picks = Val(shape, {m: x.ids[p] for p, m in zip(places, moved, strict=True) if p in x.ids}, {m for p, m in zip(places, moved, strict=True) if p in x.weak})
+    picks = Val(
+        shape,
+        {m: x.ids[p] for p, m in zip(places, moved, strict=True) if p in x.ids},
+        {m for p, m in zip(places, moved, strict=True) if p in x.weak},
+    )
     written = step.ids.join(shape, [picks, values], step.why)
     step.ids.fix_all(written, f"it is indexed by {step.why}", range(first, first + len(many)))
     out = Val(step.shape)
