@@ -151,6 +151,40 @@ def test_graphs_that_are_given_leave_their_sizes_free() -> None:
     assert [spec.shape for spec in graph.signature.inputs] == [("batch", "sequence", 12), ("batch", "sequence_2", 2)]
 
 
+def test_positions_are_no_graph() -> None:
+    """Indices that come from sizes alone are as long as the sequence is."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x).index_add(1, torch.arange(x.size(1)).flip(0), x) @ self.linear.weight.T
+
+    graph = capture(Placed(), torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0)))
+    assert graph.signature.inputs[0].shape == ("batch", "sequence", 12)
+
+
+def test_each_of_several_results_is_a_constant() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 5)
+            self.register_buffer("edges", graph_nets.edges())
+
+        def forward(self, x: Tensor) -> Tensor:
+            source, target = self.edges
+            target, order = target.sort(stable=True)
+            sent = x.index_select(1, source[order]) / (1 + target.view(-1, 1))
+            return self.linear(graph_nets.scatter_sum(sent, target, graph_nets.NODES))
+
+    model, x = Sorted(), torch.randn(2, graph_nets.NODES, 12, generator=torch.Generator().manual_seed(0))
+    graph = capture(model, x)
+    assert not graph.module.graph.find_nodes(op="call_function", target=torch.ops.aten.sort.stable)
+    assert close(graph.module(x), (model(x),))
+
+
 def test_statistics_that_training_changes_and_parameters_are_no_constants() -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,14 +18,14 @@ _KEEPS_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 _CHEAP = CREATED | frozenset(
     {
         *("arange", "expand", "expand_as", "repeat", "clone", "detach"),
-        *("view", "flatten", "select", "slice", "unbind", "getitem", "unsqueeze"),
+        *("view", "flatten", "select", "slice", "unbind", "unsqueeze"),
     }
 )
 """Operators on constants that are left where they are: they cost nothing, and what they give may be larger than what they take."""
 
 
 def graph_axes(program: torch.export.ExportedProgram) -> set[str] | None:
-    """The symbols of the axes along which a program scatters by indices that no input gives; None where it scatters by no such indices.
+    """The symbols of the axes along which a program scatters by indices that it holds; None where it scatters by no such indices.
 
     Args:
         program: as exported, with symbols for the sizes of its values.
@@ -37,31 +38,30 @@ def graph_axes(program: torch.export.ExportedProgram) -> set[str] | None:
         named, shape = arguments(node), node.meta["val"].shape
         by_dim = dict(enumerate(named["indices"])) if "indices" in named else {named["dim"]: named["index"]}
         by_dim = {dim: index for dim, index in by_dim.items() if index is not None}
-        if any(_comes_from(index, given) for index in by_dim.values()):
+        sources = _sources(list(by_dim.values()))
+        if sources & given or not sources:
             continue
         lengths = [shape[dim] for dim in by_dim if isinstance(shape[dim], torch.SymInt)]
         axes = (axes or set()) | {str(symbol) for length in lengths for symbol in length.node.expr.free_symbols}
     return axes
 
 
-def _comes_from(node: fx.Node, given: set[str]) -> bool:
-    """Whether an index is computed from the values of these inputs, rather than from their sizes."""
+def _sources(nodes: list[fx.Node]) -> set[str]:
+    """The placeholders (inputs, and what the program holds) from whose values, rather than sizes, these are computed."""
     seen: set[fx.Node] = set()
-    stack = [node]
+    stack = nodes
     while stack:
         one = stack.pop()
         if one not in seen:
             seen.add(one)
-            if one.op == "placeholder" and one.name in given:
-                return True
             stack += _read(one)
-    return False
+    return {node.name for node in seen if node.op == "placeholder"}
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
     """The operands whose values a node computes with; of others it only takes the size or the type."""
     name = rule_name(node.target) if node.op == "call_function" else ""
-    if name.startswith(("new_", "sym_size")) or name.endswith("_like"):
+    if name.startswith(("new_", "sym_size", "sym_numel")) or name.endswith("_like"):
         return [other for other in node.all_input_nodes if other is not node.args[0]]
     return [node.args[0]] if name == "expand_as" and isinstance(node.args[0], fx.Node) else node.all_input_nodes
 
@@ -124,8 +124,16 @@ def _dear(nodes: Iterable[fx.Node], known: dict[fx.Node, Any]) -> list[fx.Node]:
     found: list[fx.Node] = []
     for node in nodes:
         if node in known and node.op == "call_function":
-            found += _dear(node.all_input_nodes, known) if rule_name(node.target) in _CHEAP else [node]
+            found += [node] if _is_dear(node) else _dear(node.all_input_nodes, known)
     return found
+
+
+def _is_dear(node: fx.Node) -> bool:
+    """Whether what a node gives is kept, rather than what it takes; of several results each is."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and rule_name(source.target) not in _CHEAP
+    return rule_name(node.target) not in _CHEAP
 
 
 def _replace(module: fx.GraphModule, node: fx.Node, value: Any, kept: list[tuple[Tensor, fx.Node]]) -> None:
@@ -138,7 +146,7 @@ def _replace(module: fx.GraphModule, node: fx.Node, value: Any, kept: list[tuple
     if same is None:
         name = f"{node.name}_constant"
         module.register_buffer(name, value.clone())
-        with module.graph.inserting_before(node):
+        with module.graph.inserting_before(next(other for other in module.graph.nodes if other.op == "call_function")):
             same = module.graph.get_attr(name)
         kept.append((value, same))
     node.replace_all_uses_with(same)

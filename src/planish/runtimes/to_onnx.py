@@ -27,7 +27,7 @@ from planish.graph.interpret import attribute
 from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
 from planish.graph.quiet import silenced
-from planish.runtimes.onnx_operators import translations
+from planish.runtimes.onnx_operators import scatter_slices, translations
 from planish.signature import Signature
 
 aten = torch.ops.aten
@@ -63,6 +63,7 @@ def to_onnx(graph: Graph, path: Path) -> None:
     prepared.module.recompile()
     with _quiet(), torch.no_grad():
         program = _trace(prepared)
+        scatter_slices(program.graph)
         table = translations(program.graph)
         _skip_decomposition(program, table)
         try:
