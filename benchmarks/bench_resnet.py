@@ -114,7 +114,7 @@ def compare(job: planish.Workload, result: planish.Result, out: Path, work: Path
     for probe in opened.values():
         probe.close()
     best = min((name for name in files if name.startswith("fp32")), key=lambda name: timings[name].latency_s.median)
-    rows = [f"{_row(name, timings, best, outputs, split.targets)}, threads {chosen[name][1]}" for name in files]
+    rows = [f"{row(name, timings, best, outputs, split.targets)}, threads {chosen[name][1]}" for name in files]
     summary = result.summary
     print(
         f"{machine().processor}, at most {threads} threads, batch 1, {split.n} test images, planish verdict: {summary.verdict} ({summary.reason})"
@@ -142,7 +142,8 @@ def _torch_pruned(job: planish.Workload, result: planish.Result, data: Data, gra
     return pruned
 
 
-def _row(name: str, timings: dict[str, Timing], best: str, outputs: dict[str, list[NDArray[np.float32]]], labels: NDArray[np.int64]) -> str:
+def row(name: str, timings: dict[str, Timing], best: str, outputs: dict[str, list[NDArray[np.float32]]], labels: NDArray[np.int64]) -> str:
+    """A line of the table: latency, how many times as fast as `best`, accuracy, its drop, and agreement."""
     accuracy, agreement = get_metric("accuracy"), get_metric("agreement")
     faster = ratio(timings[best], timings[name])
     lost = paired_interval(accuracy, outputs[best], outputs[name], labels)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graph_nets import NODES, GraphAttention, GraphConvolution, GraphNet, GraphsApart, Sage
 from nets import images, randomise_norms, tokens
 
 
@@ -205,6 +206,21 @@ class Autoencoder(nn.Module):
         return self.decode(mean), self.spread(hidden)
 
 
+class Variational(nn.Module):
+    """A variational autoencoder of vectors that is conditioned on a second input: it samples in training, and decodes the mean in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(20 + 4, 32), nn.Softplus())
+        self.latent = nn.Linear(32, 2 * 10)
+        self.decode = nn.Sequential(nn.Linear(10 + 4, 24), nn.SiLU(), nn.Linear(24, 20))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        mean, log_variance = self.latent(self.encode(torch.cat([x, condition], 1))).chunk(2, 1)
+        code = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance) if self.training else mean
+        return self.decode(torch.cat([code, condition], 1))
+
+
 class TwoTower(nn.Module):
     """A query tower and an item tower with embeddings, joined by a dot product."""
 
@@ -313,6 +329,23 @@ class Policy(nn.Module):
         return {"logits": self.actor(h), "value": self.critic(h), "h_next": h}
 
 
+class PixelPolicy(nn.Module):
+    """A policy that sees images: convolutions, an LSTM layer that runs over as many steps as there are, with the state that the caller keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.see = nn.Sequential(
+            nn.Conv2d(3, 8, 4, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(108, 32), nn.ReLU()
+        )
+        self.core = nn.LSTM(32, 24, batch_first=True)
+        self.actor, self.critic = nn.Linear(24, 4), nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, image: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
+        y, (h_next, c_next) = self.core(self.see(image).unsqueeze(1), (h.unsqueeze(0), c.unsqueeze(0)))
+        y = y[:, -1]
+        return {"logits": self.actor(y), "value": self.critic(y), "h_next": h_next[0], "c_next": c_next[0]}
+
+
 class Stepped(nn.Module):
     """An LSTM cell with convolutions before it, whose state the caller keeps, as silero's voice detector has it."""
 
@@ -357,6 +390,10 @@ class Experts(nn.Module):
 
 def _image(build: Callable[[], nn.Module], size: int = 16) -> tuple[nn.Module, Any]:
     return _seeded(build), images(size=size)
+
+
+def _graph(build: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
+    return _seeded(build), _normal((2, NODES, 12))
 
 
 def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
@@ -517,6 +554,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "shufflenet_v2": lambda: _image(shufflenet_v2),
     "unet": lambda: _image(UNet),
     "autoencoder": lambda: _image(Autoencoder),
+    "variational": lambda: (_seeded(Variational), _normal((2, 20), (2, 4))),
     "weight_norm": lambda: _image(weight_norm),
     "group_norm": lambda: _image(group_norm),
     "video": lambda: (_seeded(Video), _normal((2, 3, 6, 8, 8))),
@@ -526,8 +564,14 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "encoder_norm_first": lambda: (_seeded(lambda: Encoder(True)), _normal((2, 6, 12))),
     "cross_attention": lambda: (_seeded(CrossAttention), _normal((2, 6, 12), (2, 9, 10))),
     "policy": lambda: (_seeded(Policy), _normal((2, 8), (2, 24))),
+    "pixel_policy": lambda: (_seeded(PixelPolicy), _normal((2, 3, 16, 16), (2, 24), (2, 24))),
     "stepped": lambda: (_seeded(Stepped), _normal((2, 6, 7), (2, 16), (2, 16))),
     "gcn": lambda: (_seeded(Convolved), _normal((2, 9, 12), (2, 9, 9))),
+    "gcn_edges": lambda: _graph(lambda: GraphNet(GraphConvolution(12, 16), GraphConvolution(16, 5))),
+    "sage_mean": lambda: _graph(lambda: GraphNet(Sage(12, 16, False), Sage(16, 5, False))),
+    "sage_max": lambda: _graph(lambda: GraphNet(Sage(12, 16, True), Sage(16, 5, True))),
+    "gat": lambda: _graph(lambda: GraphNet(GraphAttention(12, 6, 4), GraphAttention(24, 5, 1))),
+    "graphs_apart": lambda: (_seeded(GraphsApart), (*_normal((2, NODES, 12)), tokens(length=48).view(2, 24, 2))),
     "experts": lambda: (_seeded(Experts), _normal((2, 6, 12))),
     "gpt2": gpt2,
     "llama": llama,
@@ -538,7 +582,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "swin": swin,
     "convnext": convnext,
 }
-STATE = {"policy": {"h": "h_next"}, "stepped": {"h": "h_next", "c": "c_next"}}
+STATE = {"policy": {"h": "h_next"}, "stepped": {"h": "h_next", "c": "c_next"}, "pixel_policy": {"h": "h_next", "c": "c_next"}}
 """Families whose caller keeps a state."""
 
 

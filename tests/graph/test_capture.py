@@ -360,3 +360,32 @@ def test_a_single_sample_without_a_batch_axis_is_named():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
     with pytest.raises(CaptureError, match=r"takes these inputs with a batch axis in front: give images\[:1\], not images\[0\]"):
         capture(net, (torch.zeros(3, 8, 8),))
+
+
+class Sampling(nn.Module):
+    """A variational autoencoder that samples whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(8, 6), nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, log_variance = self.encode(x).chunk(2, 1)
+        code = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+        return self.decode(code)
+
+
+def test_what_draws_random_numbers_in_eval_mode_is_named() -> None:
+    lines, first = inspect.getsourcelines(Sampling)
+    number = first + next(i for i, line in enumerate(lines) if "randn_like" in line)
+    wanted = rf"test_capture\.py:{number}: randn_like draws random numbers; use their mean unless self\.training, or make them an input"
+    with pytest.raises(CaptureError, match=wanted):
+        capture(Sampling().eval(), (torch.zeros(2, 8),))
+
+
+@pytest.mark.parametrize("name", ["code", "graph"])
+def test_a_layer_named_like_a_property_of_graph_modules_is_named(name: str) -> None:
+    net = nn.Sequential()
+    net.add_module(name, nn.Linear(8, 2))
+    with pytest.raises(CaptureError, match=f"has a layer named '{name}', which is a property of torch.fx's own modules; rename it"):
+        capture(net, (torch.zeros(2, 8),))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-import pruning
 import pytest
 import torch
 from torch import Tensor, nn
 
+import planish
+import replaying
+from planish.data import Split
 from planish.errors import PlanError
 from planish.graph.capture import capture
 from planish.graph.graph import Graph
 from planish.graph.groups import analyse
 from planish.graph.idle import idle_channels
 from planish.graph.surgery import masked_reference, prune
+from planish.prune.contract import Material
 from planish.prune.levels import width_levels
 from planish.prune.order import orders
 from planish.runtimes.contract import get_runtime
@@ -62,14 +67,14 @@ def test_features_of_a_sequence_are_its_last_axis() -> None:
     assert idle_channels(graph, [[x]]) == {"x": (2, (4,))}
 
 
-def test_they_go_behind_the_same_interface(tmp_path: object) -> None:
+def test_they_go_behind_the_same_interface() -> None:
     graph, x = sensors()
     graph.idle = {"x": (1, (2, 5, 6))}
     analysis = analyse(graph)
     group = analysis.groups["input.x"]
     assert (group.units, group.least, group.idle) == (10, 7, (2, 5, 6))
     assert width_levels(group, 8) == (10, 7)
-    order = orders("magnitude", graph, analysis, pruning.material(graph, 8), 0)["input.x"]
+    order = orders("magnitude", graph, analysis, Material(Split([x], None, len(x))), 0)["input.x"]
     assert order.going(3).units.tolist() == [2, 5, 6] and len(order.going(9).units) == 3
     pruned = prune(graph, analysis, {"input.x": [2, 5, 6]})
     assert dict(pruned.graph.module.named_parameters())["first.weight"].shape == (16, 7)
@@ -84,11 +89,8 @@ def test_they_go_behind_the_same_interface(tmp_path: object) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_a_run_stops_reading_them(tmp_path: object, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+def test_a_run_stops_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
     """A wide first layer whose inputs are mostly dead: they go at no loss, constants that are not zero too."""
-    import planish
-    import replaying
-
     if get_runtime(runtime, require=False).missing() is not None:
         pytest.skip(f"{runtime} is not installed")
     replaying.install(monkeypatch.setattr)
@@ -101,10 +103,10 @@ def test_a_run_stops_reading_them(tmp_path: object, monkeypatch: pytest.MonkeyPa
     )
     result = planish.optimize(
         job, f"{runtime}:cpu", planish.Budget(macs="0.5x", drop=0.02), tmp_path / "net.planish", techniques=("prune",), trials=2, threads=1
-    )  # type: ignore[operator]
+    )
     assert result.verdict == "met", result.summary.reason
     assert result.plan is not None and result.plan.widths.get("input.input") == 16
     assert any("channels that have one value in all data" in note for note in result.summary.notes)
     with torch.no_grad():
         np.testing.assert_allclose(planish.load(tmp_path / "net.planish")(x.numpy()), result.module(x).numpy(), atol=1e-4)
-        assert float((result.module(x) - net(x)).abs().max()) < 0.05  # type: ignore[operator]
+        assert float((result.module(x) - net(x)).abs().max()) < 0.05

@@ -100,6 +100,7 @@ GROUPS: dict[str, dict[str, int]] = {
     "unet": {"one.0": 8, "two.0": 16, "bottom.0": 24, "up2": 16, "back2.0": 16, "up1": 8, "back1.0": 8},
     # 256 features are 16 channels of 4 x 4, on the way in and on the way out
     "autoencoder": {"encode.0": 8, "encode.2": 16, "encode.5": 32, "mean": 12, "decode.0": 16, "decode.3": 8},
+    "variational": {"encode.0": 32, "latent": 10, "latent#2": 10, "decode.0": 24},
     "weight_norm": {"features.0": 16, "features.2": 24},
     # whole groups of a group norm
     "group_norm": {"features.0": 4, "features.2.conv1": 6, "features.3.conv1": 6},
@@ -119,7 +120,12 @@ GROUPS: dict[str, dict[str, int]] = {
     "cross_attention": {"memory": 16, "query": 24, "attention.q_proj_weight": 4, "attention.out_proj": 24},
     "policy": {"encode.0": 32, "core": 24},
     "stepped": {"conv1": 16, "conv2": 12, "cell": 16},
+    "pixel_policy": {"see.0": 8, "see.2": 12, "see.5": 32, "core.l0": 24, "critic.0": 16},
     "gcn": {"one": 16},
+    "gcn_edges": {"one.linear": 16},
+    **{name: {"one.neighbours": 16} for name in ("sage_mean", "sage_max")},
+    "gat": {"one.linear": 4},  # heads
+    "graphs_apart": {"one.0": 16, "one.2": 20, "two.0": 24, "two.2": 16},
     "experts": {"embed": 16, **numbered("experts.{}.0", 32, 0, 1, 2, 3)},
     "gpt2": {
         "transformer.wte": 48,
@@ -233,22 +239,30 @@ def test_exported_equals_module_at_batch_1_3_17(name: str, is_pruned: bool, tmp_
         assert difference([torch.from_numpy(value) for value in found], graph.module(*flat)) < 1e-4
 
 
-def test_a_state_that_the_caller_steps_keeps_its_width_and_loses_units() -> None:
+@pytest.mark.parametrize(
+    ("name", "removed", "recurrent"),
+    [
+        ("stepped", {"cell": [1, 5, 6, 15], "conv2": [0, 7]}, "cell.weight_hh"),
+        ("pixel_policy", {"core.l0": [0, 2, 3, 11, 23], "see.2": [4]}, "core.weight_hh_l0"),
+    ],
+)
+def test_a_state_that_the_caller_steps_keeps_its_width_and_loses_units(name: str, removed: dict[str, list[int]], recurrent: str) -> None:
     """Stepped ten times by the same caller, the pruned cell does what the original with those cells absent does."""
-    graph, analysis, _ = captured("stepped")
-    removed = {"cell": [1, 5, 6, 15], "conv2": [0, 7]}
+    graph, analysis, example = captured(name)
     pruned = prune(graph, analysis, removed).graph
     assert pruned.signature == graph.signature
-    assert pruned.module.get_parameter("cell.weight_hh").shape == (4 * 12, 12)
+    cells = next(iter(removed))
+    hidden, left = analysis.groups[cells].units, analysis.groups[cells].units - len(removed[cells])
+    assert pruned.module.get_parameter(recurrent).shape == (4 * left, left)
     generator = torch.Generator().manual_seed(2)
-    state = absent = (torch.zeros(3, 16), torch.zeros(3, 16))
+    state = absent = (torch.zeros(3, hidden), torch.zeros(3, hidden))
     for _ in range(10):
-        x = torch.randn(3, 6, 7, generator=generator)
+        x = torch.randn(3, *example[0].shape[1:], generator=generator)
         with torch.no_grad():
             found, expected = pruned.module(x, *state), masked_reference(graph, analysis, removed, [x, *absent])
         assert difference(found, expected) < 1e-5
-        state, absent = found[1:], expected[1:]
-        assert not state[0][:, [1, 5, 6, 15]].any()
+        state, absent = found[-2:], expected[-2:]
+        assert not state[0][:, removed[cells]].any()
 
 
 def test_a_state_that_is_an_output_too_stays_where_nobody_feeds_it_back() -> None:

@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from planish.errors import CaptureError, UsageError
 from planish.graph.blame import FORWARD_ERRORS, blame
+from planish.graph.constants import fold_constants, graph_axes
 from planish.graph.functional import functionalise
 from planish.graph.graph import Graph
-from planish.graph.modes import TRAIN_DROPOUT, set_mode, short_name
+from planish.graph.modes import TRAIN_DROPOUT, has_mode, set_mode, short_name
 from planish.graph.quiet import silenced
 from planish.graph.recurrent import Recurrence, to_aten
 from planish.graph.structure import FlatCall, check_batch, flat_inputs
@@ -31,6 +32,7 @@ aten = torch.ops.aten
 _BOOKKEEPING = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
 _KEPT_META = ("nn_module_stack", "stack_trace", TRAIN_DROPOUT)  # sizes and fake tensors would go stale, and do not pickle
 _TRACE_BATCHES = (2, 3, 5, 7, 11, 13, 17)
+_TAKEN = frozenset(name for name, value in vars(fx.GraphModule).items() if isinstance(value, property))
 _SPECIALISED = ("torch._export.non_strict_utils",)
 """Warns of every axis of size 1, which stays fixed."""
 
@@ -78,7 +80,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         notes += call.notes
         dropouts = _train_dropouts(mine, call, few if is_dynamic else whole)
         if is_dynamic:
-            program = _export_dynamic(model, mine, call, few)
+            program = _export_dynamic(model, mine, call, few, notes)
             axes = _axes(program, list(inputs))
             is_dynamic = all(isinstance(shape[0], str) for shape in axes.values())
         if not is_dynamic:
@@ -86,6 +88,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
             program = _export(model, mine, call, whole, axes=0)
             axes = _axes(program, list(inputs))
     graph = _plain(program, mine, list(inputs))
+    _check_no_chance(graph)
     _restore_dropouts(graph, dropouts, notes)
     signature = _signature(program, inputs, axes, call, takes, dict(state or {}))
     notes += _static_notes(inputs, axes)
@@ -110,6 +113,24 @@ def _check_names(model: nn.Module) -> None:
             raise CaptureError(
                 f"capture: {type(model).__name__} has a layer named {name[:80]!r}; torch.export cannot write quotes, backslashes or "
                 "control characters in a name; rename it"
+            )
+        first = name.split(".")[0]
+        if first in _TAKEN:
+            raise CaptureError(
+                f"capture: {type(model).__name__} has a layer named {first!r}, which is a property of torch.fx's own modules; rename it"
+            )
+
+
+def _check_no_chance(module: fx.GraphModule) -> None:
+    """Refuse a program that draws random numbers in eval mode: no two runs of it could be compared. What has a mode draws none in eval mode."""
+    for node in module.graph.nodes:
+        is_drawn = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        if is_drawn and node.users and not has_mode(node):
+            lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace", ""))
+            where = f"{lines[-1][0]}:{lines[-1][1]}: " if lines else ""
+            raise CaptureError(
+                f"capture: the model must give the same outputs for the same inputs in eval mode; {where}{short_name(node)} draws random "
+                "numbers; use their mean unless self.training, or make them an input"
             )
 
 
@@ -207,10 +228,12 @@ def _restore_dropouts(module: fx.GraphModule, dropouts: list[float], notes: list
             node.meta[TRAIN_DROPOUT] = dropout
 
 
-def _export_dynamic(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """With sequence axes free as well, or, where tracing cannot follow one, with the batch alone."""
+def _export_dynamic(
+    model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], notes: list[str]
+) -> torch.export.ExportedProgram:
+    """With sequence axes free as well; with the batch alone where tracing cannot follow one, or where it runs over a graph that is given."""
     try:
-        return _export(model, mine, call, flat, axes=3)
+        program = _export(model, mine, call, flat, axes=3)
     except CaptureError as first:
         if all(tensor.dim() > 3 or tensor.dim() == 1 for tensor in flat):
             raise
@@ -218,6 +241,11 @@ def _export_dynamic(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tup
             return _export(model, mine, call, flat, axes=1)
         except CaptureError:
             raise first from None
+    names = _symbol_names(program)
+    if any(names.get(symbol, "batch") != "batch" for symbol in graph_axes(program) or ()):
+        notes.append("all axes but the batch are static, because the model holds a graph whose nodes lie along one of them")
+        return _export(model, mine, call, flat, axes=1)
+    return program
 
 
 def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], axes: int) -> torch.export.ExportedProgram:
@@ -296,6 +324,8 @@ def _plain(program: torch.export.ExportedProgram, mine: nn.Module, names: list[s
     functionalise(graph)
     to_aten(graph)
     graph.eliminate_dead_code()
+    if graph_axes(program) is not None:
+        fold_constants(lifted)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
     module = fx.GraphModule(lifted, graph)

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from planish.graph.graph import Graph
 
-INDEXING = frozenset({"index", "index_select", "gather"})
+INDEXING = frozenset({"index", "index_select", "gather", "index_put", "_unsafe_index_put"})
 
 Shape = tuple[int, ...]
 

@@ -19,13 +19,21 @@ def _returns_view(node: fx.Node) -> bool:
 
 
 def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """`aten.relu.default` for `aten.relu_.default`; None where there is none."""
+    """`aten.relu.default` for `aten.relu_.default`, `aten.pow.Tensor_Scalar` for `aten.pow_.Scalar`; None where there is none."""
     name = target._schema.name.split("::")[1]
     if not name.endswith("_") or name.startswith("_") or not target._schema.is_mutable:
         return None
     packet = getattr(aten, name[:-1], None)
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    return overload if isinstance(overload, torch._ops.OpOverload) else None
+    if packet is None:
+        return None
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    alike = [other for other in overloads if _takes(other) == _takes(target)]
+    return next((other for other in alike if other._overloadname == target._overloadname), alike[0] if alike else None)
+
+
+def _takes(target: torch._ops.OpOverload) -> list[str]:
+    """The types of the arguments: what tells overloads apart, whose names may differ in place."""
+    return [str(argument.type) for argument in target._schema.arguments]
 
 
 def _is_private(node: fx.Node, position: dict[fx.Node, int], at: int) -> bool:

@@ -39,6 +39,12 @@ def short_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def has_mode(node: fx.Node) -> bool:
+    """Whether an operator has a train and an eval mode."""
+    name = short_name(node).removesuffix("_")
+    return name in _FLAG or "attention" in name
+
+
 def _flip(node: fx.Node, training: bool) -> bool:
     """Set the mode of one node; whether anything changed."""
     name = short_name(node).removesuffix("_")

@@ -39,7 +39,10 @@ KINDS = {
         *("gelu", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "elu", "selu", "celu", "mish", "leaky_relu", "softplus"),
         *("prelu", "glu", "pow", "clamp", "where", "masked_fill", "rsub"),
     ),
-    "other": ("cat", "stack", "pad", "index", "index_select", "gather", "roll", "cumsum", "upsample_nearest2d", "upsample_bilinear2d"),
+    "other": (
+        *("cat", "stack", "pad", "index", "index_select", "gather", "roll", "cumsum", "upsample_nearest2d", "upsample_bilinear2d"),
+        *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_put"),
+    ),
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 _PASSING = frozenset({"dropout", "contiguous", "clone", "alias", "detach", "to", "feature_dropout", "lift_fresh_copy"})

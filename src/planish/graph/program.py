@@ -116,7 +116,7 @@ MOVES_POSITIONS = frozenset(
     | {"detach", "alias", "_to_copy", "slice", "select", "narrow"}
 )
 """Operators that hand positions which a router picked on as they are."""
-LOOKS_UP = frozenset({"index", "index_select", "gather", "embedding", "one_hot"})
+LOOKS_UP = frozenset({"index", "index_select", "gather", "embedding", "one_hot", "scatter", "scatter_add", "scatter_reduce"})
 """Operators that use them as positions; everything else computes with them as numbers, which surgery would change."""
 
 CREATED = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})

@@ -27,7 +27,7 @@ from planish.graph.interpret import attribute
 from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
 from planish.graph.quiet import silenced
-from planish.runtimes.onnx_operators import translations
+from planish.runtimes.onnx_operators import scatter_slices, translations
 from planish.signature import Signature
 
 aten = torch.ops.aten
@@ -59,9 +59,11 @@ def to_onnx(graph: Graph, path: Path) -> None:
     _pack_recurrent(prepared.module)
     _drop_dropout(prepared.module)
     _copy_passed_through(prepared.module)
+    _split_means(prepared.module)
     prepared.module.recompile()
     with _quiet(), torch.no_grad():
         program = _trace(prepared)
+        scatter_slices(program.graph)
         table = translations(program.graph)
         _skip_decomposition(program, table)
         try:
@@ -201,6 +203,27 @@ def _drop_dropout(module: fx.GraphModule) -> None:
         if short_name(node) in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+
+
+def _split_means(module: fx.GraphModule) -> None:
+    """Means that are scattered become sums over counts, in place: ONNX has no such reduction, and torch's exporter then writes the last value."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten.scatter_reduce.two or node.args[4] != "mean":
+            continue
+        x, dim, index, source, _ = node.args
+        include_self = node.kwargs.get("include_self", True)
+        with module.graph.inserting_before(node):
+            call = module.graph.call_function
+            start = (x, call(aten.ones_like.default, (x,))) if include_self else [call(aten.zeros_like.default, (x,))] * 2
+            ones = call(aten.ones_like.default, (source,))
+            total, count = (
+                call(aten.scatter_add.default, (first, dim, index, added)) for first, added in zip(start, (source, ones), strict=True)
+            )
+            mean = call(aten.div.Tensor, (total, call(aten.clamp.default, (count, 1))))
+            if not include_self:
+                mean = call(aten.where.self, (call(aten.gt.Scalar, (count, 0)), mean, x))
+        node.replace_all_uses_with(mean)
+        module.graph.erase_node(node)
 
 
 def _copy_passed_through(module: fx.GraphModule) -> None:

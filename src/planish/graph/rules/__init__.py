@@ -12,6 +12,7 @@ from planish.graph.rules import (
     recurrent,
     reduction,
     routing,
+    scatter,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "recurrent",
     "reduction",
     "routing",
+    "scatter",
 ]

@@ -162,17 +162,15 @@ def pad(step: Step) -> Result | None:
     return out
 
 
-@rule("index", "index_select", "gather")
+@rule("index", "index_select")
 def index(step: Step) -> Result | None:
     """Indexing by data: the indexed dimensions are fixed, the others move along. A dimension that is looked up at the positions that a router
     picked is tied to what it picked from."""
     val = step.tensor("self")
     if step.name == "index":
         indexed = [d for d, i in enumerate(step.arguments["indices"]) if i is not None]
-    elif step.name == "index_select":
-        indexed = [int(step.value("dim")) % val.rank]
     else:
-        indexed = list(range(val.rank))
+        indexed = [int(step.value("dim")) % val.rank]
     for other in step.operands():
         if other is not val:
             step.ids.fix_all(other, f"it is an index of {step.why}")
