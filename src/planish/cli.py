@@ -18,14 +18,14 @@ import click
 import planish
 from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
-from planish.plan import TECHNIQUES
+from planish.plan import DEFAULT_TECHNIQUES, TECHNIQUES
 
 if TYPE_CHECKING:
     from planish.result import Result
 
 INTERRUPTED = 130
 _DEMO, _DEMO_JOB = Path("out/demo.planish"), "digits"
-_PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency")
+_PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency", "masking")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -140,6 +140,7 @@ def _budget_options(function: F) -> F:
     epilog=_example(
         "planish optimize job.py --latency 0.5x --drop 1pt --out out/net.planish",
         "planish optimize job.py --target openvino:cpu --size 0.25x --drop 0.5pt --dry-run",
+        "planish optimize job.py --size 0.15x --techniques prune,mask,quantize,distill --masking sparsegpt",
     )
 )
 @job_argument
@@ -163,7 +164,12 @@ def _budget_options(function: F) -> F:
     metavar="SECONDS",
     help="For the whole call; without it recovery alone may take 25 minutes.",
 )
-@click.option("--techniques", default=",".join(TECHNIQUES), show_default=True, help="Which may be used.")
+@click.option(
+    "--techniques",
+    default=",".join(DEFAULT_TECHNIQUES),
+    show_default=True,
+    help="Which may be used; mask too, under a limit on the size: single weights become zero, which makes files smaller and nothing faster.",
+)
 @keep_option
 @click.option(
     "--saliency",
@@ -171,6 +177,12 @@ def _budget_options(function: F) -> F:
     help="Which units go first: taylor (the default), magnitude, l1, fpgm, norm-scale, flap, obs, random; fisher or taylor-first, which need "
     "labels; several, as in taylor+flap; or which are merged: kmeans, dbscan, spectral, mixture, of weights or, as in kmeans:activations, "
     "of what they give.",
+)
+@click.option(
+    "--masking",
+    metavar="NAME",
+    help="Which weights become zero: sparsegpt (the default), wanda or magnitude; with the one pattern that is offered, as in wanda:2:4 or "
+    "sparsegpt:60%, instead of 50%, 75% and 90%.",
 )
 @click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
@@ -190,6 +202,10 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     registry.check("search", options["search"])
     if options["saliency"] is not None:
         registry.check("saliency", options["saliency"])
+    if options["masking"] is not None:
+        from planish.prune.masks.pattern import parse_masking
+
+        registry.check("masking", parse_masking(options["masking"])[0])
     chosen = _techniques(techniques)
     out: Path | None = options["out"]
     if out is not None and not options["dry_run"]:

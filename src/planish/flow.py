@@ -19,7 +19,7 @@ from planish.clock import FINAL_S, SHARES, Clock
 from planish.errors import MissingFile, OutputExists, StudyError, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine
-from planish.plan import TECHNIQUES, Plan
+from planish.plan import DEFAULT_TECHNIQUES, Plan
 from planish.request import Request, checked
 from planish.study.store import CONCLUDED, Meta, Study, lock_folder
 from planish.target import parse_target
@@ -44,13 +44,14 @@ def optimize(
     trials: int = 20,
     time_limit: float | None = None,
     seed: int = 0,
-    techniques: Sequence[str] = TECHNIQUES,
+    techniques: Sequence[str] = DEFAULT_TECHNIQUES,
     keep: Sequence[str] = (),
     threads: int | None = None,
     control: bool = False,
     overwrite: bool = False,
     accept_nearest: bool = False,
     saliency: str | None = None,
+    masking: str | None = None,
     events: Events | None = None,
 ) -> Result:
     """Make a trained net meet a budget in its target runtime, on this machine, and write it with the proof.
@@ -64,7 +65,7 @@ def optimize(
         trials: candidates that are judged at most.
         time_limit: seconds for the whole call; without one recovery sees five epochs, 25 minutes at most.
         seed: of everything random.
-        techniques: any of "prune", "quantize", "distill".
+        techniques: any of "prune", "mask", "quantize", "distill". Masks are offered under a limit on the size alone: they make nothing faster.
         keep: globs of parameters that must be left alone.
         threads: of one call in the target, at most; all usable cores by default. Fewer are taken where that costs less than a tenth,
             or where they hold a limit on latency with room to spare.
@@ -72,6 +73,8 @@ def optimize(
         overwrite: replace an artifact (and its study) that is there.
         accept_nearest: write the nearest net when nothing holds the budget.
         saliency: which units of a group go first, "taylor" by default; several joined by "+"; or a clustering, whose units are merged.
+        masking: who chooses which weights are zero, "sparsegpt" by default, "wanda" or "magnitude"; behind a colon the one pattern that is
+            offered, as in "wanda:2:4" or "sparsegpt:60%".
         events: is told of the run's progress.
 
     Returns:
@@ -97,6 +100,7 @@ def optimize(
         overwrite=overwrite,
         accept_nearest=accept_nearest,
         saliency=saliency,
+        masking=masking,
     )
     check_output(request.out, overwrite)
     return _run(job, request, events or Silent(), resuming=False)

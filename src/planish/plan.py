@@ -8,17 +8,20 @@ from typing import Any
 
 import msgspec
 
-TECHNIQUES = ("prune", "quantize", "distill")
+TECHNIQUES = ("prune", "mask", "quantize", "distill")
 """What `techniques=` may name."""
+DEFAULT_TECHNIQUES = ("prune", "quantize", "distill")
+"""What is used where nothing else is asked for: masks make files smaller, and nothing faster."""
 
 
 class Option(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that could be done to one group, operator or block.
 
     Args:
-        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1) or "precision" (run it as `value`).
+        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1), "precision" (run it as `value`) or "mask" (zeros as
+            `value` has it).
         subject: the name of the group, block or operator.
-        value: units kept, 1, or the name of a scheme such as "int8".
+        value: units kept, 1, the name of a scheme such as "int8", or a pattern such as "75%" or "2:4".
         loss: predicted increase of the calibration loss (same unit for all options of a graph), at least 0.
         note: why the loss is what it is, or why the option is not offered at more levels; for the report.
     """
@@ -55,6 +58,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         widths: units kept, per group; a group that is not named keeps all.
         blocks: residual blocks that are bypassed.
         precisions: scheme per operator; an operator that is not named stays in fp32.
+        masks: pattern of zeros per operator; an operator that is not named keeps all its weights.
+        masking: who chooses the zeros, and changes the weights that stay.
         saliency: which units of a group go first.
         observer: how activation ranges are chosen.
         recovery: how the result is trained back.
@@ -65,6 +70,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     widths: dict[str, int] = {}
     blocks: tuple[str, ...] = ()
     precisions: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    masking: str = "sparsegpt"
     saliency: str = "magnitude"
     observer: str = "mse"
     recovery: Recovery = Recovery()
@@ -81,7 +88,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     @property
     def is_identity(self) -> bool:
         """Whether the plan changes nothing."""
-        return not (self.widths or self.blocks or self.precisions)
+        return not (self.widths or self.blocks or self.precisions or self.masks)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all weights stay where they are: nothing is pruned or masked."""
+        return not (self.widths or self.blocks or self.masks)
 
     def replace(self, **changes: Any) -> Plan:
         """The same plan with some fields changed."""

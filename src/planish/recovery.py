@@ -106,7 +106,7 @@ class Recoverer:
         for plan in plans:
             compressed = self._anew(plan)
             with self.bench.clock.stage("recovery heats"):
-                report = self._recover(compressed.graph, plan, "heat", samples, time.monotonic() + seconds)
+                report = self._recover(compressed.graph, compressed, "heat", samples, time.monotonic() + seconds)
                 heat = _Heat(compressed, report.samples, self._distance(compressed.graph, report))
             self.bench.events.say(
                 f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {report.loss_after:.3g} from the original, {heat.distance:.3g} with what it lost"
@@ -151,23 +151,24 @@ class Recoverer:
         now = time.monotonic()
         end = now + max(LEAST_S, self.left_s * share)
         seen = self._begun.samples if self._begun is not None and self._begun.compressed is compressed else 0
-        is_smaller = bool(plan.widths or plan.blocks)
-        quantized_share = 0.0 if not plan.precisions else self.settings.quantized_share if is_smaller else 1.0
+        quantized_share = 0.0 if not plan.precisions else 1.0 if plan.is_dense else self.settings.quantized_share
         graph: Graph = compressed.graph
         skipped: Mapping[str, str] = {}
-        if is_smaller:
+        if not plan.is_dense:
             samples = math.ceil(self.settings.samples * (1 - quantized_share))
             with self.bench.clock.stage("recovery"):
-                seen += self._recover(graph, plan, "recovery", samples, now + (end - now) * (1 - quantized_share)).samples
+                seen += self._recover(graph, compressed, "recovery", samples, now + (end - now) * (1 - quantized_share)).samples
         if plan.precisions:
             graph, skipped = quantized(self.bench, compressed.graph, compressed.analysis, plan)
             samples = math.ceil(self.settings.samples * quantized_share)
             with self.bench.clock.stage("recovery in int8"):
-                seen += self._recover(graph, plan, "recovery-in-int8", samples, end).samples
+                seen += self._recover(graph, compressed, "recovery-in-int8", samples, end).samples
         return Trained(plan.replace(recovery=msgspec.structs.replace(self.settings, samples=seen)), graph, skipped)
 
-    def _recover(self, graph: Graph, plan: Plan, name: str, samples: int, deadline: float) -> RecoverReport:
-        pursuit = self.pursuit
+    def _recover(self, graph: Graph, compressed: Compressed, name: str, samples: int, deadline: float) -> RecoverReport:
+        pursuit, plan = self.pursuit, compressed.plan
+        operators = compressed.analysis.operators
+        masked = [weight for name in plan.masks if name in operators and (weight := operators[name].weight) is not None]
         if self._teacher is None:
             self._teacher = Teacher(self.bench.graph, self.split, self.bench.data.folder)
         return recover(
@@ -181,6 +182,7 @@ class Recoverer:
             progress=self.bench.events.progress,
             should_stop=pursuit.settle,
             checkpoint=Checkpoint(pursuit.study.checkpoint(f"{unrecovered(plan)}-{name}")),
+            masked=masked,
         )
 
 
@@ -190,5 +192,9 @@ def unrecovered(plan: Plan) -> str:
 
 
 def _removed(plan: Plan) -> str:
-    parts = [*(f"without {block}" for block in plan.blocks), *(f"{name} = {width}" for name, width in plan.widths.items())]
+    parts = [
+        *(f"without {block}" for block in plan.blocks),
+        *(f"{name} = {width}" for name, width in plan.widths.items()),
+        *(f"{name} {pattern} zero" for name, pattern in plan.masks.items()),
+    ]
     return ", ".join(parts)

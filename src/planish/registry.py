@@ -1,4 +1,4 @@
-"""Everything that is found by name: runtimes, saliencies, clusterings, observers and search methods, with other packages' entry points.
+"""Everything that is found by name: runtimes, saliencies, clusterings, masks, observers, search methods, and other packages' entry points.
 
 A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
 the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
@@ -39,6 +39,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "mixture": "planish.prune.redundancy.mixture:Mixture",
         "spectral": "planish.prune.redundancy.spectral:Spectral",
     },
+    "masking": {
+        "magnitude": "planish.prune.masks.magnitude:MagnitudeMask",
+        "sparsegpt": "planish.prune.masks.sparsegpt:SparseGpt",
+        "wanda": "planish.prune.masks.wanda:Wanda",
+    },
     "observer": {
         "minmax": "planish.quantize.observers.minmax:MinMax",
         "mse": "planish.quantize.observers.mse:MeanSquaredError",
@@ -56,7 +61,7 @@ def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def names(kind: str) -> list[str]:
-    """Every registered name of `kind` ("runtime", "saliency", "redundancy", "observer", "search"), built-in and installed, sorted."""
+    """Every registered name of `kind` ("runtime", "saliency", "redundancy", "masking", "observer", "search"), built-in and installed, sorted."""
     return sorted({*BUILT_IN[kind], *_entry_points(kind)})
 
 

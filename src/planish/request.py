@@ -13,7 +13,8 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
-from planish.plan import TECHNIQUES
+from planish.plan import DEFAULT_TECHNIQUES, TECHNIQUES
+from planish.prune.masks.pattern import parse_masking
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Request:
         budget: limits and drop.
         out: where the artifact goes.
         search, saliency: registered names.
+        masking: a registered name, perhaps with a pattern behind a colon.
         trials: candidates at most.
         time_limit: seconds of the whole call; None: as long as the default recovery takes.
         seed: of everything random.
@@ -43,6 +45,7 @@ class Request:
     out: Path
     search: str
     saliency: str
+    masking: str
     trials: int
     time_limit: float | None
     seed: int
@@ -64,6 +67,7 @@ class Request:
             "target": self.target,
             "search": self.search,
             "saliency": self.saliency,
+            "masking": self.masking,
             "trials": self.trials,
             "techniques": list(self.techniques),
             "keep": list(self.keep),
@@ -82,13 +86,14 @@ def checked(
     trials: int = 20,
     time_limit: float | None = None,
     seed: int = 0,
-    techniques: Sequence[str] = TECHNIQUES,
+    techniques: Sequence[str] = DEFAULT_TECHNIQUES,
     keep: Sequence[str] = (),
     threads: int | None = None,
     control: bool = False,
     overwrite: bool = False,
     accept_nearest: bool = False,
     saliency: str | None = None,
+    masking: str | None = None,
 ) -> Request:
     """The arguments of `optimize`, checked without touching data, model or disk.
 
@@ -96,7 +101,7 @@ def checked(
         UsageError: the first that makes no sense.
     """
     parse_target(target, registry.names("runtime"))
-    for kind, name in (("search", search), ("saliency", saliency or "taylor")):
+    for kind, name in (("search", search), ("saliency", saliency or "taylor"), ("masking", parse_masking(masking or "sparsegpt")[0])):
         registry.check(kind, name)
     chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
     for technique in chosen:
@@ -131,6 +136,7 @@ def checked(
         Path(out) if out is not None else default_folder(job.name),
         search,
         saliency or "taylor",
+        masking or "sparsegpt",
         trials,
         time_limit,
         seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,7 @@ def recover(
     should_stop: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
     is_control: bool = False,
+    masked: Collection[str] = (),
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -80,6 +81,7 @@ def recover(
         checkpoint: saved now and then; where it holds something, training goes on from there.
         is_control: for the original itself, tuned: no hints, all of which it meets and which would hold it there, and what training gives is
             kept, since it starts with no distance to its teacher at all.
+        masked: names of parameters whose zeros stay zero.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
@@ -132,5 +134,18 @@ def recover(
         should_stop=should_stop,
         checkpoint=checkpoint,
         keep_best=not is_control,
+        after_step=_zeros_kept(graph, masked) if masked else None,
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
+
+
+def _zeros_kept(graph: Graph, masked: Collection[str]) -> Callable[[float], None]:
+    """A step after the optimizer's that makes zero again what was zero when this was called."""
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    zeros = [(parameters[name], parameters[name].detach() == 0) for name in masked]
+
+    def after_step(_: float) -> None:
+        for parameter, is_zero in zeros:
+            parameter.masked_fill_(is_zero, 0.0)
+
+    return after_step

@@ -125,6 +125,7 @@ def fit(
     should_stop: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
     keep_best: bool = True,
+    after_step: Callable[[float], None] | None = None,
 ) -> FitReport:
     """Train `graph.module` in place on `split`; it is left in evaluation mode, in the plain memory layout.
 
@@ -141,6 +142,8 @@ def fit(
         should_stop: asked before every step; True ends training as the deadline does.
         checkpoint: saved now and then and at the end; where it holds something, training goes on from there.
         keep_best: whether the weights before are a candidate.
+        after_step: called after every step of the optimizer with SGD's learning rate at that step (others take a fixed ratio of it), without
+            gradients; it may change parameters in place, which then are what snapshots and the average see.
 
     References:
         Nesterov momentum: Sutskever et al. 2013. AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024.
@@ -148,7 +151,7 @@ def fit(
     if settings.samples < 1:
         raise ValueError(f"samples: must be at least 1; got {settings.samples}")
     with settled_randomness(settings.seed):
-        return _Run(graph, split, loss, settings, augment, judge, deadline, checkpoint, keep_best).run(progress, should_stop)
+        return _Run(graph, split, loss, settings, augment, judge, deadline, checkpoint, keep_best, after_step).run(progress, should_stop)
 
 
 class _Run:
@@ -165,10 +168,11 @@ class _Run:
         deadline: float | None,
         checkpoint: Checkpoint | None,
         keep_best: bool,
+        after_step: Callable[[float], None] | None,
     ) -> None:
         self.graph, self.split, self.loss, self.settings = graph, split, loss, settings
         self.augment, self.judge, self.deadline, self.keep_best = augment, judge, deadline, keep_best
-        self.checkpoint = checkpoint
+        self.checkpoint, self.after_step = checkpoint, after_step
         self.began = time.monotonic()
         self.batch_size = min(settings.batch_size, split.n)
         self.parameters = [p for p in graph.module.parameters() if p.is_floating_point()]
@@ -260,6 +264,9 @@ class _Run:
                 return "diverged", good
             for optimizer in optimizers:
                 optimizer.step()
+            if self.after_step is not None:
+                with torch.no_grad():
+                    self.after_step(self.settings.learning_rate * factor)
             schedule.advance(size)
             if self.settings.average > 0 and schedule.steps % _AVERAGE_STEPS == 0:
                 average.update()
