@@ -10,6 +10,7 @@ import torch
 
 from planish.errors import RuntimeFailed
 from planish.measure.memory import size_bytes
+from planish.prune.masks.subjects import masked_weights
 from planish.pursuit import Pursuit
 from planish.report import figures
 from planish.result import OperatorRow, Search, Trial
@@ -124,8 +125,7 @@ def group_widths(bench: Workbench, winner: Winner | None) -> dict[str, tuple[int
 
 def masks_note(bench: Workbench, winner: Winner) -> str:
     """What masks did, as measured against the same net without a zero: nothing for its speed, and something for its file; "" without masks."""
-    operators, path = winner.analysis.operators, winner.exported.path
-    masked = [weight for name in winner.plan.masks if name in operators and (weight := operators[name].weight) is not None]
+    masked, path = masked_weights(winner.analysis, winner.plan.masks), winner.exported.path
     if not masked or path is None:
         return ""
     dense = winner.final.copy()

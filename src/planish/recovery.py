@@ -13,6 +13,7 @@ from planish.distill.recover import RecoverReport, recover
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Graph
 from planish.plan import Plan, Recovery
+from planish.prune.masks.subjects import masked_weights
 from planish.pursuit import Pursuit
 from planish.search.contract import NO_DROP
 from planish.train.checkpoint import Checkpoint
@@ -167,8 +168,6 @@ class Recoverer:
 
     def _recover(self, graph: Graph, compressed: Compressed, name: str, samples: int, deadline: float) -> RecoverReport:
         pursuit, plan = self.pursuit, compressed.plan
-        operators = compressed.analysis.operators
-        masked = [weight for name in plan.masks if name in operators and (weight := operators[name].weight) is not None]
         if self._teacher is None:
             self._teacher = Teacher(self.bench.graph, self.split, self.bench.data.folder)
         return recover(
@@ -182,7 +181,7 @@ class Recoverer:
             progress=self.bench.events.progress,
             should_stop=pursuit.settle,
             checkpoint=Checkpoint(pursuit.study.checkpoint(f"{unrecovered(plan)}-{name}")),
-            masked=masked,
+            masked=masked_weights(compressed.analysis, plan.masks),
         )
 
 

@@ -46,8 +46,10 @@ def test_what_looks_at_inputs_errs_less_and_what_updates_least(pattern: str, see
         layer_error(weight, registry.get("masking", method)().masked(weight, gram, parse_pattern(pattern)), gram)
         for method in ("sparsegpt", "wanda", "magnitude")
     ]
-    assert errors == sorted(errors)
-    assert errors[0] < 0.7 * errors[1]  # inputs that vary together leave much to be made up for
+    assert errors[0] < 0.5 * errors[1], "inputs that vary together leave much to be made up for"
+    assert errors[1] < 1.05 * errors[2], "of four inputs beside each other, whose norms differ by 2 %, magnitude knows as much"
+    if pattern != "2:4":
+        assert errors[1] < errors[2]
 
 
 def test_sparsegpt_of_one_column_is_optimal_brain_surgery() -> None:

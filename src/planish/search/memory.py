@@ -56,11 +56,12 @@ def _stored(space: Space, operator: Operator, shape: tuple[Size, ...]) -> tuple[
     if mask is None:
         return None
     widths, own = width_variables(space, shape), space.index.get(("precision", operator.name))
-    count, rows = _elements(space, shape, widths), _elements(space, shape[:1], widths)
+    count = _elements(space, shape, widths)
+    rows = np.broadcast_to(_elements(space, shape[:1], widths), count.shape)
     schemes = [FULL_PRECISION] if own is None else [str(scheme) for scheme in space.variables[own].values]
     table = np.zeros((*count.shape, len(schemes), space.sizes[mask]))
     for cell in np.ndindex(*table.shape):
-        total, lines = count[cell[:-2]], np.broadcast_to(rows, count.shape)[cell[:-2]]
+        total, lines = float(count[cell[:-2]]), float(rows[cell[:-2]])
         pattern, each = space.variables[mask].values[cell[-1]], _BYTES.get(schemes[cell[-2]], 4.0)
         gone = 0.0 if pattern == UNMASKED else lines * parse_pattern(str(pattern)).gone(round(total / lines))
         table[cell] = packed_bytes(total, total - gone, each) if gone else total * each

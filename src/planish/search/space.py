@@ -183,5 +183,5 @@ def _variable(analysis: Analysis, technique: str, subject: str, losses: dict[int
         widths = sorted((int(width) for width in losses), reverse=True)
         rising = itertools.accumulate((losses[width] for width in widths), max)
         return Variable(technique, subject, (analysis.groups[subject].units, *widths), (0.0, *rising))
-    first: int | str = {"block": 0, "precision": FULL_PRECISION, "mask": UNMASKED}[technique]
+    first: int | str = 0 if technique == "block" else FULL_PRECISION if technique == "precision" else UNMASKED
     return Variable(technique, subject, (first, *losses), (0.0, *losses.values()))

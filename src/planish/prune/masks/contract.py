@@ -34,26 +34,25 @@ class Masking(Protocol):
         ...
 
 
-def kept(pattern: Pattern, scores: Tensor, start: int = 0, *, by_row: bool = False) -> Tensor:
+def kept(pattern: Pattern, scores: Tensor, *, by_row: bool = False) -> Tensor:
     """The mask that keeps the highest scores.
 
     Args:
         pattern: how many go, and whether groups bind them.
         scores: [rows, columns], at least 0; NaN is kept. Of equal scores the later ones stay.
-        start: the first of these columns in the whole matrix. So many zeros fall on them that blocks of columns add up to what the whole
-            asks for.
         by_row: whether each row has equally many zeros; else they fall where the scores are lowest. Without groups only.
 
     Returns:
         [rows, columns], True where a weight stays.
     """
     rows, columns = scores.shape
-    known = torch.where(scores.isnan(), torch.inf, scores)
     if pattern.of:
-        known, goes = known.reshape(-1, pattern.of), pattern.of - pattern.kept
-    else:
-        goes = pattern.gone(start + columns) - pattern.gone(start)
-        if not by_row:
-            known, goes = known.reshape(1, -1), goes * rows
-    order = known.argsort(dim=1, stable=True)
-    return torch.ones_like(known, dtype=torch.bool).scatter_(1, order[:, :goes], False).reshape(rows, columns)
+        return highest(scores.reshape(-1, pattern.of), pattern.of - pattern.kept).reshape(rows, columns)
+    goes = pattern.gone(columns)
+    return highest(scores, goes) if by_row else highest(scores.reshape(1, -1), goes * rows).reshape(rows, columns)
+
+
+def highest(scores: Tensor, goes: int) -> Tensor:
+    """True for all but the `goes` lowest scores of each row, as `kept` counts NaN and equal ones."""
+    order = torch.where(scores.isnan(), torch.inf, scores).argsort(dim=1, stable=True)
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :goes], False)

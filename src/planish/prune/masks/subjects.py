@@ -92,3 +92,14 @@ def subjects(replay: Replay, analysis: Analysis, keep: Sequence[str] = ()) -> di
         if not is_kept and weight[0].numel() <= _MOST_COLUMNS and bool(torch.isfinite(weight).all()):
             found[name] = Subject(name, operator, weight)
     return dict(sorted(found.items(), key=lambda item: replay.position[item[1].operator.node]))
+
+
+def masked_weights(analysis: Analysis, masks: Mapping[str, str]) -> list[str]:
+    """Names of the parameters that a plan masks, of those that a graph still has.
+
+    Args:
+        analysis: of that graph.
+        masks: operator -> pattern.
+    """
+    held = [analysis.operators[name].weight for name in masks if name in analysis.operators]
+    return [name for name in held if name is not None]
