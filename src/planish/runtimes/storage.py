@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _WORTH = 0.75
 _LEAST_BYTES = 2048
-"""The nodes that make a weight of its bits again take some 100 bytes for each, and 700 once."""
+"""Of a weight: the nodes that restore its shape take some 130 bytes."""
 
 
 def packed_bytes(count: float, nonzero: float, each: float) -> float:
