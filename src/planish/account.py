@@ -110,7 +110,7 @@ def _why(
         else:
             reasons.append("width: narrower was predicted to lose more than its time is worth")
     if winner is not None and name in winner.plan.masks:
-        reasons.append(f"mask: {winner.plan.masks[name]} of its weights are zero, and are multiplied all the same")
+        reasons.append(f"mask: its zeros ({winner.plan.masks[name]}) are multiplied like other weights")
     return "; ".join(reasons)
 
 

@@ -194,6 +194,6 @@ def _removed(plan: Plan) -> str:
     parts = [
         *(f"without {block}" for block in plan.blocks),
         *(f"{name} = {width}" for name, width in plan.widths.items()),
-        *(f"{name} {pattern} zero" for name, pattern in plan.masks.items()),
+        *(f"{name} masked {pattern}" for name, pattern in plan.masks.items()),
     ]
     return ", ".join(parts)
