@@ -96,7 +96,9 @@ def test_every_command_has_an_example_and_the_common_options(command: str, capsy
 
 def test_the_design_s_options_exist() -> None:
     names = {name for parameter in cli.cli.commands["optimize"].params for name in parameter.opts}
-    wanted = "latency throughput size memory macs energy drop confidence target out search trials time-limit techniques keep saliency"
+    wanted = (
+        "latency throughput size memory macs energy drop confidence target out search trials time-limit techniques keep saliency masking"
+    )
     assert {f"--{name}" for name in wanted.split()} <= names
     assert {"--dry-run", "--overwrite", "--accept-nearest", "--control"} <= names
     assert "--fork" in {name for parameter in cli.cli.commands["resume"].params for name in parameter.opts}
@@ -132,6 +134,11 @@ def test_the_design_s_options_exist() -> None:
         (["optimize", "job.py", "--target", "openvino:gpu"], "this version drives 'cpu'"),
         (["optimize", "job.py", "--search", "sorcery"], "no search named 'sorcery'"),
         (["optimize", "job.py", "--saliency", "taylr"], "did you mean 'taylor' or 'taylor-first'?"),
+        (["optimize", "job.py", "--masking", "wonda"], "no masking named 'wonda'; did you mean 'wanda'?"),
+        (
+            ["optimize", "job.py", "--masking", "wanda:4:2"],
+            "a pattern is a share of zeros, as 75%, or N:M with N below M, as 2:4; got '4:2'",
+        ),
         (["optimize", "job.py", "--techniques", "prune,quantise"], "did you mean 'quantize'?"),
         (["optimize", "job.py", "--techniques", ","], "at least one of"),
         (["optimize", "job.py", "--trials", "0"], "--trials"),
@@ -185,7 +192,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 def test_optimize_hands_everything_on(job: Path, flow: types.ModuleType, tmp_path: Path) -> None:
     arguments = "--target openvino:cpu --latency 5ms --size 0.25x --drop 1% --confidence 0.95 --search random --trials 7 --time-limit 60"
-    more = "--techniques prune,quantize --keep head.* --keep stem.* --saliency taylor --control --overwrite --accept-nearest --seed 3 --threads 2"
+    more = "--techniques prune,quantize --keep head.* --keep stem.* --saliency taylor --masking wanda --control --overwrite --accept-nearest --seed 3 --threads 2"
     out = tmp_path / "x.planish"
     assert cli.main(["optimize", str(job), "--out", str(out), *arguments.split(), *more.split()]) == 0
     (call,) = flow.calls
@@ -200,6 +207,7 @@ def test_optimize_hands_everything_on(job: Path, flow: types.ModuleType, tmp_pat
         "techniques": ("prune", "quantize"),
         "keep": ("head.*", "stem.*"),
         "saliency": "taylor",
+        "masking": "wanda",
         "control": True,
         "overwrite": True,
         "accept_nearest": True,

@@ -6,8 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from planish.errors import RuntimeFailed
+from planish.measure.memory import size_bytes
+from planish.prune.masks.subjects import masked_weights
 from planish.pursuit import Pursuit
+from planish.report import figures
 from planish.result import OperatorRow, Search, Trial
+from planish.trial import measure_beside
 from planish.winners import Winner
 from planish.workbench import Workbench
 
@@ -102,6 +109,8 @@ def _why(
             reasons.append("width: pruning was not asked for, or offers no multiple of what the target likes")
         else:
             reasons.append("width: narrower was predicted to lose more than its time is worth")
+    if winner is not None and name in winner.plan.masks:
+        reasons.append(f"mask: its zeros ({winner.plan.masks[name]}) are multiplied like other weights")
     return "; ".join(reasons)
 
 
@@ -112,6 +121,36 @@ def group_widths(bench: Workbench, winner: Winner | None) -> dict[str, tuple[int
         width = group.units if winner is None else winner.plan.widths.get(name, group.units)
         out[name] = (group.units, 0 if winner is not None and name not in winner.analysis.groups and width == group.units else width)
     return out
+
+
+def masks_note(bench: Workbench, winner: Winner) -> str:
+    """What masks did, as measured against the same net without a zero: nothing for its speed, and something for its file; "" without masks."""
+    masked, path = masked_weights(winner.analysis, winner.plan.masks), winner.exported.path
+    if not masked or path is None:
+        return ""
+    dense = winner.final.copy()
+    zeros = 0
+    with torch.no_grad():
+        for name in masked:
+            weight = dense.module.get_parameter(name)
+            is_zero = weight == 0
+            zeros += int(is_zero.sum())
+            weight.masked_fill_(is_zero, float(weight.abs().max()))
+    weights = sum(value.numel() for value in dense.module.parameters() if value.dim() > 1)
+    home = bench.home(winner.plan)
+    folder = bench.folder / "without zeros"
+    folder.mkdir(parents=True, exist_ok=True)
+    other = home.runtime.export(dense, folder)
+    try:
+        found = figures.ratio(measure_beside(bench, winner.exported.target or home.target, path, other).median)
+        speed = f"takes {found} of the time of the same net without zeros"
+    except RuntimeFailed as err:
+        speed = f"could not be timed without them ({err})"
+    sizes = f"{figures.size(size_bytes(path))} instead of {figures.size(size_bytes(other))}"
+    return (
+        f"masks: {zeros} of {weights} weights are zero; {home.runtime.name} multiplies by them as by others, so they save no time "
+        f"(the net {speed}); the file has {sizes}"
+    )
 
 
 def search_account(pursuit: Pursuit) -> Search:

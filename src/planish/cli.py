@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _DEMO, _DEMO_JOB = Path("out/demo.planish"), "digits"
-_PASSED_ON = ("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest", "saliency", "schedule")
+_PASSED_ON = (
+    *("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest"),
+    *("saliency", "schedule", "masking"),
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -155,6 +158,7 @@ def _budget_options(function: F) -> F:
     epilog=_example(
         "planish optimize job.py --latency 0.5x --drop 1pt --out out/net.planish",
         "planish optimize job.py --target openvino:cpu --size 0.25x --drop 0.5pt --dry-run",
+        "planish optimize job.py --size 0.15x --techniques prune,mask,quantize,distill --masking sparsegpt",
     )
 )
 @job_argument
@@ -182,7 +186,8 @@ def _budget_options(function: F) -> F:
     "--techniques",
     default=",".join(DEFAULT_TECHNIQUES),
     show_default=True,
-    help="Which may be used; also adapt: blocks that go may leave a 1x1 or low-rank map.",
+    help="Which may be used; also adapt: blocks that go may leave a 1x1 or low-rank map; and mask, under a limit on the size: single weights "
+    "become zero, which makes files smaller and nothing faster.",
 )
 @keep_option
 @click.option(
@@ -199,6 +204,12 @@ def _budget_options(function: F) -> F:
     show_default=True,
     help="How units leave: one-shot; iterative (in rounds, with recovery between); growth (they may return); or by sparse training: l1, "
     "group-lasso, growing-l2, augmented-lagrangian. All but the first train longer before they are better.",
+)
+@click.option(
+    "--masking",
+    metavar="NAME",
+    help="Which weights become zero: sparsegpt (the default), wanda or magnitude; with the one pattern that is offered, as in wanda:2:4 or "
+    "sparsegpt:60%, instead of 50%, 75% and 90%.",
 )
 @click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
@@ -219,6 +230,10 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     registry.check("schedule", options["schedule"])
     if options["saliency"] is not None:
         registry.check("saliency", options["saliency"])
+    if options["masking"] is not None:
+        from planish.prune.masks.pattern import parse_masking
+
+        registry.check("masking", parse_masking(options["masking"])[0])
     chosen = _techniques(techniques)
     out: Path | None = options["out"]
     if out is not None and not options["dry_run"]:

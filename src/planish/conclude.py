@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from planish.account import group_widths, nearest, operator_rows, search_account
+from planish.account import group_widths, masks_note, nearest, operator_rows, search_account
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
 from planish.distill.recover import recover
@@ -87,7 +87,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
         with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
     if winner is not None:
-        bench.notes += [*_said(summary), *_seen_before(bench, summary)]
+        bench.notes += [*_said(summary), *_seen_before(bench, summary), *filter(None, [masks_note(bench, winner)])]
     summary = _timed(bench, summary)
     artifact = None
     if summary.verdict == "met" or request.accept_nearest:

@@ -52,6 +52,7 @@ def optimize(
     accept_nearest: bool = False,
     saliency: str | None = None,
     schedule: str = ONE_SHOT,
+    masking: str | None = None,
     events: Events | None = None,
 ) -> Result:
     """Make a trained net meet a budget in its target runtime, on this machine, and write it with the proof.
@@ -65,7 +66,8 @@ def optimize(
         trials: candidates that are judged at most.
         time_limit: seconds for the whole call; without one recovery sees five epochs, 25 minutes at most.
         seed: of everything random.
-        techniques: any of "prune", "quantize", "distill", and "adapt": blocks that go may leave a linear map, fitted by least squares.
+        techniques: any of "prune", "quantize", "distill"; "adapt": blocks that go may leave a linear map, fitted by least squares; and "mask",
+            offered under a limit on the size alone: it makes nothing faster.
         keep: globs of parameters that must be left alone.
         threads: of one call in the target, at most; all usable cores by default. Fewer are taken where that costs less than a tenth,
             or where they hold a limit on latency with room to spare.
@@ -76,6 +78,8 @@ def optimize(
         schedule: how units leave: at once ("one-shot"), in rounds with recovery between ("iterative"), behind gates from which they may return
             ("growth"), or driven to zero while the net trains ("l1", "group-lasso", "growing-l2"; "augmented-lagrangian", which also
             decides on the widths). All but the first use half of the recovery's time.
+        masking: who chooses which weights are zero, "sparsegpt" by default, "wanda" or "magnitude"; behind a colon the one pattern that is
+            offered, as in "wanda:2:4" or "sparsegpt:60%".
         events: is told of the run's progress.
 
     Returns:
@@ -102,6 +106,7 @@ def optimize(
         accept_nearest=accept_nearest,
         saliency=saliency,
         schedule=schedule,
+        masking=masking,
     )
     check_output(request.out, overwrite)
     return _run(job, request, events or Silent(), resuming=False)

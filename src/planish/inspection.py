@@ -12,13 +12,18 @@ from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.facts import Shape
+from planish.graph.graph import Analysis, Graph, Operator
 from planish.graph.groups import analyse
 from planish.graph.macs import macs, operator_macs
 from planish.graph.members import Members, held, members, unit_name
+from planish.graph.replay import Replay
+from planish.prune.masks.pattern import parse_masking
+from planish.prune.masks.subjects import subjects
 from planish.quantize.placement import unsupported
+from planish.runtimes.contract import get_runtime
+from planish.target import Target
 
 if TYPE_CHECKING:
-    from planish.graph.graph import Analysis, Operator
     from planish.request import Request
     from planish.workload import Workload
 
@@ -109,6 +114,14 @@ def _groups(found: Analysis, by_group: Mapping[str, Members], shapes: Mapping[st
     ]
 
 
+def _masks(graph: Graph, found: Analysis, request: Request, target: Target) -> int:
+    """How many masks a run would try: none where the runtime's file is no smaller for them, or no limit on the size asks for it."""
+    is_asked = "mask" in request.techniques and any(limit.quantity == "size" for limit in request.budget.limits)
+    if not is_asked or not get_runtime(target.runtime).stores_sparse:
+        return 0
+    return len(parse_masking(request.masking)[1]) * len(subjects(Replay(graph.module), found, request.keep))
+
+
 def _too_short(total_s: float, limit_s: float | None) -> list[str]:
     if limit_s is None or total_s <= limit_s:
         return []
@@ -143,12 +156,14 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     nodes = {node.name: node for node in graph.module.graph.nodes}
     int8 = sum(not unsupported(nodes[o.node]) for o in found.operators.values()) if "quantize" in request.techniques else 0
     limit = request.time_limit or math.inf
+    masks = _masks(graph, found, request, targets[0])
     stages = {
         "capture and groups": capturing,
         "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
         "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, SENSITIVITY_SHARE * limit),
         "int8 in each runtime": (capturing + 6.0) * len(targets) if int8 else 0.0,
         "sensitivity of int8": min(0.6 * int8 * 256 * sample, SENSITIVITY_SHARE * limit),
+        "sensitivity of masks": min(0.6 * masks * 256 * sample, SENSITIVITY_SHARE * limit),
         "latency tables": min(0.3 * (levels * 4 + int8), TABLES_SHARE * limit),
         "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),
         "final measurement": FINAL_S,
@@ -162,7 +177,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "targets": [target.name for target in targets],
         "groups": len(found.groups),
         "blocks": blocks,
-        "options": levels + blocks + int8,
+        "options": levels + blocks + int8 + masks,
         "stages": stages,
         "seconds": sum(stages.values()),
         "notes": [*graph.notes, *_too_short(total, request.time_limit)],

@@ -8,14 +8,12 @@ from typing import Any
 
 import msgspec
 
-TECHNIQUES = ("prune", "adapt", "quantize", "distill")
+TECHNIQUES = ("prune", "adapt", "mask", "quantize", "distill")
 """What `techniques=` may name."""
 DEFAULT_TECHNIQUES = ("prune", "quantize", "distill")
-"""What is used where nothing else is asked for."""
+"""What is used where nothing else is asked for: masks make files smaller, and nothing faster."""
 WHOLE_MAP = "1x1"
 """The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
-
-
 ONE_SHOT = "one-shot"
 """The schedule by which all units leave at once, before recovery."""
 
@@ -34,9 +32,10 @@ class Option(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that could be done to one group, operator or block.
 
     Args:
-        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1, or leave an adaptor: "1x1" or "rank-R") or "precision" (run it as `value`).
+        technique: "width" (keep `value` units of a group), "block" (bypass it: value 1, or leave an adaptor: "1x1" or "rank-R"), "precision" (run
+            it as `value`) or "mask" (zeros as `value` has it).
         subject: the name of the group, block or operator.
-        value: units kept, 1, or the name of a scheme such as "int8".
+        value: units kept, 1, the name of a scheme such as "int8", or a pattern such as "75%" or "2:4".
         loss: predicted increase of the calibration loss (same unit for all options of a graph), at least 0.
         note: why the loss is what it is, or why the option is not offered at more levels; for the report.
     """
@@ -74,6 +73,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         blocks: residual blocks that are bypassed.
         adaptors: those of them that leave a linear map of the stream behind -> its kind, "1x1" or "rank-R".
         precisions: scheme per operator; an operator that is not named stays in fp32.
+        masks: pattern of zeros per operator; an operator that is not named keeps all its weights.
+        masking: who chooses the zeros, and changes the weights that stay.
         saliency: which units of a group go first.
         schedule: how they leave: "one-shot", or over time while the net trains.
         observer: how activation ranges are chosen.
@@ -86,6 +87,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     blocks: tuple[str, ...] = ()
     adaptors: dict[str, str] = {}
     precisions: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    masking: str = "sparsegpt"
     saliency: str = "magnitude"
     schedule: str = ONE_SHOT
     observer: str = "mse"
@@ -108,7 +111,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     @property
     def is_identity(self) -> bool:
         """Whether the plan changes nothing."""
-        return not (self.widths or self.blocks or self.precisions)
+        return not (self.widths or self.blocks or self.precisions or self.masks)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all weights stay where they are: nothing is pruned or masked."""
+        return not (self.widths or self.blocks or self.masks)
 
     def replace(self, **changes: Any) -> Plan:
         """The same plan with some fields changed."""

@@ -18,6 +18,8 @@ from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.tables import Table
 from planish.plan import Option, Plan
+from planish.prune.masks.options import mask_options
+from planish.prune.masks.pattern import parse_masking
 from planish.prune.options import sensitivities
 from planish.prune.order import orders, remarks
 from planish.quantize.options import precision_options
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from planish.request import Request
 
 _SENSITIVITY_S = 180.0
-_LEFT = {"block": 0.22, "width": 0.6, "precision": 0.22}
+_LEFT = {"block": 0.22, "width": 0.6, "precision": 0.22, "mask": 0.4}
 """What recovery is assumed to leave of the drop that a technique causes, until a winner tells. Narrowed widths were fitted to the data
 before (least squares) and gain less from training than a block that was merely bypassed; figures in decision 011."""
 _LEFT_WITHOUT_BATCH_NORM = 1.3
@@ -98,10 +100,11 @@ class Pursuit:
             return False
         options = self._pruning_options()
         self.baseline, self.options = self._choose_runtime(options)
-        self.template = Plan(self.baseline.target.name, saliency=request.saliency, schedule=request.schedule, seed=request.seed)
+        self.options += self._masking_options()
+        self.template = self._template(self.baseline.target.name)
         self.space = Space(bench.analysis, self.options, self.template)
         if not self.space.variables:
-            bench.notes.append("nothing can be pruned or quantized in this model and target; see `planish inspect`")
+            bench.notes.append("nothing can be pruned, masked or quantized in this model and target; see `planish inspect`")
             return False
         with self.clock.stage("latency tables"):
             self.costs = Costs(self.space, self._lookup(), self._affordable_kernels)
@@ -116,6 +119,12 @@ class Pursuit:
         self._aim()
         self._search()
         return True
+
+    def _template(self, target: str) -> Plan:
+        """What all plans of this run have in common."""
+        request = self.request
+        masking, _ = parse_masking(request.masking)
+        return Plan(target, saliency=request.saliency, schedule=request.schedule, masking=masking, seed=request.seed)
 
     def _original_holds(self) -> bool:
         """Whether all limits are absolute and the original is clearly below them."""
@@ -285,6 +294,33 @@ class Pursuit:
                 ),
             )
 
+    def _masking_options(self) -> list[Option]:
+        """Patterns of zeros for each operator: under a limit on the size alone, where the runtime's file is smaller for them."""
+        request, runtime = self.request, self.baseline.runtime
+        if "mask" not in request.techniques:
+            return []
+        if not runtime.stores_sparse or not any(limit.quantity == "size" for limit in request.budget.limits):
+            why = "its file keeps zeros as it keeps other weights" if not runtime.stores_sparse else "no limit on the size asks for them"
+            self.bench.notes.append(f"masks: none, since {runtime.name} computes with zeros as with other weights, and {why}")
+            return []
+        method, patterns = parse_masking(request.masking)
+        with self.clock.stage("sensitivity of masks"):
+            self.settle()
+            return self._kept_options(
+                f"masks by {request.masking}",
+                lambda: mask_options(
+                    self.bench.graph,
+                    self.bench.analysis,
+                    method,
+                    patterns,
+                    self.bench.data.calibration,
+                    request.keep,
+                    kind=self.bench.output_kind,
+                    progress=self.events.progress,
+                    seconds=self._sensitivity_s,
+                ),
+            )
+
     def _kept_options(self, what: str, measure: Callable[[], list[Option]]) -> list[Option]:
         """Options with their losses as the study has them, else as they are measured now: on as many samples as there is time for, so
         that a run that is carried on would measure others, and choose other plans.
@@ -318,13 +354,7 @@ class Pursuit:
                 self.events.progress(done, len(bench.baselines))
                 if "int8" not in baseline.runtime.schemes or not whole:
                     continue
-                plan = Plan(
-                    baseline.target.name,
-                    precisions=whole,
-                    saliency=self.request.saliency,
-                    schedule=self.request.schedule,
-                    seed=self.request.seed,
-                )
+                plan = self._template(baseline.target.name).replace(precisions=whole)
                 ratio = self.trials.trial(plan).ratio
                 is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
                 if ratio is not None and not is_sure and self.trials.visits(plan) == 1:  # one noisy figure rules no runtime out
@@ -559,7 +589,7 @@ class Pursuit:
         """Plans of this space that were tried before the search began: int8 everywhere, as far as it is offered."""
         out = []
         for trial in self.trials.all:
-            if trial.plan.target == self.template.target and trial.stage == "trial" and not (trial.plan.widths or trial.plan.blocks):
+            if trial.plan.target == self.template.target and trial.stage == "trial" and trial.plan.is_dense:
                 offered = {n: s for n, s in trial.plan.precisions.items() if ("precision", n) in self.space.index}
                 if offered:
                     out.append(trial.plan.replace(precisions=offered))

@@ -19,6 +19,8 @@ from planish.graph.macs import macs
 from planish.plan import ONE_SHOT, Plan, Recovery
 from planish.prune.apply import removals, translated
 from planish.prune.compensate import compensate
+from planish.prune.masks.apply import mask_
+from planish.prune.masks.subjects import masked_weights
 from planish.prune.order import Orders, orders
 from planish.prune.shaping import Kept, Shaping, Step
 from planish.pursuit import Pursuit
@@ -121,7 +123,7 @@ class Recoverer:
         for plan in plans:
             compressed = self._anew(plan)
             with self.bench.clock.stage("recovery heats"):
-                report = self._recover(compressed.graph, plan, "heat", samples, time.monotonic() + seconds)
+                report = self._recover(compressed.graph, compressed, "heat", samples, time.monotonic() + seconds)
                 heat = _Heat(compressed, report.samples, self._distance(compressed.graph, report))
             self.bench.events.say(
                 f"heat: {_removed(plan)}: {report.loss_before:.3g} -> {report.loss_after:.3g} from the original, {heat.distance:.3g} with what it lost"
@@ -166,31 +168,30 @@ class Recoverer:
         now = time.monotonic()
         end = now + max(LEAST_S, self.left_s * share)
         seen = self._begun.samples if self._begun is not None and self._begun.compressed is compressed else 0
-        is_smaller = bool(plan.widths or plan.blocks)
-        quantized_share = 0.0 if not plan.precisions else self.settings.quantized_share if is_smaller else 1.0
+        quantized_share = 0.0 if not plan.precisions else 1.0 if plan.is_dense else self.settings.quantized_share
         skipped: Mapping[str, str] = {}
         history: tuple[Step, ...] = ()
-        if is_smaller:
+        if not plan.is_dense:
             samples, until = math.ceil(self.settings.samples * (1 - quantized_share)), now + (end - now) * (1 - quantized_share)
             if plan.widths and plan.schedule != ONE_SHOT:
                 with self.bench.clock.stage(f"units leave ({plan.schedule})"):
                     compressed, history, shaped = self._shaped(plan, math.ceil(_SHAPING * samples), now + _SHAPING * (until - now))
                 seen, samples, plan = shaped, samples - shaped, compressed.plan
             with self.bench.clock.stage("recovery"):
-                seen += self._recover(compressed.graph, plan, "recovery", max(1, samples), until).samples
+                seen += self._recover(compressed.graph, compressed, "recovery", max(1, samples), until).samples
         graph: Graph = compressed.graph
         if plan.precisions:
             graph, skipped = quantized(self.bench, compressed.graph, compressed.analysis, plan)
             samples = math.ceil(self.settings.samples * quantized_share)
             with self.bench.clock.stage("recovery in int8"):
-                seen += self._recover(graph, plan, "recovery-in-int8", samples, end).samples
+                seen += self._recover(graph, compressed, "recovery-in-int8", samples, end).samples
         return Trained(plan.replace(recovery=msgspec.structs.replace(self.settings, samples=seen)), compressed, graph, skipped, history)
 
     def _shaped(self, plan: Plan, samples: int, deadline: float) -> tuple[Compressed, tuple[Step, ...], int]:
         """A plan's net as its schedule makes it, from the original with the plan's blocks bypassed; its figures; and the samples seen."""
         pursuit, bench = self.pursuit, self.bench
         known = pursuit.trials.orders
-        graph, analysis = compress(bench, plan.replace(widths={}), known)
+        graph, analysis = compress(bench, plan.replace(widths={}, masks={}), known)
         going = {name: going.units for name, going in removals(bench.analysis, plan, known)[0].items()}
         leaving = translated(analysis, bench.analysis, going)
         space, costs = pursuit.space, pursuit.costs
@@ -207,7 +208,8 @@ class Recoverer:
         ) -> None:
             nonlocal seen
             until = min(deadline, time.monotonic() + share * (deadline - began))
-            report = self._recover(trained, plan, name, max(1, math.ceil(share * samples)), until, penalty, after_step, keep_last=True)
+            unmasked = Compressed(plan.replace(masks={}), trained, analysis, trained, {}, 0)
+            report = self._recover(trained, unmasked, name, max(1, math.ceil(share * samples)), until, penalty, after_step, keep_last=True)
             seen += report.samples
 
         def refit(pruned: Graph, kept: Kept) -> None:
@@ -235,12 +237,14 @@ class Recoverer:
         shaped = registry.get("schedule", plan.schedule)().shape(shaping)
         chosen = plan.replace(widths={name: width for name, width in shaped.widths.items() if name in bench.analysis.groups})
         now = analyse(shaped.graph)
+        if plan.masks:
+            mask_(shaped.graph, now, plan.masks, plan.masking, bench.data.calibration, seed=plan.seed)
         return Compressed(chosen, shaped.graph, now, shaped.graph, {}, macs(now)), shaped.history, seen
 
     def _recover(
         self,
         graph: Graph,
-        plan: Plan,
+        compressed: Compressed,
         name: str,
         samples: int,
         deadline: float,
@@ -248,7 +252,7 @@ class Recoverer:
         after_step: Callable[[float, float], None] | None = None,
         keep_last: bool = False,
     ) -> RecoverReport:
-        pursuit = self.pursuit
+        pursuit, plan = self.pursuit, compressed.plan
         if self._teacher is None:
             self._teacher = Teacher(self.bench.graph, self.split, self.bench.data.folder)
         return recover(
@@ -265,6 +269,7 @@ class Recoverer:
             penalty=penalty,
             after_step=after_step,
             keep_last=keep_last,
+            masked=masked_weights(compressed.analysis, plan.masks),
         )
 
 
@@ -274,5 +279,9 @@ def unrecovered(plan: Plan) -> str:
 
 
 def _removed(plan: Plan) -> str:
-    parts = [*(f"without {block}" for block in plan.blocks), *(f"{name} = {width}" for name, width in plan.widths.items())]
+    parts = [
+        *(f"without {block}" for block in plan.blocks),
+        *(f"{name} = {width}" for name, width in plan.widths.items()),
+        *(f"{name} masked {pattern}" for name, pattern in plan.masks.items()),
+    ]
     return ", ".join(parts)

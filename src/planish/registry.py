@@ -1,4 +1,5 @@
-"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, observers and search methods, with other packages' entry points.
+"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, masks, observers, search methods, and other packages' entry
+points.
 
 A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
 the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
@@ -48,6 +49,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "l1": "planish.prune.schedules.lasso:L1",
         "one-shot": "planish.prune.schedules.one_shot:OneShot",
     },
+    "masking": {
+        "magnitude": "planish.prune.masks.magnitude:MagnitudeMask",
+        "sparsegpt": "planish.prune.masks.sparsegpt:SparseGpt",
+        "wanda": "planish.prune.masks.wanda:Wanda",
+    },
     "observer": {
         "minmax": "planish.quantize.observers.minmax:MinMax",
         "mse": "planish.quantize.observers.mse:MeanSquaredError",
@@ -65,7 +71,7 @@ def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def names(kind: str) -> list[str]:
-    """Every registered name of `kind` ("runtime", "saliency", "redundancy", "schedule", "observer", "search"), built-in and installed, sorted."""
+    """Every registered name of a kind (a key of `BUILT_IN`), built-in and installed, sorted."""
     return sorted({*BUILT_IN[kind], *_entry_points(kind)})
 
 

@@ -14,6 +14,7 @@ from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
 from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
+from planish.prune.masks.pattern import parse_masking
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Request:
         budget: limits and drop.
         out: where the artifact goes.
         search, saliency, schedule: registered names.
+        masking: a registered name, perhaps with a pattern behind a colon.
         trials: candidates at most.
         time_limit: seconds of the whole call; None: as long as the default recovery takes.
         seed: of everything random.
@@ -44,6 +46,7 @@ class Request:
     search: str
     saliency: str
     schedule: str
+    masking: str
     trials: int
     time_limit: float | None
     seed: int
@@ -66,6 +69,7 @@ class Request:
             "search": self.search,
             "saliency": self.saliency,
             "schedule": self.schedule,
+            "masking": self.masking,
             "trials": self.trials,
             "techniques": list(self.techniques),
             "keep": list(self.keep),
@@ -92,6 +96,7 @@ def checked(
     accept_nearest: bool = False,
     saliency: str | None = None,
     schedule: str = ONE_SHOT,
+    masking: str | None = None,
 ) -> Request:
     """The arguments of `optimize`, checked without touching data, model or disk.
 
@@ -99,7 +104,8 @@ def checked(
         UsageError: the first that makes no sense.
     """
     parse_target(target, registry.names("runtime"))
-    for kind, name in (("search", search), ("saliency", saliency or "taylor"), ("schedule", schedule)):
+    masking_name = parse_masking(masking or "sparsegpt")[0]
+    for kind, name in (("search", search), ("saliency", saliency or "taylor"), ("schedule", schedule), ("masking", masking_name)):
         registry.check(kind, name)
     chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
     for technique in chosen:
@@ -141,6 +147,7 @@ def checked(
         search,
         saliency or "taylor",
         schedule,
+        masking or "sparsegpt",
         trials,
         time_limit,
         seed,

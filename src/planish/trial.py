@@ -1,4 +1,4 @@
-"""One plan, carried out: apply → compensate → quantize → evaluate (a candidate) → export → measure (a trial)."""
+"""One plan, carried out: apply → compensate → mask → quantize → evaluate (a candidate) → export → measure (a trial)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from planish.plan import Plan
 from planish.prune.adaptors import narrow_adaptors_
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
+from planish.prune.masks.apply import mask_
 from planish.prune.order import Orders
 from planish.quantize.apply import quantize
 from planish.target import Target
@@ -88,13 +89,16 @@ class Exported:
 
 
 def compress(bench: Workbench, plan: Plan, orders: Orders) -> tuple[Graph, Analysis]:
-    """The original with the plan's blocks and widths gone and the rest refitted, in floating point, and its analysis."""
-    if not plan.widths and not plan.blocks:
-        return bench.graph.copy(), bench.analysis
-    applied = apply(bench.graph, bench.analysis, plan, orders)
-    compensate(applied.graph, bench.graph, applied.kept, bench.data.calibration, seed=plan.seed)
-    narrow_adaptors_(applied.graph, plan.adaptors, bench.data.calibration)
-    return applied.graph, analyse(applied.graph)
+    """The original with the plan's blocks and widths gone, the rest refitted and then masked, in floating point, and its analysis."""
+    graph, analysis = bench.graph.copy(), bench.analysis
+    if plan.widths or plan.blocks:
+        applied = apply(bench.graph, bench.analysis, plan, orders)
+        compensate(applied.graph, bench.graph, applied.kept, bench.data.calibration, seed=plan.seed)
+        narrow_adaptors_(applied.graph, plan.adaptors, bench.data.calibration)
+        graph, analysis = applied.graph, analyse(applied.graph)
+    if plan.masks:
+        mask_(graph, analysis, plan.masks, plan.masking, bench.data.calibration, seed=plan.seed)
+    return graph, analysis
 
 
 def quantized(bench: Workbench, graph: Graph, analysis: Analysis, plan: Plan) -> tuple[Graph, Mapping[str, str]]:
@@ -187,6 +191,17 @@ def measure_again(bench: Workbench, plan: Plan, path: Path, seconds: float = 0.8
     with opened(bench, bench.home(plan).target.thread_counts, path) as probes:
         _, timing, original = _timed(bench, probes, seconds)
     return ratio(timing, original)
+
+
+def measure_beside(bench: Workbench, target: Target, path: Path, other: Path, seconds: float = 0.8) -> Estimate:
+    """The latency of one exported model against that of another, in the same target.
+
+    Raises:
+        RuntimeFailed: one of them cannot be measured.
+    """
+    with opened(bench, [target], path) as first, opened(bench, [target], other) as second:
+        found = interleaved({"one": first[target], "other": second[target]}, bench.example, seconds=seconds)
+    return ratio(found["one"], found["other"])
 
 
 @contextlib.contextmanager

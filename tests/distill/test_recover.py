@@ -209,3 +209,25 @@ def test_the_users_loss_waits_for_labels_and_odd_labels_teach_nothing(tmp_path: 
     graph, job, data, teacher = setting(tmp_path / "counts", train=counts, metric=error)
     report = recover(damaged(graph), teacher, job, data, Recovery(samples=2048))
     assert report.loss_after < 0.5 * report.loss_before
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_zeros_of_masked_weights_stay_and_the_others_learn(is_quantized: bool, tmp_path: Path) -> None:
+    graph, job, data, teacher = setting(tmp_path)
+    student = graph.copy()
+    names = ("conv2.weight", "fc.weight")
+    zeros = {}
+    with torch.no_grad():
+        for name in names:
+            weight = student.module.get_parameter(name)
+            zeros[name] = weight.abs() < weight.abs().median()
+            weight.masked_fill_(zeros[name], 0.0)
+    if is_quantized:
+        student = quantized(student)
+    before = {name: student.module.get_parameter(name).detach().clone() for name in names}
+    report = recover(student, teacher, job, data, Recovery(samples=2048, learning_rate=0.1), masked=names)
+    assert report.loss_after < report.loss_before and report.fit is not None and report.fit.kept != "before"
+    for name in names:
+        weight = student.module.get_parameter(name).detach()
+        assert bool((weight[zeros[name]] == 0).all()), name
+        assert bool((weight[~zeros[name]] != before[name][~zeros[name]]).any()), name

@@ -13,9 +13,11 @@ from planish.graph.graph import Analysis, Operator, Size
 from planish.graph.macs import macs, operator_macs
 from planish.measure.kernels import Kernel
 from planish.plan import Option, Plan
+from planish.search.contract import Limits
 from planish.search.costs import Affine, Costs, calibrated, ceilings, reachable_kernels, tilt
 from planish.search.kernels import kernel_of
 from planish.search.lagrangian import Problem
+from planish.search.solver import Solver
 from planish.search.space import Space
 from planish.testing.search import kernel_seconds, made_up, options_of, residual_net
 
@@ -256,3 +258,44 @@ def test_parts_by_precision_sum_to_the_prediction_and_tilt_the_row():
         parts = costs.parts(assignment)
         assert parts.sum() == pytest.approx(costs.predict(assignment)["latency"], rel=1e-9)
         assert problem.values(space.canonical(assignment))[0] == pytest.approx(float(parts @ factors), rel=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_masks_save_the_bytes_that_a_file_saves_and_no_time(precision):
+    """A bit for each of 32 x 32 x 9 weights and the values of those that stay; no latency, no MACs, no memory."""
+    analysis = residual_net(blocks=2, units=32)
+    masks = [Option("mask", "block0.conv1", pattern, 0.1) for pattern in ("10%", "50%", "2:4", "90%")]
+    space = Space(analysis, [*options_of(analysis), *masks], TEMPLATE)
+    costs = Costs(space, kernel_seconds)
+    each = {"fp32": 4, "int8": 1}[precision]
+
+    def predicted(pattern: str | None, width: int) -> dict[str, float]:
+        plan = TEMPLATE.replace(
+            widths={} if width == 32 else {"block0.conv1": width},
+            precisions={} if precision == "fp32" else {"block0.conv1": "int8"},
+            masks={} if pattern is None else {"block0.conv1": pattern},
+        )
+        return costs.predict(space.assignment(plan))
+
+    for width in (32, 16):
+        count, dense = width * 32 * 9, predicted(None, width)
+        for pattern, gone in (("50%", 144), ("2:4", 144), ("90%", 259)):
+            found = predicted(pattern, width)
+            assert dense["size"] - found["size"] == pytest.approx(count * each - (count / 8 + (count - gone * width) * each))
+            assert {q: v for q, v in found.items() if q not in ("size", "loss")} == {
+                q: v for q, v in dense.items() if q not in ("size", "loss")
+            }
+        assert predicted("10%", width)["size"] == dense["size"], "no credit where the file is not smaller"
+
+
+def test_a_limit_on_the_size_is_solved_with_masks():
+    """What a small limit leaves: with masks the size is met at a loss that widths and blocks alone exceed."""
+    analysis = residual_net(blocks=2, units=32)
+    options = [Option("width", name, 8, 5.0) for name in analysis.groups]
+    masks = [Option("mask", name, "75%", 0.01) for name in analysis.operators if analysis.operators[name].kind == "conv"]
+    space = Space(analysis, [*options, *masks], TEMPLATE)
+    costs = Costs(space, kernel_seconds)
+    limit = 0.4 * costs.predict(space.identity)["size"]
+    plan = Solver(space, costs, Limits({"size": limit})).ask(1)[0]
+    assert plan.masks and not plan.widths
+    assert costs.predict(space.assignment(plan))["size"] <= limit

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from planish.errors import PlanError, UnknownName
+from planish.errors import PlanError, UnknownName, UsageError
 from planish.graph.graph import Block
 from planish.plan import Option, Plan
 from planish.search.lagrangian import Problem
@@ -119,3 +119,32 @@ def test_options_that_do_not_fit_are_refused(option, error, said):
 def test_plans_that_do_not_fit_are_refused(space, changes, said):
     with pytest.raises(PlanError, match=said):
         space.assignment(TEMPLATE.replace(**changes))
+
+
+def with_masks(**changes):
+    analysis = residual_net(blocks=2, units=32)
+    masks = [
+        Option("mask", name, pattern, loss) for name in ("stem", "block0.conv1", "head") for pattern, loss in (("50%", 0.1), ("2:4", 0.2))
+    ]
+    return Space(analysis, [*options_of(analysis), *masks], TEMPLATE.replace(**changes))
+
+
+def test_masks_are_decisions_of_operators_that_go_with_their_blocks():
+    space = with_masks(masking="wanda")
+    number = space.index["mask", "block0.conv1"]
+    assert space.variables[number].values == ("none", "50%", "2:4") and space.variables[number].losses == (0.0, 0.1, 0.2)
+    chosen = [0] * len(space.variables)
+    chosen[number], chosen[space.index["mask", "head"]] = 1, 2
+    plan = space.plan(chosen)
+    assert plan.masks == {"block0.conv1": "50%", "head": "2:4"} and plan.masking == "wanda"
+    assert not plan.is_identity and not plan.is_dense
+    assert space.assignment(plan) == tuple(chosen)
+    chosen[space.index["block", "block0"]] = 1
+    assert space.plan(chosen).masks == {"head": "2:4"}
+    with pytest.raises(PlanError, match="mask '90%' of 'head' is not an option of this graph; offered: none, 50%, 2:4"):
+        space.assignment(TEMPLATE.replace(masks={"head": "90%"}))
+
+
+def test_a_pattern_that_makes_no_sense_is_no_option():
+    with pytest.raises(UsageError, match="a pattern is a share of zeros, as 75%"):
+        Space(residual_net(), [Option("mask", "stem", "most", 0.1)], TEMPLATE)

@@ -278,3 +278,26 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path: Path) -> No
     checkpoint = Checkpoint(tmp_path / "file" / "phase.safetensors")
     assert fit(mlp(), SPLIT, labels, Settings(640), checkpoint=checkpoint).samples == 640
     assert checkpoint.load([]) is None
+
+
+def test_what_is_done_after_every_step_is_what_stays() -> None:
+    """The hook sees SGD's rate, rising and falling to nothing, and its zeros are in the last weights and in their average."""
+    for wanted in ("last", "average"):
+        graph, rates = mlp(), []
+        weight = graph.module.get_parameter("0.weight")
+        is_zero = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+
+        def after_step(
+            rate: float, progress: float, weight: nn.Parameter = weight, is_zero: Tensor = is_zero, rates: list[float] = rates
+        ) -> None:
+            assert not torch.is_grad_enabled()
+            rates.append(rate)
+            weight.masked_fill_(is_zero, 0.0)
+
+        losses = iter({"last": [3.0, 1.0, 2.0], "average": [3.0, 2.0, 1.0]}[wanted])
+        report = fit(
+            graph, SPLIT, labels, Settings(3000, learning_rate=0.1), judge=lambda losses=losses: next(losses), after_step=after_step
+        )
+        assert report.kept == wanted
+        assert len(rates) == report.steps and 0 < rates[0] < max(rates) <= 0.1 and rates[-1] < 0.1 * max(rates)
+        assert bool((weight[is_zero] == 0).all()) and bool((weight[~is_zero] != 0).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def recover(
     penalty: Callable[[], Tensor] | None = None,
     after_step: Callable[[float, float], None] | None = None,
     keep_last: bool = False,
+    masked: Collection[str] = (),
 ) -> RecoverReport:
     """Bring `graph` back towards its teacher, in place.
 
@@ -86,6 +87,7 @@ def recover(
         penalty: a scalar that is added to the loss of every step.
         after_step: called after every step, see `fit`.
         keep_last: keep what training gives, even where it is further from the teacher than what it began with.
+        masked: names of parameters whose zeros stay zero.
     """
     split = data.train if data.train is not None else data.calibration
     norms = recalibrate_batch_norm(graph, split, seed=seed)
@@ -140,6 +142,28 @@ def recover(
         should_stop=should_stop,
         checkpoint=checkpoint,
         keep_best=not (is_control or keep_last),
-        after_step=after_step,
+        after_step=_steps([*([after_step] if after_step is not None else []), *([_zeros_kept(graph, masked)] if masked else [])]),
     )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
+
+
+def _steps(steps: Sequence[Callable[[float, float], None]]) -> Callable[[float, float], None] | None:
+    """One call that makes all of these, in order; None for none."""
+
+    def after_step(rate: float, progress: float) -> None:
+        for step in steps:
+            step(rate, progress)
+
+    return after_step if steps else None
+
+
+def _zeros_kept(graph: Graph, masked: Collection[str]) -> Callable[[float, float], None]:
+    """A step after the optimizer's that makes zero again what was zero when this was called."""
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    zeros = [(parameters[name], parameters[name].detach() == 0) for name in masked]
+
+    def after_step(rate: float, progress: float) -> None:
+        for parameter, is_zero in zeros:
+            parameter.masked_fill_(is_zero, 0.0)
+
+    return after_step

@@ -225,6 +225,7 @@ def _changes(trial: Trial) -> str:
         (len(plan.widths), "width", "widths"),
         (len(plan.blocks), "block", "blocks"),
         (sum(scheme != "fp32" for scheme in plan.precisions.values()), "int8", "int8"),
+        (len(plan.masks), "mask", "masks"),
     ]
     return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in parts if n) or "nothing changed"
 

@@ -41,6 +41,7 @@ class OnnxRuntime:
     schemes = ("fp32", "int8")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
     quantize_outputs_of = frozenset({"conv", "linear"})
+    stores_sparse = True
 
     def missing(self) -> str | None:
         if importlib.util.find_spec(self.package) is None:

@@ -34,6 +34,7 @@ class Torch:
     schemes = ("fp32",)
     quantize_inputs_of: frozenset[str] = frozenset()
     quantize_outputs_of: frozenset[str] = frozenset()
+    stores_sparse = False
 
     def missing(self) -> str | None:
         return _missing()
@@ -59,6 +60,7 @@ class TorchCompile:
     schemes = ("fp32",)
     quantize_inputs_of: frozenset[str] = frozenset()
     quantize_outputs_of: frozenset[str] = frozenset()
+    stores_sparse = False
 
     def missing(self) -> str | None:
         return _missing()

@@ -174,7 +174,7 @@ class Costs:
             rows["latency"] = [(parts[0][0], sum((table for _, table in parts[1:]), parts[0][1])) for parts in zip(*tables, strict=True)]
         rows["macs"] = [term.macs() for term in terms if term.operator is not None]
         rows["size"] = size_rows(space)
-        rows.update({f"memory@{name}": factors for name, factors in memory_rows(space, rows["size"]).items()})
+        rows.update({f"memory@{name}": factors for name, factors in memory_rows(space, size_rows(space, is_packed=False)).items()})
         self.factors = rows
         self.problem = Problem(space.sizes, {"loss": space.losses(), **rows})
 

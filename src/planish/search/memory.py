@@ -1,4 +1,4 @@
-"""Bytes of a plan: parameters by precision, and activations that are alive at the moments where memory may peak."""
+"""Bytes of a plan: parameters by precision and mask, and activations that are alive at the moments where memory may peak."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from planish.prune.masks.pattern import parse_pattern
+from planish.runtimes.storage import packed_bytes
 from planish.search.factor import Table
 from planish.search.kernels import adaptor_terms, spread, width_variables
-from planish.search.space import FULL_PRECISION, Space
+from planish.search.space import FULL_PRECISION, UNMASKED, Space
 
 if TYPE_CHECKING:
     from planish.graph.graph import Operator, Size
@@ -48,8 +50,33 @@ def _bytes(space: Space, operator: Operator, shape: tuple[Size, ...], narrows: b
     return spread(space, table[..., None] * each, (*widths, own), space.bits_of(operator.name))
 
 
-def size_rows(space: Space) -> Factors:
-    """Bytes of all parameters that operators hold, each once; matrices and kernels in the operator's precision, vectors in fp32."""
+def _stored(space: Space, operator: Operator, shape: tuple[Size, ...]) -> tuple[tuple[int, ...], Table] | None:
+    """Bytes of an operator's weight in a file, by widths, precision and mask; None where it has no mask to choose."""
+    mask = space.index.get(("mask", operator.name))
+    if mask is None:
+        return None
+    widths, own = width_variables(space, shape), space.index.get(("precision", operator.name))
+    count = _elements(space, shape, widths)
+    rows = np.broadcast_to(_elements(space, shape[:1], widths), count.shape)
+    schemes = [FULL_PRECISION] if own is None else [str(scheme) for scheme in space.variables[own].values]
+    table = np.zeros((*count.shape, len(schemes), space.sizes[mask]))
+    for cell in np.ndindex(*table.shape):
+        total, lines = float(count[cell[:-2]]), float(rows[cell[:-2]])
+        pattern, each = space.variables[mask].values[cell[-1]], _BYTES.get(schemes[cell[-2]], 4.0)
+        gone = 0.0 if pattern == UNMASKED else lines * parse_pattern(str(pattern)).gone(round(total / lines))
+        table[cell] = packed_bytes(total, total - gone, each) if gone else total * each
+    if own is None:
+        return spread(space, table[..., 0, :], (*widths, mask), space.bits_of(operator.name))
+    return spread(space, table, (*widths, own, mask), space.bits_of(operator.name))
+
+
+def size_rows(space: Space, is_packed: bool = True) -> Factors:
+    """Bytes of all parameters that operators hold, each once; matrices and kernels in the operator's precision, vectors in fp32.
+
+    Args:
+        space: the decisions.
+        is_packed: as a file holds them, where zeros of a mask take a bit each; else as memory does, where they take as much as others.
+    """
     out: Factors = []
     seen: set[str] = set()
     for operator in space.analysis.operators.values():
@@ -57,7 +84,9 @@ def size_rows(space: Space) -> Factors:
         if operator.weight is not None and operator.weight in seen:
             weights = weights[1:]
         seen.add(operator.weight or operator.name)
-        out += [_bytes(space, operator, shape, narrows=len(shape) > 1) for shape in weights]
+        for number, shape in enumerate(weights):
+            stored = _stored(space, operator, shape) if is_packed and number == 0 and len(shape) > 1 else None
+            out.append(stored or _bytes(space, operator, shape, narrows=len(shape) > 1))
     for term in adaptor_terms(space):
         assert term.operator is not None
         for shape in term.operator.weights:

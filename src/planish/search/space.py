@@ -1,4 +1,4 @@
-"""The decisions of a graph: a width per group, a bit per block, a precision per operator, with the predicted loss of each value."""
+"""The decisions of a graph: a width per group, a bit per block, a precision and a mask per operator, each value with its predicted loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numpy as np
 
 from planish.errors import PlanError, UnknownName
 from planish.plan import Option, Plan
+from planish.prune.masks.pattern import parse_pattern
 from planish.search.factor import Assignment, Table
 
 if TYPE_CHECKING:
     from planish.graph.graph import Analysis, Block, Operator, Size
 
 FULL_PRECISION = "fp32"
+UNMASKED = "none"
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Variable:
     """One decision. The first value changes nothing and loses nothing.
 
     Args:
-        technique: "width", "block" or "precision".
+        technique: "width", "block", "precision" or "mask".
         subject: the name of the group, block or operator.
-        values: units kept from all downwards; 0 and 1 for a block, and the adaptors that it may leave; "fp32" and further schemes.
+        values: units kept from all downwards; 0 and 1 for a block, and the adaptors that it may leave; "fp32" and further schemes; "none" and
+            patterns of zeros.
         losses: predicted loss of each value.
     """
 
@@ -46,18 +49,19 @@ def groups_of(operator: Operator) -> tuple[str, ...]:
 class Space:
     """All plans that the options of a graph allow. An assignment gives, for each variable, the index of its value.
 
-    A block that is bypassed takes its operators' precisions, and the groups that only its operators know, out of the decision:
+    A block that is bypassed takes its operators' precisions and masks, and the groups that only its operators know, out of the decision:
     `canonical` sets them to their first value, so that equal nets have equal plans.
 
     Args:
         analysis: what was found in the graph.
         options: what could be done, with losses in one unit. Losses that are not finite are left out; a narrower width never
             counts as losing less than a wider one (calibration noise would otherwise prefer it).
-        template: the plan whose target, saliency, observer, recovery and seed all plans of this space share.
+        template: the plan whose target, saliency, masking, observer, recovery and seed all plans of this space share.
 
     Raises:
         UnknownName: an option for a group, block or operator that the graph has not.
-        PlanError: a width outside [1, units), or a technique other than "width", "block" and "precision".
+        PlanError: a width outside [1, units), or a technique other than "width", "block", "precision" and "mask".
+        UsageError: a pattern of zeros that makes no sense.
     """
 
     def __init__(self, analysis: Analysis, options: Sequence[Option], template: Plan) -> None:
@@ -71,7 +75,7 @@ class Space:
     def _guards(self, variable: Variable) -> tuple[int, ...]:
         """Indices of the block bits that make a variable irrelevant."""
         blocks = self.analysis.blocks.values()
-        if variable.technique == "precision":
+        if variable.technique in ("precision", "mask"):
             return self.bits_of(variable.subject)
         if variable.technique == "width":
             users = {name for name, operator in self.analysis.operators.items() if variable.subject in groups_of(operator)}
@@ -129,6 +133,7 @@ class Space:
             blocks=tuple(v.subject for v, _ in picked if v.technique == "block"),
             adaptors={v.subject: str(value) for v, value in picked if v.technique == "block" and value != 1},
             precisions={v.subject: value for v, value in picked if v.technique == "precision"},
+            masks={v.subject: value for v, value in picked if v.technique == "mask"},
         )
         return plan.replace(**changes) if changes else plan
 
@@ -142,6 +147,7 @@ class Space:
         wanted: list[tuple[str, str, int | str]] = [("width", name, width) for name, width in plan.widths.items()]
         wanted += [("block", name, plan.adaptors.get(name, 1)) for name in plan.blocks]
         wanted += [("precision", name, scheme) for name, scheme in plan.precisions.items()]
+        wanted += [("mask", name, pattern) for name, pattern in plan.masks.items()]
         for technique, subject, value in wanted:
             number = self.index.get((technique, subject))
             if number is None or value not in self.variables[number].values:
@@ -152,12 +158,12 @@ class Space:
 
 
 def _variables(analysis: Analysis, options: Sequence[Option]) -> tuple[Variable, ...]:
-    known = {"width": analysis.groups, "block": analysis.blocks, "precision": analysis.operators}
-    kinds = {"width": "group", "block": "block", "precision": "operator"}
+    known = {"width": analysis.groups, "block": analysis.blocks, "precision": analysis.operators, "mask": analysis.operators}
+    kinds = {"width": "group", "block": "block", "precision": "operator", "mask": "operator"}
     losses: dict[tuple[str, str], dict[int | str, float]] = {}
     for option in options:
         if option.technique not in known:
-            raise PlanError(f"option: technique must be 'width', 'block' or 'precision'; got {option.technique[:60]!r}")
+            raise PlanError(f"option: technique must be 'width', 'block', 'precision' or 'mask'; got {option.technique[:60]!r}")
         if option.subject not in known[option.technique]:
             raise UnknownName(kinds[option.technique], option.subject, known[option.technique])
         if option.technique == "width":
@@ -166,7 +172,9 @@ def _variables(analysis: Analysis, options: Sequence[Option]) -> tuple[Variable,
                 raise PlanError(f"option: the width of {option.subject!r} must be in [1, {units}]; got {option.value!r}")
             if option.value == units:
                 continue
-        if math.isfinite(option.loss) and option.value not in (0, FULL_PRECISION):
+        if option.technique == "mask" and option.value != UNMASKED:
+            parse_pattern(str(option.value))
+        if math.isfinite(option.loss) and option.value not in (0, FULL_PRECISION, UNMASKED):
             losses.setdefault((option.technique, option.subject), {})[option.value] = max(0.0, option.loss)
     ordered = [(technique, subject) for technique, subjects in known.items() for subject in subjects if (technique, subject) in losses]
     return tuple(_variable(analysis, technique, subject, losses[technique, subject]) for technique, subject in ordered)
@@ -177,5 +185,5 @@ def _variable(analysis: Analysis, technique: str, subject: str, losses: dict[int
         widths = sorted((int(width) for width in losses), reverse=True)
         rising = itertools.accumulate((losses[width] for width in widths), max)
         return Variable(technique, subject, (analysis.groups[subject].units, *widths), (0.0, *rising))
-    first: int | str = 0 if technique == "block" else FULL_PRECISION
+    first: int | str = 0 if technique == "block" else FULL_PRECISION if technique == "precision" else UNMASKED
     return Variable(technique, subject, (first, *losses), (0.0, *losses.values()))

@@ -9,6 +9,7 @@ Each check raises `AssertionError` with what was expected and what came.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from planish.errors import RuntimeFailed
 from planish.graph.capture import capture
 from planish.graph.graph import Graph
 from planish.measure.machine import facts
+from planish.measure.memory import size_bytes
 from planish.measure.probe import Probe
 from planish.runtimes.contract import Array, Runtime, get_runtime
 from planish.target import Target
@@ -112,6 +114,23 @@ def equals_the_module(case: Case) -> None:
                 assert found > FLOAT_DB, f"{found:.0f} dB at {n} samples in batches of {batch}"
 
 
+def keeps_zeros_as_it_says(case: Case) -> None:
+    """A net nine tenths of whose second convolution are zero: the same outputs as the module, in a smaller file where the runtime says so."""
+    masked = case.graph.copy()
+    weight = masked.module.get_parameter("second.weight")
+    with torch.no_grad():
+        weight.masked_fill_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.9, 0.0)
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        path = case.runtime.export(masked, Path(folder))
+        saved = size_bytes(case.path) - size_bytes(path)
+        assert (saved > 2000) == case.runtime.stores_sparse, f"{saved} bytes of {4 * weight.numel()} saved"
+        flat = case.inputs(3)
+        with Probe.open(case.target(), path, masked.signature, timeout_s=300) as probe, torch.no_grad():
+            expected = masked.module(*(torch.from_numpy(array) for array in flat))
+            for want, got in zip(expected, probe.outputs(flat), strict=True):
+                assert sqnr_db(want.numpy(), got) > FLOAT_DB
+
+
 def repeats_itself(case: Case) -> None:
     """The same inputs give the same bits, before and after other inputs and timing, and inputs are not written to."""
     with case.open() as probe:
@@ -175,6 +194,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         says_what_it_is,
         export_leaves_the_graph_alone,
         equals_the_module,
+        keeps_zeros_as_it_says,
         repeats_itself,
         proves_what_ran,
         is_idle_between_calls,

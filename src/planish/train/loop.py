@@ -142,8 +142,9 @@ def fit(
         should_stop: asked before every step; True ends training as the deadline does.
         checkpoint: saved now and then and at the end; where it holds something, training goes on from there.
         keep_best: whether the weights before are a candidate.
-        after_step: called after every step of the optimizer with `learning_rate` as the schedule has it now and the share of training that is
-            done; it may change parameters in place (a proximal step, a mask).
+        after_step: called after every step of the optimizer, without gradients, with SGD's learning rate at that step (others take a fixed ratio
+            of it) and the share of training that is done; it may change parameters in place (a proximal step, a mask), which then are what
+            snapshots and the average see.
 
     References:
         Nesterov momentum: Sutskever et al. 2013. AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024.
@@ -267,7 +268,8 @@ class _Run:
                 optimizer.step()
             schedule.advance(size)
             if self.after_step is not None:
-                self.after_step(self.settings.learning_rate * factor, schedule.progress)
+                with torch.no_grad():
+                    self.after_step(self.settings.learning_rate * factor, schedule.progress)
             if self.settings.average > 0 and schedule.steps % _AVERAGE_STEPS == 0:
                 average.update()
             if schedule.steps % _SNAPSHOT_STEPS == 0:

@@ -58,8 +58,9 @@ class AugmentedLagrangian:
             slopes = [torch.zeros_like(gate) if gate.grad is None else gate.grad.clone() for gate in gates]
             for gate in gates:
                 gate.grad = None
-            c = violation()
-            prices = torch.autograd.grad(c, gates, allow_unused=True)
+            with torch.enable_grad():
+                c = violation()
+                prices = torch.autograd.grad(c, gates, allow_unused=True)
             level = torch.cat(slopes).square().mean()
             scale = level if scale is None else _MEMORY * scale + (1 - _MEMORY) * level
             unit = scale.sqrt().clamp(min=1e-12)
