@@ -41,8 +41,9 @@ class Silero(nn.Module):
         self.final_conv = nn.Conv1d(HIDDEN, 1, 1)
 
     def forward(self, audio: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = F.pad(audio, (0, CONTEXT), mode="reflect")
-        real, imaginary = self.stft_conv(x.unsqueeze(1)).split(129, 1)
+        # Any length up to this would do; that it is this one lets the program be written for its sizes.
+        x = F.pad(audio.unflatten(1, (1, CONTEXT + CHUNK)), (0, CONTEXT), mode="reflect")
+        real, imaginary = self.stft_conv(x).split(129, 1)
         x = torch.sqrt(real * real + imaginary * imaginary)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.relu(conv(x))

@@ -28,11 +28,13 @@ GROUPS = {
     # the channels of six convolutions
     "crepe": 6,
     "resemblyzer": 3,
-    # the stream, and in each of six layers the heads and the inner width
-    "minilm": 13,
+    # in each of six layers the heads and the inner width; the stream is the output
+    "minilm": 12,
     # frequencies, four convolutions, cells
     "silero": 6,
 }
+UNKNOWN = {"transnet": {"scatter_add"}}
+"""Operators without a rule: here one that counts colours, which no parameter touches."""
 _ANALYSED_S = 60.0
 
 
@@ -46,7 +48,7 @@ def test_a_real_net_is_analysed_pruned_and_exported(name: str, tmp_path: Path) -
     analysis = analyse(graph)
     assert time.process_time() - began < _ANALYSED_S
     assert len(analysis.groups) == GROUPS.get(name, len(analysis.groups)) > 0
-    assert not analysis.unknown
+    assert set(analysis.unknown) == UNKNOWN.get(name, set())
 
     removed = parity.at_random(analysis, 0.3)
     for batch in (2, 3):
