@@ -51,10 +51,9 @@ def test_a_real_net_is_analysed_pruned_and_exported(name: str, tmp_path: Path) -
     assert set(analysis.unknown) == UNKNOWN.get(name, set())
 
     removed = parity.at_random(analysis, 0.3)
-    for batch in (2, 3):
-        error, effect = parity.surgery(graph, analysis, removed, graph.signature.flatten(net.inputs(batch)))
-        assert error < parity.SURGERY, batch
-        assert effect > 1e-3, "nothing that matters was removed"
+    error, effect = parity.surgery(graph, analysis, removed, graph.signature.flatten(net.inputs(3)))
+    assert error < parity.SURGERY
+    assert effect > 1e-3, "nothing that matters was removed"
     for smaller in (graph, prune(graph, analysis, removed).graph):
         errors = parity.exported(smaller, net.inputs, tmp_path / "net.onnx")
         assert max(errors.values()) < parity.EXPORT, errors
