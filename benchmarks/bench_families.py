@@ -62,11 +62,13 @@ def _row(name: str, model: torch.nn.Module, inputs: Callable[[int], Any], state:
     analysis = analyse(graph)
     marks.append(time.process_time())
     removed = parity.at_random(analysis)
-    error, _ = parity.surgery(graph, analysis, removed, graph.signature.flatten(inputs(3)))
+    error, _ = parity.surgery(graph, analysis, removed, graph.signature.flatten(inputs(parity.batches(graph)[:2][-1])))
     with tempfile.TemporaryDirectory(prefix="planish-bench-") as folder:
         path = Path(folder) / "net.onnx"
         both = [parity.exported(g, inputs, path) for g in (graph, prune(graph, analysis, removed).graph)]
-    worst = "".join(f"{max(errors[batch] for errors in both):10.1e}" for batch in parity.BATCHES)
+    worst = "".join(f"{max(errors[batch] for errors in both):10.1e}" for batch in both[0])
+    if len(both[0]) == 1:
+        worst = f"{f'{worst.strip()}, at {next(iter(both[0]))} alone':>30s}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     units = sum(group.units for group in analysis.groups.values())
     return (

@@ -35,6 +35,7 @@ from planish.measure.roofline import peaks, roofline_s
 from planish.measure.tables import Table
 from planish.plan import Plan
 from planish.runtimes.contract import get_runtime
+from planish.runtimes.to_onnx import to_onnx
 from planish.search.costs import Costs
 from planish.search.space import Space
 from planish.target import Target
@@ -136,6 +137,10 @@ def compare(net: nn.Module, graph: Graph, empty: Graph, targets: list[Target], o
             place = work / f"{name}-{target.runtime}"
             place.mkdir()
             files[f"{name} {target.name}"] = (target, get_runtime(target.runtime).export(one, place))
+    # What others would run: without what planish does to convolutions for this runtime.
+    plain = work / "plain.onnx"
+    to_onnx(graph, plain)
+    files["plain onnxruntime:cpu"] = (next(t for t in targets if t.runtime == "onnxruntime"), plain)
     if out is not None:
         artifact = open_artifact(out)
         files["planish"] = (artifact.manifest.target, artifact.model_path)

@@ -205,7 +205,6 @@ _IMAGES = {
     "densenet121": ("densenet", 224),
     "inceptionv3": ("inceptionv3", 299),
     "squeezenet_v1_1": ("squeezenet", 224),
-    "dpn68": ("dpn", 224),
     "ghostnet": ("ghostnet", 224),
     "mixnet_s": ("mixnet", 224),
     "hrnet_w18_small_v1": ("hrnet", 224),
