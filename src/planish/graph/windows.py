@@ -12,6 +12,7 @@ reversal and the sums cost what the products save.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from planish.graph.modes import short_name
 
 aten = torch.ops.aten
 MOST_POSITIONS = 8
+_ACTIVATIONS = {"relu": aten.relu.default, "sigmoid": aten.sigmoid.default}
 
 
 def short_convolutions(graph: Graph, most: int = MOST_POSITIONS) -> Graph:
@@ -95,7 +97,7 @@ def _replace(module: fx.GraphModule, node: fx.Node, length: int, positions: int)
     graph = module.graph
     with graph.inserting_before(node):
 
-        def call(target: Any, *args: Any) -> fx.Node:
+        def call(target: Callable[..., Any], *args: Any) -> fx.Node:
             return graph.call_function(target, args)
 
         if length == 1 and positions == 1 and _adds_axis(source):
@@ -110,8 +112,9 @@ def _replace(module: fx.GraphModule, node: fx.Node, length: int, positions: int)
         result = call(aten.linear.default, windows, graph.get_attr(name), *([bias] if bias is not None else []))
         # Between a product and its activation a change of shape would keep a runtime from fusing them.
         last = next(iter(node.users)) if len(node.users) == 1 else node
-        if short_name(last) in ("relu", "sigmoid"):
-            result = call(last.target, result)
+        activation = _ACTIVATIONS.get(short_name(last))
+        if activation is not None:
+            result = call(activation, result)
         else:
             last = node
         turned = call(aten.unsqueeze.default, result, 2) if positions == 1 else call(aten.transpose.int, result, 1, 2)
@@ -126,7 +129,9 @@ def _adds_axis(node: fx.Node) -> bool:
     return node.target is aten.unsqueeze.default and node.args[1] in (2, -1)
 
 
-def _overlapping(call: Any, rows: fx.Node, span: tuple[int, int, int], stride: int, kernel: int, inputs: int, positions: int) -> fx.Node:
+def _overlapping(
+    call: Callable[..., fx.Node], rows: fx.Node, span: tuple[int, int, int], stride: int, kernel: int, inputs: int, positions: int
+) -> fx.Node:
     """The windows `[batch, positions, kernel * inputs]` of rows `[batch, length, inputs]`, of which those from begin to end count."""
     begin, end, length = span
     if begin > 0 or end < length:
