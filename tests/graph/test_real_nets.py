@@ -55,8 +55,9 @@ def test_a_real_net_is_analysed_pruned_and_exported(name: str, tmp_path: Path) -
     assert error < parity.SURGERY
     assert effect > 1e-3, "nothing that matters was removed"
     for smaller in (graph, prune(graph, analysis, removed).graph):
-        errors = parity.exported(smaller, net.inputs, tmp_path / "net.onnx")
-        assert max(errors.values()) < parity.EXPORT, errors
+        for batch, error in parity.exported(smaller, net.inputs, tmp_path / "net.onnx").items():
+            # Eighty random layers may magnify what rounding does to the first: what one change of the input does bounds it.
+            assert error < parity.EXPORT or error < 2 * parity.noise(smaller, net.inputs(batch)) < 1e-2, batch
 
 
 def test_silero_as_described_computes_what_the_published_model_does() -> None:
