@@ -142,8 +142,9 @@ def module_predictor(graph: Graph) -> Callable[[Any], Any]:
     """`predict` for a job's `evaluate`: inputs and outputs in the model's structure, computed by the graph's own module."""
 
     def predict(inputs: Any) -> Any:
+        flat = [value if isinstance(value, torch.Tensor) else as_tensor(value) for value in graph.signature.flatten(inputs)]
         with torch.inference_mode():
-            return graph(inputs)
+            return graph.signature.unflatten(list(graph.module(*flat)))
 
     return predict
 

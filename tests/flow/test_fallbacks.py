@@ -12,6 +12,8 @@ import planish
 import replaying
 import small_jobs
 from planish.events import Silent
+from planish.graph.capture import capture
+from planish.trial import module_predictor
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +115,15 @@ def test_evaluate_guides_a_run_without_limits(tmp_path: Path) -> None:
     result = run(job, tmp_path / "net.planish", planish.Budget(drop=0.02), techniques=("prune", "quantize"), trials=2)
     assert result.verdict == "met"
     assert result.drop <= 0.02
+
+
+def test_evaluate_may_give_arrays_or_tensors() -> None:
+    """To a candidate, which runs in torch, as to an exported model, which may be given either."""
+    x, _ = small_jobs.images(5, seed=2)
+    net = small_jobs.trained(steps=2)
+    predict = module_predictor(capture(net, (x[:1],)))
+    for given in (x, x.numpy()):
+        torch.testing.assert_close(predict(given), net(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_of_one_batch_size_is_refused_in_a_sentence(tmp_path: Path) -> None:

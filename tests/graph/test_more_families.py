@@ -6,18 +6,16 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 
 import families
 import nets
+import parity
 from planish.graph.capture import capture
 from planish.graph.graph import Analysis, Graph
 from planish.graph.groups import analyse
 from planish.graph.surgery import masked_reference, prune
-from planish.runtimes.to_onnx import to_onnx
 
 
 @functools.cache
@@ -195,48 +193,25 @@ def test_groups_are_those_of_the_architecture(name: str) -> None:
         assert analysis.reasons[weight] == "all its indices are tied to one another"
 
 
-def at_random(analysis: Analysis, share: float = 0.4, seed: int = 0) -> dict[str, list[int]]:
-    generator = np.random.default_rng(seed)
-    return {
-        name: generator.permutation(group.units)[: min(max(1, round(share * group.units)), group.units - 1)].tolist()
-        for name, group in analysis.groups.items()
-    }
-
-
-def difference(found: Any, expected: Any) -> float:
-    """The largest difference relative to the largest value."""
-    assert [tuple(value.shape) for value in found] == [tuple(value.shape) for value in expected]
-    return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", sorted(GROUPS))
-@torch.no_grad()
 def test_pruned_equals_the_original_with_elements_absent(name: str, batch: int) -> None:
     graph, analysis, example = captured(name)
-    removed, flat = at_random(analysis), graph.signature.flatten(nets.resized(example, batch, seed=3))
-    pruned = prune(graph, analysis, removed).graph
-    reference = masked_reference(graph, analysis, removed, flat)
-    assert difference(pruned.module(*flat), reference) < 2e-5
-    assert difference(reference, graph.module(*flat)) > 1e-3, "nothing that matters was removed"
+    error, effect = parity.surgery(
+        graph, analysis, parity.at_random(analysis), graph.signature.flatten(nets.resized(example, batch, seed=3))
+    )
+    assert error < parity.SURGERY
+    assert effect > 1e-3, "nothing that matters was removed"
 
 
 @pytest.mark.parametrize("is_pruned", [False, True])
 @pytest.mark.parametrize("name", sorted(GROUPS))
-@torch.no_grad()
 def test_exported_equals_module_at_batch_1_3_17(name: str, is_pruned: bool, tmp_path: Path) -> None:
     graph, analysis, example = captured(name)
     if is_pruned:
-        graph = prune(graph, analysis, at_random(analysis)).graph
-    path = tmp_path / "net.onnx"
-    to_onnx(graph, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    present = {one.name for one in session.get_inputs()}
-    for batch in (1, 3, 17):
-        flat = graph.signature.flatten(nets.resized(example, batch))
-        names = [spec.name for spec in graph.signature.inputs]
-        found = session.run(None, {n: t.numpy() for n, t in zip(names, flat, strict=True) if n in present})
-        assert difference([torch.from_numpy(value) for value in found], graph.module(*flat)) < 1e-4
+        graph = prune(graph, analysis, parity.at_random(analysis)).graph
+    errors = parity.exported(graph, functools.partial(nets.resized, example), tmp_path / "net.onnx")
+    assert max(errors.values()) < parity.EXPORT, errors
 
 
 @pytest.mark.parametrize(
@@ -260,7 +235,7 @@ def test_a_state_that_the_caller_steps_keeps_its_width_and_loses_units(name: str
         x = torch.randn(3, *example[0].shape[1:], generator=generator)
         with torch.no_grad():
             found, expected = pruned.module(x, *state), masked_reference(graph, analysis, removed, [x, *absent])
-        assert difference(found, expected) < 1e-5
+        assert parity.difference(found, expected) < 1e-5
         state, absent = found[-2:], expected[-2:]
         assert not state[0][:, removed[cells]].any()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.graph.capture import capture
+from planish.graph.groups import analyse
 from planish.graph.modes import set_mode, short_name
 
 
@@ -80,6 +81,31 @@ def test_layers_do_not_share_an_initial_state() -> None:
     first, second = (node for node in graph.module.graph.nodes if short_name(node) == "lstm")
     assert {short_name(node) for node in (*first.args[1], *second.args[1])} == {"zeros"}
     assert not set(first.args[1]) & set(second.args[1])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=["lstm", "gru"])
+@torch.no_grad()
+def test_layers_whose_last_state_is_read_do_not_share_their_cells(kind: type[nn.Module], bidirectional: bool) -> None:
+    """The states of all layers are one tensor, of which the last layer's alone are read."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(5, 7, 3, batch_first=True, bidirectional=bidirectional)
+            self.fc = nn.Linear(14 if bidirectional else 7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.rnn(x)[1]
+            h = h[0] if kind is nn.LSTM else h
+            return self.fc(torch.cat([h[-2], h[-1]], 1) if bidirectional else h[-1])
+
+    torch.manual_seed(0)
+    model = Last()
+    graph = capture(model, torch.randn(2, 6, 5))
+    x = torch.randn(3, 4, 5)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-6)
+    assert [group.units for group in analyse(graph).groups.values()] == [7] * (6 if bidirectional else 3)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell], ids=["lstm", "gru"])

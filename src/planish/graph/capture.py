@@ -24,7 +24,7 @@ from planish.graph.functional import functionalise
 from planish.graph.graph import Graph
 from planish.graph.modes import TRAIN_DROPOUT, has_mode, set_mode, short_name
 from planish.graph.quiet import silenced
-from planish.graph.recurrent import Recurrence, to_aten
+from planish.graph.recurrent import Recurrence, pick_states, to_aten
 from planish.graph.structure import FlatCall, check_batch, flat_inputs
 from planish.signature import Signature, Structure, TensorSpec
 
@@ -323,6 +323,7 @@ def _plain(program: torch.export.ExportedProgram, mine: nn.Module, names: list[s
     output.args = (tuple(output.args[0]),)
     functionalise(graph)
     to_aten(graph)
+    pick_states(graph)
     graph.eliminate_dead_code()
     if graph_axes(program) is not None:
         fold_constants(lifted)

@@ -7,6 +7,7 @@ real operator in its place. The cells that a caller steps are written out as lin
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,31 @@ def to_aten(graph: fx.Graph) -> None:
             x, h, weights, biases, first = node.args
             node.target = aten.gru.input
             node.args = (x, _own_state(h, node), weights, biases, 1, 0.0, False, False, first)
+
+
+def pick_states(graph: fx.Graph) -> None:
+    """Read a layer's final state where it is made, in place of selecting it from the states of all layers, which are one tensor.
+
+    As parts of one tensor the layers would share their hidden size: `_, (h, _) = lstm(x)` and `h[-1]`, in which one layer is read.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.select.int or node.args[1] != 0 or not isinstance(node.args[2], int):
+            continue
+        states = node.args[0]
+        if states.target is not aten.cat.default or (len(states.args) > 1 and states.args[1] != 0):
+            continue
+        parts = states.args[0]
+        if not all(_is_final_state(part) for part in parts):
+            continue
+        node.args = (parts[node.args[2]], 0, 0)
+
+
+def _is_final_state(node: fx.Node) -> bool:
+    """Whether this is the last hidden or cell state `[1, batch, hidden]` of one layer and direction."""
+    if node.target is not operator.getitem or node.args[1] == 0:
+        return False
+    layer = node.args[0]
+    return isinstance(layer, fx.Node) and layer.target in (aten.lstm.input, aten.gru.input)
 
 
 def from_aten(graph: fx.Graph) -> None:

@@ -31,6 +31,8 @@ class OnnxRuntime:
     of a matrix (rank 2) becomes `Gemm`, which falls back to fp32 (3 times slower than the fp32 model) unless its output is
     quantized as well. On three axes with a dynamic batch it runs as `MatMulIntegerToFloat`, which would do without: 5 % quicker and
     9 dB cleaner on a feed-forward block, but this contract does not tell ranks apart.
+
+    A convolution along one axis with few positions is exported as a matrix product, which is quicker here (`graph/windows.py`).
     """
 
     name = "onnxruntime"
@@ -52,10 +54,11 @@ class OnnxRuntime:
         return {} if self.missing() else {"onnxruntime": importlib.metadata.version("onnxruntime")}
 
     def export(self, graph: Graph, folder: Path) -> Path:
+        from planish.graph.windows import short_convolutions
         from planish.runtimes.to_onnx import to_onnx
 
         path = folder / self.model_file
-        to_onnx(graph, path)
+        to_onnx(graph, path, short_convolutions)
         return path
 
     def open(self, path: Path, signature: Signature, target: Target) -> OnnxSession:

@@ -40,7 +40,7 @@ _GRU_GATES = (1, 0, 2)  # torch keeps r, z, n; ONNX z, r, h
 _QUIET = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
-def to_onnx(graph: Graph, path: Path) -> None:
+def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None = None) -> None:
     """Write the graph in eval mode to `path`; the same graph gives the same bytes.
 
     Inputs and outputs have the names of the signature (an output that would be named like an input gets the suffix "_out"; the
@@ -49,11 +49,14 @@ def to_onnx(graph: Graph, path: Path) -> None:
     Args:
         graph: not changed.
         path: of the file; weights of more than 1.5 GB go to "NAME.data" beside it.
+        rewrite: gives the same function in the form that a runtime prefers; called once batch norm is folded.
 
     Raises:
         UsageError: the program holds an operator that ONNX has not.
     """
     prepared = fold_batch_norm(graph)
+    if rewrite is not None:
+        prepared = rewrite(prepared)
     if is_quantized(prepared):
         prepared = to_qdq(prepared)
     set_mode(prepared, training=False)

@@ -21,7 +21,7 @@ class SparseGpt:
 
     References: Frantar and Alistarh, SparseGPT, 2023, algorithm 1; lambda is 1 % of the mean diagonal as there.
     Differs: a block takes as many of the zeros as fall on it when all columns that are left compete, not its share: columns with much behind
-        them are cheaper, and where inputs vary together that is a tenth of the error (decision 016). An input that is always zero goes first,
+        them are cheaper, and where inputs vary together that is a tenth of the error (decision 017). An input that is always zero goes first,
         and keeps its weight where it may stay. The damping is ten times as much where rounding leaves the Hessian indefinite.
     """
 
