@@ -193,6 +193,8 @@ def test_weight_norm_is_removed(old: bool) -> None:
     assert set(dict(graph.module.named_parameters())) == {"0.weight", "0.bias"}
     torch.testing.assert_close(graph(x), expected.detach(), rtol=1e-5, atol=1e-6)
     assert any("weight_g" in name or "original" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(model(x), expected)  # the caller's model still runs, and can be captured again
+    torch.testing.assert_close(capture(model, x)(x), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_in_place_operators_become_functional() -> None:

@@ -156,6 +156,8 @@ def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     mine = copy.deepcopy(model, memo).cpu().eval()
     for module in mine.modules():
+        if parametrize.is_parametrized(module):
+            _own_class(module)
         for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
             with torch.enable_grad():  # else a weight made of several parameters would become a buffer
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -170,6 +172,14 @@ def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
         if getattr(config, "use_cache", False):
             config.use_cache = False
     return mine
+
+
+def _own_class(module: nn.Module) -> None:
+    """Gives a copy of a parametrized module a class of its own: torch makes one for every such module, a deep copy shares it, and removing the
+    parametrization deletes from the class, which would break the caller's model."""
+    shared = type(module)
+    own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
 
 
 @contextlib.contextmanager
