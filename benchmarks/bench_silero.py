@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=0.01, help="of the share of chunks that are decided as the original does")
     parser.add_argument("--techniques", nargs="+", default=["prune", "distill"])
     parser.add_argument("--time-limit", type=float, default=420.0)
-    parser.add_argument("--sequences", type=int, default=240, help="of 8 s to train on; 24 each to search and to judge with")
+    parser.add_argument("--sequences", type=int, default=400, help="of 8 s to train on; 24 each to search and to judge with")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bounds-only", action="store_true")
