@@ -148,8 +148,8 @@ def masks_note(bench: Workbench, winner: Winner) -> str:
         speed = f"could not be timed without them ({err})"
     sizes = f"{figures.size(size_bytes(path))} instead of {figures.size(size_bytes(other))}"
     return (
-        f"masks: {zeros} of {weights} weights are zero; {home.runtime.name} multiplies by them as by others, so they save no time "
-        f"(the net {speed}); the file has {sizes}"
+        f"masks: {zeros} of {weights} weights are zero; {home.runtime.name} multiplies by them as by others: the net {speed}; "
+        f"the file has {sizes}"
     )
 
 

@@ -101,6 +101,7 @@ def _groups(found: Analysis, by_group: Mapping[str, Members], shapes: Mapping[st
             "parameters": len(group.unit_of),
             "exact": group.exact,
             "multiple": group.multiple,
+            "routed": group.routed,
             "pinned": group.pinned,
             "share_of_parameters": held(group, shapes) / parameters,
             "share_of_macs": 1 - macs(found, {name: 0}) / total if total else 0.0,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 from torch import Tensor
 
 from planish import registry
@@ -33,7 +35,8 @@ from planish.workbench import RECOVERY_S
 LEAST_S = 5.0
 """With less time than this there is no recovery."""
 _STAGES = ("recovery", "recovery-in-int8", "heat")
-"""Each sees its samples in another order."""
+"""Each sees its samples in another order, and so does each call of a schedule's, by its name."""
+_SEEDS = 1000
 _EPOCHS = 5
 _EPOCHS_UNTIL_LIMIT = 40
 _HEAT_SHARE = 0.15
@@ -235,7 +238,7 @@ class Recoverer:
             bench.events.say,
         )
         shaped = registry.get("schedule", plan.schedule)().shape(shaping)
-        chosen = plan.replace(widths={name: width for name, width in shaped.widths.items() if name in bench.analysis.groups})
+        chosen = plan.replace(widths=_widths(bench.analysis, shaped.kept))
         now = analyse(shaped.graph)
         if plan.masks:
             mask_(shaped.graph, now, plan.masks, plan.masking, bench.data.calibration, seed=plan.seed)
@@ -261,7 +264,7 @@ class Recoverer:
             self.bench.job,
             self.bench.data,
             msgspec.structs.replace(self.settings, samples=samples),
-            pursuit.request.seed + (_STAGES.index(name) if name in _STAGES else len(_STAGES)),
+            pursuit.request.seed + (_STAGES.index(name) if name in _STAGES else len(_STAGES) + zlib.crc32(name.encode()) % _SEEDS),
             deadline=deadline,
             progress=self.bench.events.progress,
             should_stop=pursuit.settle,
@@ -273,6 +276,16 @@ class Recoverer:
         )
 
 
+def _widths(analysis: Analysis, kept: Kept) -> dict[str, int]:
+    """Units that stayed in each group that narrowed, by the indices that surgery kept: a bypass may have renamed or parted groups."""
+    found = {}
+    for name, group in analysis.groups.items():
+        left = [len(np.unique(units[units >= 0])) for key in group.unit_of if key in kept for units in [group.unit_of[key][kept[key]]]]
+        if left and min(left) < group.units:
+            found[name] = min(left)
+    return found
+
+
 def unrecovered(plan: Plan) -> str:
     """The digest of a plan, whatever recovery did."""
     return plan.replace(recovery=Recovery()).digest
@@ -280,7 +293,7 @@ def unrecovered(plan: Plan) -> str:
 
 def _removed(plan: Plan) -> str:
     parts = [
-        *(f"without {block}" for block in plan.blocks),
+        *(f"{plan.adaptors[block]} for {block}" if block in plan.adaptors else f"without {block}" for block in plan.blocks),
         *(f"{name} = {width}" for name, width in plan.widths.items()),
         *(f"{name} masked {pattern}" for name, pattern in plan.masks.items()),
     ]

@@ -46,7 +46,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "growing-l2": "planish.prune.schedules.growing_l2:GrowingL2",
         "growth": "planish.prune.schedules.growth:Growth",
         "iterative": "planish.prune.schedules.iterative:Iterative",
-        "l1": "planish.prune.schedules.lasso:L1",
+        "l1": "planish.prune.schedules.l1:L1",
         "one-shot": "planish.prune.schedules.one_shot:OneShot",
     },
     "masking": {

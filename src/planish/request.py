@@ -113,6 +113,10 @@ def checked(
             raise UnknownName("technique", str(technique), TECHNIQUES)
     if not chosen:
         raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}")
+    if masking is not None and "mask" not in chosen:
+        raise UsageError(f"masking: {masking!r} says which weights become zero; it needs the technique mask; got {', '.join(chosen)}")
+    if "adapt" in chosen and "prune" not in chosen:
+        raise UsageError(f"techniques: adapt leaves a map where a block goes; it needs prune as well; got {', '.join(chosen)}")
     if schedule != ONE_SHOT and not {"prune", "distill"} <= set(chosen):
         raise UsageError(
             f"schedule: {schedule!r} prunes while the net trains; it needs the techniques prune and distill; got {', '.join(chosen)}"

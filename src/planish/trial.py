@@ -90,8 +90,9 @@ class Exported:
 
 def compress(bench: Workbench, plan: Plan, orders: Orders) -> tuple[Graph, Analysis]:
     """The original with the plan's blocks and widths gone, the rest refitted and then masked, in floating point, and its analysis."""
-    graph, analysis = bench.graph.copy(), bench.analysis
-    if plan.widths or plan.blocks:
+    if not plan.widths and not plan.blocks:
+        graph, analysis = bench.graph.copy(), bench.analysis
+    else:
         applied = apply(bench.graph, bench.analysis, plan, orders)
         compensate(applied.graph, bench.graph, applied.kept, bench.data.calibration, seed=plan.seed)
         narrow_adaptors_(applied.graph, plan.adaptors, bench.data.calibration)

@@ -12,7 +12,7 @@ from planish.graph.graph import Analysis, Graph
 from planish.measure.probe import Probe
 from planish.measurement import Outcome
 from planish.metrics import paired_interval
-from planish.plan import Plan
+from planish.plan import ONE_SHOT, Plan
 from planish.prune.shaping import Step
 from planish.pursuit import Pursuit
 from planish.recovery import LEAST_S, Recoverer, Trained, unrecovered
@@ -191,7 +191,7 @@ def _best_of_heats(recoverer: Recoverer, plan: Plan, winners: Sequence[Winner]) 
     for other in (plan, *others):
         if unrecovered(other) in chosen - done:
             return recoverer.heat([other])
-    if winners or not plan.blocks or lost < _AT_STAKE * pursuit.allowed_drop:
+    if winners or not plan.blocks or plan.schedule != ONE_SHOT or lost < _AT_STAKE * pursuit.allowed_drop:
         return plan
     rivals, looked = [plan], 0
     for other in others:

@@ -84,8 +84,39 @@ def test_they_go_behind_the_same_interface() -> None:
         with torch.no_grad():
             torch.testing.assert_close(pruned.graph.module(*inputs), masked_reference(graph, analysis, {"input.x": [2, 5, 6]}, inputs))
     assert "input.x" not in analyse(pruned.graph).groups
-    with pytest.raises(PlanError, match=r"must keep at least 7 of its 10 units; 4 were to go; keep 7"):
+    with pytest.raises(PlanError, match=r"only channels that never vary may go, \[2, 5, 6\]; got 1"):
         prune(graph, analysis, {"input.x": [1, 2, 5, 6]})
+
+
+class Joined(nn.Module):
+    """Two inputs and some padding read as one."""
+
+    def __init__(self, left: int = 0) -> None:
+        super().__init__()
+        self.left, self.first, self.head = left, nn.Linear(10, 16), nn.Linear(16, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(torch.cat([a, b], 1), (self.left, 2 - self.left))
+        return self.head(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_inputs_and_padding_that_are_read_as_one_are_told_apart(left: int) -> None:
+    """Only channels that are idle in their own input may go, wherever they lie in what is read."""
+    torch.manual_seed(0)
+    graph = capture(Joined(left).eval(), (torch.randn(4, 4), torch.randn(4, 4)))
+    graph.idle = {"a": (1, (2,)), "b": (1, (0, 3))}
+    analysis = analyse(graph)
+    (group,) = [group for name, group in analysis.groups.items() if name.startswith("input.")]
+    assert sorted(group.unit_of["first.weight", 1][[left + 2, left + 4, left + 7]].tolist()) == sorted(group.idle)
+    removed = {group.name: list(group.idle)}
+    pruned = prune(graph, analysis, removed)
+    inputs = [torch.randn(3, 4), torch.randn(3, 4)]
+    with torch.no_grad():
+        torch.testing.assert_close(pruned.graph.module(*inputs), masked_reference(graph, analysis, removed, inputs))
+    live = next(unit for unit in range(group.units) if unit not in group.idle)
+    with pytest.raises(PlanError, match=r"only channels that never vary may go"):
+        prune(graph, analysis, {group.name: [live]})
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

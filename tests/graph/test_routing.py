@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planish.data import Split
 from planish.errors import PlanError
 from planish.graph.capture import capture
 from planish.graph.graph import Analysis, Graph, Group
@@ -17,6 +19,8 @@ from planish.graph.surgery import masked_reference, prune
 from planish.measure.machine import available_targets
 from planish.measure.probe import Probe
 from planish.prune.levels import width_levels
+from planish.prune.options import sensitivities
+from planish.prune.order import Order
 from planish.runtimes.contract import get_runtime
 
 
@@ -110,12 +114,58 @@ def _exported(graph: Graph, folder: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(probe.outputs([x.numpy()])[0]), graph.module(x)[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("net", [Numbered, Elsewhere])
+class Told(Router):
+    """The best one's number is an output, beside what it looked up."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.entry(x))
+        best = self.gate(x).argmax(-1)
+        return self.head(torch.bmm(self.experts[best], x.unsqueeze(-1)).squeeze(-1)), best
+
+
+class TwoRouters(Router):
+    """Positions of two routers added, and stacked, before anything is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(16, 6)
+
+    def mixed(self, x: Tensor, scores: Tensor) -> Tensor:
+        both = torch.stack([scores.argmax(-1), self.second(x).argmax(-1)], -1)
+        return (self.experts[both] @ x[:, None, :, None]).sum((1, 3)) + x * both.sum(-1, keepdim=True).to(x.dtype)
+
+
+class Chosen(Router):
+    """Positions are themselves looked up, by numbers that are no positions."""
+
+    def mixed(self, x: Tensor, scores: Tensor) -> Tensor:
+        best = scores.topk(2, -1).indices.index_select(1, torch.tensor([1]))
+        return torch.bmm(self.experts[best.squeeze(1)], x.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("net", [Numbered, Elsewhere, Told, TwoRouters, Chosen])
 def test_positions_that_are_used_for_something_else_keep_every_expert(net: type[Router]) -> None:
     torch.manual_seed(0)
     _, analysis = captured(net)
     assert not any(group.routed for group in analysis.groups.values())
     assert "gate.weight" in analysis.reasons
+
+
+def test_an_expert_that_is_never_picked_costs_nothing() -> None:
+    """Zeros in a router are scores like any other: losses are those of nets that lack the expert."""
+    torch.manual_seed(0)
+    net = Scattered().eval()
+    with torch.no_grad():
+        net.gate.bias[3] = -100.0
+    graph = capture(net, (torch.randn(4, 5),))
+    analysis = analyse(graph)
+    name = next(name for name, group in analysis.groups.items() if group.routed)
+    scores = {key: np.arange(group.units, dtype=float) for key, group in analysis.groups.items()}
+    scores[name] = np.where(np.arange(6) == 3, 0.0, 1.0)
+    x = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
+    options = sensitivities(graph, analysis, {key: Order(value) for key, value in scores.items()}, Split([x], None, 96), 8)
+    losses = {option.value: option.loss for option in options if option.subject == name}
+    assert losses[5] < 1e-9 < losses[4]
 
 
 def test_what_must_stay() -> None:

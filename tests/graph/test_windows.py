@@ -89,3 +89,18 @@ def test_onnx_runtime_gets_no_short_convolution_and_computes_the_same(tmp_path: 
     for x in inputs:
         found = session.run(None, {graph.signature.inputs[0].name: x.numpy()})
         assert parity.difference([torch.from_numpy(found[0])], [net(x)]) < 1e-5
+
+
+def test_a_batch_that_runs_along_the_convolution_is_left_alone(tmp_path: Path) -> None:
+    """Frames as the batch: the number of positions is that of the samples, and no literal may stand for it."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv1d(5, 7, 3, padding=1), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.conv(x.t().unsqueeze(0))).squeeze(0).t())
+
+    graph = capture(Frames().eval(), (torch.randn(4, 5),))
+    assert "conv1d" in kinds(short_convolutions(graph).module)

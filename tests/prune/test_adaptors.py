@@ -14,8 +14,11 @@ import nets
 import planish
 import replaying
 import small_jobs
+from planish.data import Split
 from planish.errors import PlanError
+from planish.graph.graph import Graph
 from planish.graph.groups import analyse
+from planish.graph.interpret import observe
 from planish.graph.macs import macs
 from planish.plan import Plan
 from planish.prune.adaptors import fitted, kinds_of, narrow_adaptors_
@@ -43,7 +46,7 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("spatial", [False, True], ids=["linear", "conv"])
-@pytest.mark.parametrize("kind", ["1x1", "rank-3"])
+@pytest.mark.parametrize("kind", ["1x1", "rank-3", "rank-2"])
 def test_a_linear_branch_is_found_again(spatial: bool, kind: str) -> None:
     torch.manual_seed(0)
     shape = (4, 5, 6, 6) if spatial else (4, 5)
@@ -54,11 +57,27 @@ def test_a_linear_branch_is_found_again(spatial: bool, kind: str) -> None:
     applied = apply(graph, analysis, Plan("onnxruntime:cpu", blocks=(block.name,), adaptors={block.name: kind}), {})
     before = pruning.relative_error(pruning.outputs(applied.graph, split), pruning.outputs(graph, split))
     compensate(applied.graph, graph, applied.kept, split)
+    whole = _given(applied.graph, f"adaptor_{block.node}", split)
     narrow_adaptors_(applied.graph, {block.name: kind}, split)
+    narrow = _given(applied.graph, f"adaptor_{block.node}", split)
     after = pruning.relative_error(pruning.outputs(applied.graph, split), pruning.outputs(graph, split))
+    if kind == "rank-2":  # what is lost has no mean left: the bias makes it good
+        channels = 1 if spatial else -1
+        lost = (narrow - whole).movedim(channels, -1).flatten(0, -2)
+        assert float(lost.mean(0).norm()) < 1e-4 < 1e-3 < float(lost.std(0).norm())
+        assert after < before
+        return
     assert before > 0.1 and after < 0.01
     shapes = {name: tuple(p.shape[:2]) for name, p in applied.graph.module.named_parameters() if "adaptor" in name and p.dim() > 1}
     assert sorted(shapes.values()) == ([(64, 64)] if kind == "1x1" else [(3, 64), (64, 3)])
+
+
+def _given(graph: Graph, node: str, split: Split) -> Tensor:
+    """What a node gives on all samples."""
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        observe(graph, [torch.from_numpy(array) for array in split.inputs], [node], lambda name, args, out: seen.append(out))
+    return seen[0]
 
 
 def test_a_fit_that_is_too_narrow_keeps_the_directions_that_give_most() -> None:
@@ -92,6 +111,21 @@ def test_options_costs_and_plans_agree() -> None:
         compensate(applied.graph, graph, applied.kept, split, 32)
         narrow_adaptors_(applied.graph, plan.adaptors, split)
         assert macs(analyse(applied.graph)) == costs.predict(space.assignment(plan))["macs"], kind
+        shares = costs.shares(space.assignment(plan))
+        assert {name for name, share in shares.items() if name.startswith(f"{wide[0]}.adaptor") and share} == (
+            {f"{wide[0]}.adaptor.{n}" for n in range({"1x1": 1, "rank-16": 2}[kind])} if kind else set()
+        )
+
+
+def test_a_weighted_sum_leaves_no_adaptor() -> None:
+    class Weighted(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.entry(x))
+            return self.head(torch.relu(torch.add(x, self.up(self.down(x)), alpha=0.5)))
+
+    torch.manual_seed(0)
+    _, analysis = pruning.captured(Weighted().eval(), (torch.randn(4, 5),))
+    assert [block.adaptor for block in analysis.blocks.values()] == [""]
 
 
 def test_the_stream_of_an_adaptor_narrows_with_it() -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from planish import registry
 from planish.data import Split
-from planish.graph.graph import Graph
+from planish.graph.capture import capture
+from planish.graph.graph import Analysis, Graph
+from planish.graph.groups import analyse
 from planish.plan import Option, Plan
 from planish.prune.compensate import compensate
 from planish.prune.levels import width_levels
@@ -45,15 +47,20 @@ def shaping(steps: int = 60, seed: int = 0, **changes: object) -> Shaping:
     """Half of both hidden layers shall leave; prices are MACs."""
     torch.manual_seed(seed)
     graph, analysis = pruning.captured(Twice().eval(), (torch.randn(4, 6),))
+    return replace(halved(graph, analysis, steps), **changes)  # type: ignore[arg-type]
+
+
+def halved(graph: Graph, analysis: Analysis, steps: int = 60) -> Shaping:
+    """Half of every group shall leave, or what may."""
     split = pruning.calibration(graph, 64)
     inputs = [torch.from_numpy(array) for array in split.inputs]
     levels = {name: width_levels(group, 2) for name, group in analysis.groups.items()}
     options = [Option("width", name, width, 0.1) for name, widths in levels.items() for width in widths[1:]]
     costs = Costs(Space(analysis, options, Plan("onnxruntime:cpu")), None)
-    made = Shaping(
+    return Shaping(
         graph,
         analysis,
-        {name: group.units // 2 for name, group in analysis.groups.items()},
+        {name: max(group.least, group.units // 2) for name, group in analysis.groups.items()},
         orders("taylor", graph, analysis, pruning.material(graph, 64), 0),
         levels,
         soft_price(costs, Plan("onnxruntime:cpu")),
@@ -62,7 +69,6 @@ def shaping(steps: int = 60, seed: int = 0, **changes: object) -> Shaping:
         trainer(graph, inputs, steps),
         lambda said: None,
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def _refit(original: Graph, split: Split) -> Callable[[Graph, Kept], None]:
@@ -78,6 +84,36 @@ def test_the_contract(name: str) -> None:
     shaped = check_schedule(registry.get("schedule", name), given)
     if name != "augmented-lagrangian":
         assert shaped.widths == given.widths
+
+
+class Stepped(nn.Module):
+    """A cell that the caller steps, behind two recurrent layers that no convolution or linear map reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.cell, self.head = nn.GRU(6, 16, 2, batch_first=True), nn.GRUCell(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.cell(self.layers(x)[0][:, -1], h)
+        return self.head(h), h
+
+
+@pytest.mark.parametrize("name", registry.names("schedule"))
+def test_the_contract_with_a_state_and_cells_that_have_no_gates(name: str) -> None:
+    torch.manual_seed(0)
+    graph = capture(Stepped().eval(), {"x": torch.randn(4, 5, 6), "h": torch.randn(4, 16)}, {"h": "output_1"})
+    check_schedule(registry.get("schedule", name), halved(graph, analyse(graph)))
+
+
+@pytest.mark.parametrize("name", registry.names("schedule"))
+def test_the_contract_with_inputs_that_carry_nothing(name: str) -> None:
+    """However a schedule scores them, only channels that never vary go."""
+    torch.manual_seed(0)
+    graph, _ = pruning.captured(Twice().eval(), (torch.randn(4, 6),))
+    graph.idle = {"x": (1, (1, 4))}
+    analysis = analyse(graph)
+    shaped = check_schedule(registry.get("schedule", name), halved(graph, analysis, steps=200))
+    assert set(range(6)) - set(shaped.kept.get(("first.weight", 1), np.arange(6)).tolist()) <= {1, 4}
 
 
 @pytest.mark.parametrize("name", ["group-lasso", "l1", "growing-l2"])

@@ -102,7 +102,13 @@ class _Finder:
                 name = unique(_shared_path(used) or node.name, found)
                 stream = self.sizes(node.name)
                 found[name] = Block(
-                    name, node.name, skip.name, operators, tuple(sorted(parameters)), stream, self._adaptor(operators, len(stream))
+                    name,
+                    node.name,
+                    skip.name,
+                    operators,
+                    tuple(sorted(parameters)),
+                    stream,
+                    self._adaptor(operators, len(stream)) if not node.kwargs else "",
                 )
                 break
         return found
@@ -207,14 +213,15 @@ def _adapt(module: GraphModule, block: Block, addition: Node, at: int) -> None:
     addition.replace_input_with(branch, mapped)
 
 
-def narrow_adaptor(module: GraphModule, name: str, down: torch.Tensor, up: torch.Tensor) -> None:
-    """Splits the adaptor of a block in two, in place: what it computes becomes `up @ (down @ x) + bias`.
+def narrow_adaptor(module: GraphModule, name: str, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor) -> None:
+    """Splits the adaptor of a block in two, in place: what it computes becomes `up @ (down @ x) + bias + shift`.
 
     Args:
         module: has the adaptor.
         name: of the block.
         down: [rank, channels].
         up: [channels, rank].
+        shift: [channels], of the bias.
     """
     node = next(
         n
@@ -227,6 +234,7 @@ def narrow_adaptor(module: GraphModule, name: str, down: torch.Tensor, up: torch
     first.weight = nn.Parameter(down.reshape(*down.shape, *ones).to(before.dtype))
     module.add_submodule(f"{name}.adaptor_down", first)
     layer.weight = nn.Parameter(up.reshape(*up.shape, *ones).to(before.dtype))
+    layer.bias = nn.Parameter(attribute(module, f"{name}.adaptor.bias").detach() + shift.to(before.dtype))
     with module.graph.inserting_before(node):
         less = module.graph.call_function(
             node.target, (node.args[0], module.graph.get_attr(f"{name}.adaptor_down.weight")), name=f"{node.name}_down"

@@ -160,14 +160,13 @@ def _groups(
         ranked = sorted(units, key=lambda u: order[u])
         number_of = np.full(int(solved.unit.max()) + 2, -1, np.int64)
         number_of[ranked] = np.arange(len(ranked))
-        entrance = of_input.get(ranked[0])
+        entrance = next((of_input[u] for u in ranked if u in of_input), None)
         never: tuple[int, ...] = ()
-        if entrance is not None:
-            name, channels = idle[entrance[0]]
-            never = tuple(number for number, u in enumerate(ranked) if of_input[u][1] in channels)
-            if not never:
+        if entrance is not None:  # of several inputs, and of padding beside them, each unit is judged for itself
+            never = tuple(n for n, u in enumerate(ranked) if u in of_input and of_input[u][1] in idle[of_input[u][0]][1])
+            if not never or len(never) == len(ranked):
                 continue
-            name = unique(f"input.{name}", groups)
+            name = unique(f"input.{idle[entrance[0]][0]}", groups)
         else:
             name = unique(module_path(keys[first][0]), groups)
         member = [keys[n] for n, _ in family]

@@ -54,13 +54,15 @@ def members(analysis: Analysis) -> dict[str, Members]:
 
 
 def unit_name(group: Group, analysis: Analysis, by_role: Members) -> str:
-    """What the units of a group are: "cells" of a recurrent layer, "heads" of an attention, or "channels".
+    """What the units of a group are: "experts" of a mixture, "cells" of a recurrent layer, "heads" of an attention, or "channels".
 
     Args:
         group: one of `analysis`.
         analysis: what was found.
         by_role: the group's entry in `members`.
     """
+    if group.routed:
+        return "experts"
     layers = any(analysis.operators[name].kind in ("lstm", "gru") for name in by_role["out"])
     if layers or any(role == "out" and tensor.rpartition(".")[2].startswith("weight_hh") for (tensor, _), role in group.roles.items()):
         return "cells"

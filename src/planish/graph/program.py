@@ -36,13 +36,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Step:
-    """One operator of the program, as its rule sees it."""
+    """One operator of the program, as its rule sees it.
+
+    Attributes:
+        looked_up: operands whose positions a rule has tied to what they are looked up in; those of all others are fixed.
+    """
 
     def __init__(self, program: Program, node: Node) -> None:
         self.program, self.ids, self.node = program, program.ids, node
         self.name = rule_name(node.target)
         self.arguments = arguments(node)
         self.why = f"`{self.name}` ({node.name})"
+        self.looked_up: list[Val] = []
 
     @property
     def shape(self) -> Shape:
@@ -116,8 +121,6 @@ MOVES_POSITIONS = frozenset(
     | {"detach", "alias", "_to_copy", "slice", "select", "narrow"}
 )
 """Operators that hand positions which a router picked on as they are."""
-LOOKS_UP = frozenset({"index", "index_select", "gather", "embedding", "one_hot", "scatter", "scatter_add", "scatter_reduce"})
-"""Operators that use them as positions; everything else computes with them as numbers, which surgery would change."""
 
 CREATED = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
 
@@ -217,6 +220,8 @@ class Program:
                 fed.setdefault(position, []).append(given)
         for position, used in enumerate(outputs):
             val = self.operand(used, node) if isinstance(used, Node) else None
+            if val is not None and val.points is not None:
+                self.ids.fix(val.points, "positions in it are the program's output")
             if val is None or position not in fed:
                 self.ids.fix_all(val, "it is the program's output")
                 continue
@@ -230,12 +235,13 @@ class Program:
         if found is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
             found = RULES["pointwise"]
         result = found(step) if found is not None else None
-        pointing = next((val.points for val in step.operands() if val.points is not None), None)
-        if pointing is not None:
-            if step.name in MOVES_POSITIONS and isinstance(result, Val):
-                result.points = pointing
-            elif step.name not in LOOKS_UP:
-                self.ids.fix(pointing, f"its position is a number in {step.why}")
+        for val in step.operands():
+            if val.points is None or any(val is other for other in step.looked_up):
+                continue
+            if step.name in MOVES_POSITIONS and len(step.operands()) == 1 and isinstance(result, Val):
+                result.points = val.points
+            else:  # whatever computes with positions, surgery would change
+                self.ids.fix(val.points, f"positions in it are numbers in {step.why}")
         if result is None:
             operands = step.operands()
             if any(val.ids for val in operands):

@@ -56,6 +56,11 @@ def survivors(analysis: Analysis, removed: Mapping[str, Sequence[int]]) -> Survi
         wrong = [int(u) for u in units if not 0 <= int(u) < group.units]
         if wrong:
             raise PlanError(f"surgery: units of group {name!r} must be in [0, {group.units}); got {wrong[0]}; choose among those")
+        live = [int(u) for u in units if group.idle and int(u) not in group.idle]
+        if live:
+            raise PlanError(
+                f"surgery: of group {name!r} only channels that never vary may go, {list(group.idle)}; got {live[0]}; leave it out"
+            )
         if len(units) and group.pinned:
             raise PlanError(f"surgery: group {name!r} must keep all its units ({group.pinned}); got {len(units)} to remove; leave it out")
         if len({int(u) for u in units}) > group.units - group.least:

@@ -12,12 +12,13 @@ reversal and the sums cost what the products save.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from planish.graph.facts import at_batch
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute, observe
 from planish.graph.modes import short_name
@@ -41,7 +42,10 @@ def short_convolutions(graph: Graph, most: int = MOST_POSITIONS) -> Graph:
     found = [node.name for node in graph.module.graph.nodes if short_name(node) == "conv1d" and _is_plain(node)]
     if not found or any(isinstance(size, str) for spec in graph.signature.inputs for size in spec.shape[1:]):
         return graph
-    lengths = {name: both for name, both in _lengths(graph, found).items() if both[1] <= most}
+    lengths = {name: both for name, both in _lengths(graph, graph.example, found).items() if both[1] <= most}
+    if isinstance(graph.signature.inputs[0].shape[0], str):
+        other = _lengths(graph, at_batch(graph, len(graph.example[0]) + 1), list(lengths))
+        lengths = {name: both for name, both in lengths.items() if other.get(name) == both}  # else the batch runs along it
     if not lengths:
         return graph
     copied = graph.copy()
@@ -67,7 +71,7 @@ def _is_plain(node: fx.Node) -> bool:
     return is_constant and not node.kwargs and isinstance(padding, int) and dilation == 1 and groups == 1
 
 
-def _lengths(graph: Graph, names: list[str]) -> dict[str, tuple[int, int]]:
+def _lengths(graph: Graph, inputs: Sequence[Tensor], names: list[str]) -> dict[str, tuple[int, int]]:
     """How many positions each convolution reads and gives."""
     found: dict[str, tuple[int, int]] = {}
 
@@ -76,7 +80,7 @@ def _lengths(graph: Graph, names: list[str]) -> dict[str, tuple[int, int]]:
             found[name] = args[0].shape[2], out.shape[2]
 
     with torch.no_grad():
-        observe(graph, graph.example, names, visit)
+        observe(graph, inputs, names, visit)
     return found
 
 

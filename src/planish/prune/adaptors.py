@@ -128,4 +128,6 @@ def narrow_adaptors_(graph: Graph, adaptors: Mapping[str, str], split: Split) ->
         weight = parameters[f"{name}.adaptor.weight"].detach().double().flatten(1)
         rank = min(wanted[name], len(weight))
         if rank < len(weight):
-            narrow_adaptor(graph.module, name, *narrowed(weight, moments[name].second(centered=True)[0][0], rank))
+            down, up = narrowed(weight, moments[name].second(centered=True)[0][0], rank)
+            mean = moments[name].sum_x[0] / moments[name].rows
+            narrow_adaptor(graph.module, name, down, up, (weight - up @ down) @ mean)

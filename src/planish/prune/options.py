@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.data import Split
-from planish.graph.divergence import divergence
+from planish.graph.divergence import Divergence, divergence
 from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.replay import Replay, affordable, evaluating, in_batches, samples_within, take
+from planish.graph.surgery import prune
 from planish.plan import Option
 from planish.prune.blocks import block_losses
 from planish.prune.least_squares import Moments, ridge
@@ -109,8 +110,9 @@ def sensitivities(
                 changed = replay.run(dict(environment), reached, trial.parameters, trial.shifts)
                 trial.total += float(measure.per_sample(changed, outputs).double().sum())
                 tick()
+        routed = _routed_losses(graph, analysis, orders, multiple, chunks, reference, measure)
         blocks = block_losses(replay, analysis, chunks, reference, measure, tick, is_adapted)
-    losses = {(trial.group, trial.width): trial.total / count for trial in trials}
+    losses = {(trial.group, trial.width): trial.total / count for trial in trials} | routed
     found = []
     for name, group in analysis.groups.items():
         worst = 0.0
@@ -127,6 +129,8 @@ def _width_trials(
     parameters = dict(graph.module.named_parameters(remove_duplicate=False))
     trials: list[_Trial] = []
     for name, group in analysis.groups.items():
+        if group.routed:
+            continue
         reading = {o.weight: o for o in readers(replay, group, parameters) if o.weight in moments}
         for width in width_levels(group, multiple)[1:]:
             going = orders[name].going(group.units - width)
@@ -140,6 +144,27 @@ def _width_trials(
                 shifts[operator.node] = shift.reshape(-1, *[1] * len(operator.stride))
             trials.append(_Trial(name, width, _first(replay, changed), changed, shifts))
     return trials
+
+
+def _routed_losses(
+    graph: Graph,
+    analysis: Analysis,
+    orders: Mapping[str, Order],
+    multiple: int,
+    chunks: list[list[Tensor]],
+    reference: list[list[Tensor]],
+    measure: Divergence,
+) -> dict[tuple[str, int], float]:
+    """(group, width) -> the loss without the experts that go first, by nets that lack them: zeros in a router are scores like any other."""
+    found = {}
+    for name, group in analysis.groups.items():
+        for width in width_levels(group, multiple)[1:] if group.routed else ():
+            going = orders[name].going(group.units - width)
+            if len(going.units) == group.units - width:
+                module = prune(graph, analysis, {name: going.units.tolist()}).graph.module
+                losses = [measure.per_sample(list(module(*chunk)), old) for chunk, old in zip(chunks, reference, strict=True)]
+                found[name, width] = float(torch.cat(losses).double().mean())
+    return found
 
 
 def _without(group: Group, going: Going, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from torch.fx import Node
 
 from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.groups import analyse
+from planish.graph.ids import Val
+from planish.graph.operators import Labels
 from planish.graph.replay import Replay
 from planish.graph.surgery import prune
 from planish.prune.order import Orders
@@ -113,19 +115,48 @@ class Schedule(Protocol):
 def cut(shaping: Shaping, trained: Graph, scores: Mapping[str, NDArray[np.float64]], widths: Mapping[str, int] | None = None) -> Shaped:
     """The lowest units of every group that narrows, gone from a copy of `Shaping.graph` with the tensors of `trained`; refitted.
 
+    Units that the criterion says must stay do, whatever their score; equal scores go in its order.
+
     Args:
         shaping: what was asked for.
         trained: has the parameters and buffers of `Shaping.graph` under the same names, and perhaps more.
-        scores: group -> [units]; higher stays, NaN must stay.
-        widths: units that stay; those of `shaping` by default.
+        scores: group -> [units]; higher stays. Groups that have none leave by the criterion.
+        widths: units that stay, of the groups that have scores; those of `shaping` by default.
     """
-    chosen = shaping.widths if widths is None else widths
+    own = {name: width for name, width in shaping.widths.items() if widths is None or name not in scores}
+    chosen = {**own, **(widths or {})}
     dense = carried(shaping.graph, trained)
-    gone = {name: lowest(scores[name], shaping.analysis.groups[name].units - width) for name, width in chosen.items()}
+    gone = {name: _lowest(shaping, name, scores.get(name), shaping.analysis.groups[name].units - width) for name, width in chosen.items()}
     pruned = prune(dense, shaping.analysis, {name: units.tolist() for name, units in gone.items() if len(units)})
     shaping.refit(pruned.graph, pruned.kept)
     stayed = {name: shaping.analysis.groups[name].units - len(units) for name, units in gone.items()}
     return Shaped(pruned.graph, pruned.kept, stayed)
+
+
+def _lowest(shaping: Shaping, name: str, scores: NDArray[np.float64] | None, count: int) -> NDArray[np.int64]:
+    """The units of a group that go first: by their scores, then by the criterion; never those that it keeps."""
+    order = shaping.orders[name]
+    if scores is None:
+        return order.going(count).units
+    place = np.argsort(np.argsort(order.scores, kind="stable"), kind="stable")
+    ranked = np.lexsort((place, np.where(np.isnan(scores), np.inf, scores))).argsort().astype(np.float64)
+    found = lowest(np.where(np.isnan(order.scores), np.nan, ranked), count)
+    multiple = shaping.analysis.groups[name].multiple
+    return found if len(found) == count else found[: len(found) // multiple * multiple]
+
+
+def entrances(analysis: Analysis) -> set[str]:
+    """Groups that run through an input or a state: behind the gather that surgery puts there they cannot be narrowed again."""
+    labels = analysis.ids
+    assert isinstance(labels, Labels)
+    program = labels.program
+    found = set()
+    for node in (*program.state, *program.idle):
+        val = program.vals[node]
+        if isinstance(val, Val):
+            units = {int(unit) for ids in val.ids.values() for unit in labels.unit[ids.numpy()]}
+            found |= {labels.place[unit][0] for unit in units if unit in labels.place}
+    return found
 
 
 def carried(graph: Graph, trained: Graph) -> Graph:

@@ -17,10 +17,12 @@ def share(value: float) -> str:
 
 
 def state(group: dict[str, Any]) -> str:
-    """Whether units may go: `exact`, `inexact: changes a norm's statistics`, in what steps, or by what the group is pinned."""
+    """Whether units may go: `exact`, `inexact: changes what a norm or softmax runs over`, in what steps, or by what the group is pinned."""
     if group["pinned"]:
         return f"pinned by {group['pinned']}"
-    kind = "exact" if group["exact"] else "inexact: changes a norm's statistics"
+    if group.get("routed"):
+        return f"experts, of which {group['routed']} are picked at a time"
+    kind = "exact" if group["exact"] else "inexact: changes what a norm or softmax runs over"
     return kind + (f", in steps of {group['multiple']}" if group["multiple"] > 1 else "")
 
 

@@ -224,6 +224,7 @@ def _changes(trial: Trial) -> str:
     parts = [
         (len(plan.widths), "width", "widths"),
         (len(plan.blocks), "block", "blocks"),
+        (len(plan.adaptors), "adaptor", "adaptors"),
         (sum(scheme != "fp32" for scheme in plan.precisions.values()), "int8", "int8"),
         (len(plan.masks), "mask", "masks"),
     ]

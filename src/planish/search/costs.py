@@ -155,7 +155,6 @@ class Costs:
     def __init__(self, space: Space, lookup: Lookup | None, most_kernels: int = 600) -> None:
         self.space = space
         terms = terms_of(space)
-        self._names = [term.name for term in terms]
         rows: dict[str, Factors] = {}
         self.kernels: tuple[Kernel, ...] = ()
         self.unmeasured: tuple[Kernel, ...] = ()
@@ -172,7 +171,9 @@ class Costs:
                 tables.append([term.latency(grid, own) for term in terms])
                 self._parts[precision] = _merged(tables[-1])
             rows["latency"] = [(parts[0][0], sum((table for _, table in parts[1:]), parts[0][1])) for parts in zip(*tables, strict=True)]
-        rows["macs"] = [term.macs() for term in terms if term.operator is not None]
+        working = [term for term in terms if term.operator is not None]
+        rows["macs"] = [term.macs() for term in working]
+        self._names = [term.name for term in (terms if lookup is not None else working)]
         rows["size"] = size_rows(space)
         rows.update({f"memory@{name}": factors for name, factors in memory_rows(space, size_rows(space, is_packed=False)).items()})
         self.factors = rows
@@ -216,7 +217,7 @@ class Costs:
         """Predicted seconds (or MACs) of each operator, conversions with the operator that needs them; for the report."""
         chosen = self.space.canonical(assignment)
         out: dict[str, float] = {}
-        for name, (scope, table) in zip(self._names, self.factors[self.effort], strict=False):
+        for name, (scope, table) in zip(self._names, self.factors[self.effort], strict=True):
             out[name] = out.get(name, 0.0) + float(table[tuple(chosen[v] for v in scope)])
         return out
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from planish.graph.graph import Graph
-from planish.graph.groups import analyse
 from planish.prune.shaping import Schedule, Shaped, Shaping
 
 
@@ -22,9 +22,15 @@ def check_schedule(make: Callable[[], Schedule], shaping: Shaping) -> Shaped:
     before = {name: value.clone() for name, value in shaping.graph.module.state_dict().items()}
     widths = {name: group.units for name, group in shaping.analysis.groups.items()}
     shaped = make().shape(shaping)
-    found = {name: group.units for name, group in analyse(shaped.graph).groups.items()}
     for name, width in shaped.widths.items():
-        assert found.get(name, width) == width and width <= widths[name], f"{name}: {found.get(name)} units stay, {width} are said to"
+        group = shaping.analysis.groups[name]
+        for key in (key for key in group.unit_of if key in shaped.kept):
+            units = group.unit_of[key][shaped.kept[key]]
+            assert len(np.unique(units[units >= 0])) == width, f"{name}: {key} does not hold the {width} units that are said to stay"
+        assert width == group.units or any(key in shaped.kept for key in group.unit_of), f"{name} is as it was, {width} are said to stay"
+        must_stay = np.flatnonzero(np.isnan(shaping.orders[name].scores))
+        for key in (key for key in group.unit_of if key in shaped.kept):
+            assert np.isin(must_stay, group.unit_of[key][shaped.kept[key]]).all(), f"{name}: a unit that must stay is gone"
     spent, allowed = (_price(shaping, {**widths, **chosen}) for chosen in (shaped.widths, shaping.widths))
     assert spent <= allowed * (1 + 1e-9), f"what stays costs {spent}, {allowed} were allowed"
 
@@ -32,7 +38,7 @@ def check_schedule(make: Callable[[], Schedule], shaping: Shaping) -> Shaped:
     for (name, dim), indices in shaped.kept.items():
         assert now[name].shape[dim] == len(indices) < before[name].shape[dim], name
     shrunk = {name for name, _ in shaped.kept}
-    assert all(value.shape == before[name].shape for name, value in now.items() if name not in shrunk)
+    assert all(value.shape == before[name].shape for name, value in now.items() if name not in shrunk and name in before)
     with torch.no_grad():
         outputs = shaped.graph.module(*shaping.graph.example)
     assert all(bool(torch.isfinite(value).all()) for value in outputs if value.is_floating_point())

@@ -344,8 +344,8 @@ class _Run:
         finally:
             Arithmetic().arrange_parameters_(self.graph)
             write_(list(self.graph.module.buffers()), buffers)
-            for parameter in self.parameters:
-                parameter.grad = None
+            for tensor in (*self.parameters, *self.graph.module.buffers()):
+                tensor.grad = None
 
     def _state(self) -> list[Tensor]:
         return [t.detach().clone() for t in [*self.parameters, *self.graph.module.buffers()]]

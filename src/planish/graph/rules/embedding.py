@@ -27,8 +27,6 @@ def _picked(step: Step, shape: Shape) -> Val:
     for val in step.operands():
         if val is not weight:
             step.ids.fix_all(val, f"it is an index of {step.why}")
-            if val.points is not None:
-                step.ids.fix(val.points, f"its position is an index of {step.why}")
     step.ids.fix_all(weight, "it is the vocabulary", [0])
     step.ids.role(weight, 1, "out")
     return Val(shape, {len(shape) - 1: weight.ids[1]} if 1 in weight.ids else {})

@@ -176,9 +176,8 @@ def index(step: Step) -> Result | None:
             step.ids.fix_all(other, f"it is an index of {step.why}")
             if other.points is not None and len(indexed) == 1 and len(other.points) == val.shape[indexed[0]] and indexed[0] in val.ids:
                 step.ids.tie(val.ids[indexed[0]], other.points, step.why)
+                step.looked_up.append(other)
                 val = Val(val.shape, {d: i for d, i in val.ids.items() if d != indexed[0]}, val.weak - set(indexed), dict(val.origin))
-            elif other.points is not None:
-                step.ids.fix(other.points, f"its position is an index of {step.why}")
     step.ids.fix_all(val, f"it is indexed by {step.why}", indexed)
     return step.move(Val(val.shape, {d: i for d, i in val.ids.items() if d not in indexed}, val.weak - set(indexed)))
 

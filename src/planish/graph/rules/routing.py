@@ -43,11 +43,9 @@ def one_hot(step: Step) -> Result | None:
     """A new last dimension, which is the one that the indices are positions in."""
     x = step.tensor("self")
     out = Val(step.shape, dict(x.ids), set(x.weak))
-    if x.points is not None:
-        if len(x.points) == step.shape[-1]:
-            out.ids[len(step.shape) - 1] = x.points
-        else:
-            step.ids.fix(x.points, f"{step.why} has places for others")
+    if x.points is not None and len(x.points) == step.shape[-1]:
+        step.looked_up.append(x)
+        out.ids[len(step.shape) - 1] = x.points
     return out
 
 

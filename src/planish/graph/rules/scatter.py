@@ -23,10 +23,9 @@ def by_elements(step: Step) -> Result | None:
     for d in range(x.rank):
         if d != dim and any(d in val.ids for val in used) and len({val.shape[d] for val in used}) > 1:
             return None
-    if index.points is not None:
-        if dim in x.ids and len(index.points) == x.shape[dim]:
-            return _at_positions(step, x, dim, index.points, [val for val in used if val is not x])
-        step.ids.fix(index.points, f"its position is an index of {step.why}")
+    if index.points is not None and dim in x.ids and len(index.points) == x.shape[dim]:
+        step.looked_up.append(index)
+        return _at_positions(step, x, dim, index.points, [val for val in used if val is not x])
     return _along(step, x, dim, [val for val in used if val is not x])
 
 
@@ -45,10 +44,7 @@ def by_slices(step: Step) -> Result | None:
     """An index for every slice along a dimension, which has the other dimensions of the tensor."""
     x, source = step.tensor("self"), step.val("source")
     dim = int(step.value("dim")) % max(1, x.rank)
-    index = step.tensor("index")
-    step.ids.fix_all(index, f"it is an index of {step.why}")
-    if index.points is not None:
-        step.ids.fix(index.points, f"its position is an index of {step.why}")
+    step.ids.fix_all(step.tensor("index"), f"it is an index of {step.why}")
     return _along(step, x, dim, [] if source is None else [source])
 
 

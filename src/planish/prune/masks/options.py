@@ -18,6 +18,7 @@ from planish.prune.masks.pattern import Pattern, parse_pattern
 from planish.prune.masks.subjects import Subject, subjects
 from planish.runtimes.storage import is_worth_packing
 
+aten = torch.ops.aten
 _CHUNK = 64
 _LEAST_SAMPLES = 24
 _BYTES = 4
@@ -77,7 +78,9 @@ def mask_options(
             moments, worst = subject.moments(replay, values, generator), 0.0
             for text, pattern in offered[name].items():
                 weight, shift = subject.masked(make, pattern, moments)
-                changed, shifts = {subject.operator.weight: weight}, {node: shift.reshape(-1, *[1] * len(subject.operator.stride))}
+                changed, shifts = {subject.operator.weight: weight}, {}
+                if subject.operator.bias is not None or any(user.target == aten.batch_norm.default for user in node.users):
+                    shifts[node] = shift.reshape(-1, *[1] * len(subject.operator.stride))  # there is a place for it
                 losses = [
                     measure.per_sample(replay.run(dict(environment), reached, changed, shifts), outputs).double()
                     for environment, outputs in zip(values, reference, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,10 @@ class AugmentedLagrangian:
     def shape(self, shaping: Shaping) -> Shaped:
         """Trained under the budget; then the widths that hold it are taken, and the lowest gates are cut."""
         net = gated(shaping.graph, shaping.analysis, [name for name in shaping.levels if name in shaping.analysis.groups])
+        if not net.gates:
+            shaping.say("augmented Lagrangian: nothing that narrows is read by a convolution or linear map; units leave at once")
+            return cut(shaping, shaping.graph, {})
+        stays = {name: torch.from_numpy(np.isnan(shaping.orders[name].scores)) for name in net.gates}
         everything = shaping.price({name: torch.tensor(float(len(gate))) for name, gate in net.gates.items()}).item()
         wanted = shaping.price({name: torch.tensor(float(width)) for name, width in shaping.widths.items()}).item() / everything
         multiplier, penalty, before = 0.0, _PENALTY, 0.0
@@ -54,7 +59,7 @@ class AugmentedLagrangian:
         def after_step(rate: float, progress: float) -> None:
             nonlocal multiplier, penalty, before, scale, steps, progressed
             steps, progressed = steps + 1, progress
-            gates = list(net.gates.values())
+            gates, must_stay = list(net.gates.values()), list(stays.values())
             slopes = [torch.zeros_like(gate) if gate.grad is None else gate.grad.clone() for gate in gates]
             for gate in gates:
                 gate.grad = None
@@ -68,11 +73,11 @@ class AugmentedLagrangian:
             number = sum(len(gate) for gate in gates)
             residual = 0.0
             with torch.no_grad():
-                for gate, slope, price in zip(gates, slopes, prices, strict=True):
+                for gate, slope, price, kept in zip(gates, slopes, prices, must_stay, strict=True):
                     # prices are shares of the whole: times the number of gates they are of the size of a relative slope
                     gradient = slope / unit + pull * number * (torch.zeros_like(gate) if price is None else price)
-                    moved = (gate - _STEP * gradient.clamp(-2, 2)).clamp(0.0, 1.0)
-                    residual += float((gate - (gate - gradient).clamp(0.0, 1.0)).square().sum())
+                    moved = torch.where(kept, 1.0, (gate - _STEP * gradient.clamp(-2, 2)).clamp(0.0, 1.0))
+                    residual += float(torch.where(kept, 0.0, gate - (gate - gradient).clamp(0.0, 1.0)).square().sum())
                     gate.copy_(moved)
             if steps % _EVERY == 0:
                 value = c.item()
@@ -94,7 +99,8 @@ class AugmentedLagrangian:
 
         shaping.fit(net.graph, 1.0, "augmented-lagrangian", after_step=after_step)
         mass = {name: gate.detach().double() for name, gate in net.gates.items()}
-        widths = _rounded(shaping, mass, wanted * everything)
+        least = {name: max(shaping.analysis.groups[name].least, int(kept.sum())) for name, kept in stays.items()}
+        widths = _rounded(shaping, mass, least, wanted * everything)
         if history:
             last = history[-1]
             shaping.say(
@@ -105,13 +111,13 @@ class AugmentedLagrangian:
         return Shaped(found.graph, found.kept, found.widths, tuple(history))
 
 
-def _rounded(shaping: Shaping, mass: dict[str, Tensor], budget: float) -> dict[str, int]:
+def _rounded(shaping: Shaping, mass: dict[str, Tensor], least: dict[str, int], budget: float) -> dict[str, int]:
     """Widths among those that may be chosen, near to what the gates add up to, that cost no more than `budget`.
 
     From the nearest widths: while they cost too much, the step down that loses least of the gates per price; then every step up that fits, the
     one that brings most first.
     """
-    levels = {name: sorted(set(shaping.levels[name]) | {len(gates)}) for name, gates in mass.items()}
+    levels = {name: sorted({*(w for w in shaping.levels[name] if w >= least[name]), len(gates)}) for name, gates in mass.items()}
     at = {name: min(range(len(levels[name])), key=lambda i: abs(levels[name][i] - float(gates.sum()))) for name, gates in mass.items()}
     ranked = {name: gates.sort(descending=True).values for name, gates in mass.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from planish.graph.surgery import prune
-from planish.prune.shaping import Kept, Shaped, Shaping, Step, again
+from planish.prune.shaping import Kept, Shaped, Shaping, Step, again, entrances
 
 _ROUNDS = 4
 
@@ -24,16 +24,19 @@ class Iterative:
     def shape(self, shaping: Shaping) -> Shaped:
         """Trained in between; the last round's recovery is the run's own."""
         graph, analysis, orders = shaping.graph, shaping.analysis, shaping.orders
+        at_once = entrances(analysis)  # they have no second round
+        left = {name: analysis.groups[name].units for name in shaping.widths}
         total: Kept = {}
         history: list[Step] = []
         for number in range(1, _ROUNDS + 1):
             removed = {}
             for name in shaping.widths:
-                if name not in analysis.groups:  # its units were all alike to another group's once that had narrowed
+                if name not in analysis.groups:
                     continue
                 now = analysis.groups[name]
-                wanted = now.units - _width(shaping, name, number, now.multiple)
+                wanted = now.units - (shaping.widths[name] if name in at_once else _width(shaping, name, number, now.multiple))
                 removed[name] = orders[name].going(wanted).units.tolist() if wanted > 0 else []
+                left[name] -= len(removed[name])
             pruned = prune(graph, analysis, {name: units for name, units in removed.items() if units})
             total = composed(total, pruned.kept)
             graph = pruned.graph
@@ -42,7 +45,7 @@ class Iterative:
             if number < _ROUNDS:
                 shaping.fit(graph, 1 / (_ROUNDS - 1), f"round-{number}")
                 analysis, orders = again(graph, shaping)
-        return Shaped(graph, total, dict(shaping.widths), tuple(history))
+        return Shaped(graph, total, left, tuple(history))
 
 
 def _width(shaping: Shaping, name: str, number: int, multiple: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import numpy as np
+import torch
 
 from planish.graph.graph import Graph, Group
 from planish.prune.shaping import Shaped, Shaping, Step, Units, cut
@@ -11,6 +14,7 @@ _READY, _DEAD = 0.8, 0.02
 """Share of training after which all that leave should be gone; and of the usual norm, what counts as gone."""
 _FIRST_STRENGTH, _PACE, _WEAKEST, _STRONGEST = 0.05, 1.05, 1e-4, 20.0
 _EVERY = 20
+_ROLES = ("out", "in", "affine")
 
 
 class GroupLasso:
@@ -25,18 +29,23 @@ class GroupLasso:
         over all coupled parameters.
     Differs:
         the strength follows the number of units that shall leave.
+
+    Args:
+        preferred: roles of the dimensions that count, where a group has any.
     """
 
-    roles: tuple[str, ...] = ("out", "in", "affine")
+    def __init__(self, preferred: tuple[str, ...] = _ROLES) -> None:
+        self.preferred = preferred
 
-    def norms_of(self, graph: Graph, group: Group) -> Units:
-        """What shrinks."""
-        return Units(graph, group, self.roles)
+    def _norms_of(self, graph: Graph, group: Group) -> Units:
+        """What shrinks: the dimensions of the preferred roles; all of them, where the group has none."""
+        return Units(graph, group, self.preferred if set(self.preferred) & set(group.roles.values()) else _ROLES)
 
     def shape(self, shaping: Shaping) -> Shaped:
         """Trained towards zeros; then the lowest norms are cut."""
         graph = shaping.graph.copy()
-        units = {name: self.norms_of(graph, shaping.analysis.groups[name]) for name in shaping.widths}
+        units = {name: self._norms_of(graph, shaping.analysis.groups[name]) for name in shaping.widths}
+        stays = {name: torch.from_numpy(np.isnan(shaping.orders[name].scores)) for name in shaping.widths}
         strengths = dict.fromkeys(units, _FIRST_STRENGTH)
         history: list[Step] = []
         steps = 0
@@ -52,7 +61,8 @@ class GroupLasso:
                 due = shaping.leaving(name) * min(1.0, progress / _READY)
                 strengths[name] *= _PACE if dead < due else 1 / _PACE
                 strengths[name] = min(max(strengths[name], _WEAKEST), _STRONGEST)
-                its.scale_((1 - rate * strengths[name] / norms.clamp(min=1e-12)).clamp(min=0.0))
+                shrunk = (1 - rate * strengths[name] / norms.clamp(min=1e-12)).clamp(min=0.0)
+                its.scale_(torch.where(stays[name], 1.0, shrunk))
             if steps % _EVERY == 0:
                 history.append({"step": float(steps), "gone": float(gone), "strength": _mean(strengths)})
 
@@ -68,12 +78,3 @@ class GroupLasso:
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / max(1, len(values))
-
-
-class L1(GroupLasso):
-    """The same on the scales and shifts of norms alone, where a group has any: L1 on the scales (Liu et al. 2017, network slimming)."""
-
-    def norms_of(self, graph: Graph, group: Group) -> Units:
-        """What shrinks: the scales; everything, where there are none."""
-        roles: Sequence[str] = ("affine",) if "affine" in group.roles.values() else self.roles
-        return Units(graph, group, roles)
