@@ -411,3 +411,17 @@ def test_recovery_on_the_judged_inputs_is_said(judged: str, tmp_path: Path) -> N
     assert any(f"inputs of {judged}, on which the drop is judged" in note for note in notes)
     notes = job(train=[(X, Y)], **{judged: [(X, Y)]}).materialize(tmp_path / "b").notes
     assert not any("on which the drop is judged" in note for note in notes)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_with_the_old_weight_norm_is_copied() -> None:
+    """Its weight is computed from two parameters before each call, and torch refuses to copy what was computed."""
+    net = torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(4, 3)), torch.nn.ReLU())
+    x = torch.randn(5, 4)
+    expected = net(x)
+    job = Workload(model=net, example_inputs=(x,), name="normed")
+    copied = job.model_module()
+    torch.testing.assert_close(copied(x), expected)
+    with torch.no_grad():
+        copied[0].weight_g.mul_(2.0)
+    torch.testing.assert_close(net(x), expected)

@@ -86,6 +86,9 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     if not outputs and winner is not None and winner.exported.path is not None:
         with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
+    if winner is not None and winner.plan.adaptors:
+        maps = ", ".join(f"{block} ({kind})" for block, kind in winner.plan.adaptors.items())
+        bench.notes.append(f"adaptors: a linear map stands in the place of {maps}")
     if winner is not None:
         bench.notes += [*_said(summary), *_seen_before(bench, summary), *filter(None, [masks_note(bench, winner)])]
     summary = _timed(bench, summary)

@@ -231,7 +231,7 @@ class Recoverer:
                 for v in space.variables
                 if v.technique == "width" and v.subject in analysis.groups
             },
-            soft_price(costs, plan),
+            soft_price(costs, plan, next((q for q in ("latency", "macs", "size") if q in pursuit.bounds and q in costs.factors), None)),
             reorder,
             refit,
             fit,

@@ -233,6 +233,8 @@ def _made(recoverer: Recoverer, plan: Plan, share: float) -> Winner | None:
     made = Trained(plan, compressed, compressed.final, compressed.skipped)
     if share > 0 and recoverer.is_wanted and not plan.is_identity:
         made = recoverer.train(plan, compressed, share)
+    elif plan.schedule != ONE_SHOT and plan.widths:
+        bench.notes.append(f"the schedule {plan.schedule} had no time: units left at once; a longer --time-limit gives it some")
     compressed = made.compressed
     with bench.clock.stage("exporting and measuring the winner"):
         try:

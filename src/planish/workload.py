@@ -31,6 +31,18 @@ _CALIBRATION = 512
 _HELD_OUT = 5000
 
 
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model whose weights are computed from others when it runs (weight norm as it was before parametrizations)."""
+    from torch import Tensor
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 class Workload:
     """What must be accelerated.
 
@@ -139,7 +151,7 @@ class Workload:
                 raise UsageError(f"model: the function must return an nn.Module; got {type(built).__name__}")
             self._check_parameters(built)
             self._built = built
-        return copy.deepcopy(self._built).cpu().eval()
+        return deep_copy(self._built).cpu().eval()
 
     def _check_parameters(self, module: nn.Module) -> None:
         import torch

@@ -227,3 +227,15 @@ def test_a_price_between_levels_is_linear_and_has_a_slope() -> None:
     assert given.price({"first": torch.tensor(9.0), "second": torch.tensor(8.0)}).item() == 4 * (6 * 9 + 9 * 8 + 3 * 8)
     slope = at["first"].grad
     assert slope is not None and slope.item() == 4 * (6 + 8)
+
+
+def test_what_may_be_spent_is_what_the_budget_limits() -> None:
+    """With tables for latency a limit on MACs is still one on MACs."""
+    torch.manual_seed(0)
+    _, analysis = pruning.captured(Twice().eval(), (torch.randn(4, 6),))
+    options = [Option("width", name, 6, 0.1) for name in analysis.groups]
+    plan = Plan("onnxruntime:cpu")
+    costs = Costs(Space(analysis, options, plan), lambda kernels: np.full(len(kernels), 1e-6))
+    at = {name: torch.tensor(6.0) for name in analysis.groups}
+    assert soft_price(costs, plan, "macs")(at).item() == 4 * (6 * 6 + 6 * 6 + 3 * 6)
+    assert soft_price(costs, plan)(at).item() == pytest.approx(1e-6 * len(costs.factors["latency"]), rel=0.5)

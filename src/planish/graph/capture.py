@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import keyword
 import logging
 import re
@@ -27,6 +26,7 @@ from planish.graph.quiet import silenced
 from planish.graph.recurrent import Recurrence, pick_states, to_aten
 from planish.graph.structure import FlatCall, check_batch, flat_inputs
 from planish.signature import Signature, Structure, TensorSpec
+from planish.workload import deep_copy
 
 aten = torch.ops.aten
 _BOOKKEEPING = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
@@ -149,12 +149,7 @@ def _runs(call: FlatCall, flat: tuple[Tensor, ...]) -> bool:
 
 def _own_copy(model: nn.Module, notes: list[str]) -> nn.Module:
     """A copy in eval mode on the CPU, without weight norm and other parametrizations, that gives no key-value cache."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    mine = copy.deepcopy(model, memo).cpu().eval()
+    mine = deep_copy(model).cpu().eval()
     for module in mine.modules():
         if parametrize.is_parametrized(module):
             _own_class(module)

@@ -303,7 +303,7 @@ def search(summary: Summary) -> list[tuple[str, str]]:
     if search.gap is not None:
         lines.append(("duality gap", f"{search.gap:.2%} of what it minimised"))
     if search.kkt_residual is not None:
-        lines.append(("KKT residual", f"{search.kkt_residual:.2g}"))
+        lines.append(("KKT residual of its last solution", f"{search.kkt_residual:.2g}"))
     if search.affine is not None:
         tilt = "".join(f", {precision} × {figures.digits(factor)}" for precision, factor in sorted(search.tilt.items()))
         lines.append(("table correction", f"{figures.seconds(search.affine[0])} + {figures.digits(search.affine[1])} × predicted{tilt}"))

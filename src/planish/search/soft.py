@@ -11,8 +11,8 @@ from planish.plan import Plan
 from planish.search.costs import Costs
 
 
-def soft_price(costs: Costs, plan: Plan) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Units that stay by group, [] each, fractions allowed -> the predicted latency (MACs, where the target has no tables), a scalar.
+def soft_price(costs: Costs, plan: Plan, quantity: str | None = None) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """Units that stay by group, [] each, fractions allowed -> the predicted cost, a scalar.
 
     Between the levels of the search it is multilinear; beyond the narrowest it stays what it is there. Groups that are not given, blocks and
     precisions are as the plan has them.
@@ -20,10 +20,11 @@ def soft_price(costs: Costs, plan: Plan) -> Callable[[Mapping[str, Tensor]], Ten
     Args:
         costs: of the space that the plan is of.
         plan: what is not given.
+        quantity: "latency" (seconds), "macs" or "size" (bytes); by default latency, or MACs where the target has no tables.
     """
     space = costs.space
     chosen = space.assignment(plan)
-    tables = [(scope, torch.from_numpy(table.copy())) for scope, table in costs.factors[costs.effort]]
+    tables = [(scope, torch.from_numpy(table.copy())) for scope, table in costs.factors[quantity or costs.effort]]
     number = {variable.subject: v for v, variable in enumerate(space.variables) if variable.technique == "width"}
     values = {v: torch.tensor([float(value) for value in space.variables[v].values], dtype=torch.float64) for v in number.values()}
 

@@ -103,9 +103,10 @@ class AugmentedLagrangian:
         widths = _rounded(shaping, mass, least, wanted * everything)
         if history:
             last = history[-1]
+            spent = shaping.price({name: torch.tensor(float(widths.get(name, len(gate)))) for name, gate in net.gates.items()}).item()
             shaping.say(
-                f"augmented Lagrangian: {last['price']:.3f} of the price for a budget of {wanted:.3f}, multiplier {last['multiplier']:.3g}, "
-                f"KKT residual {last['kkt']:.3g}"
+                f"augmented Lagrangian: of what all units cost {wanted:.3f} may be spent, gates cost {last['price']:.3f} and the widths near them "
+                f"{spent / everything:.3f}; multiplier {last['multiplier']:.3g}, KKT residual {last['kkt']:.3g}"
             )
         found = cut(shaping, net.graph, {name: value.numpy() for name, value in mass.items()}, widths)
         return Shaped(found.graph, found.kept, found.widths, tuple(history))
