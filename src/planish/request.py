@@ -69,7 +69,7 @@ class Request:
             "search": self.search,
             "saliency": self.saliency,
             "schedule": self.schedule,
-            "masking": self.masking,
+            "masking": self.masking if "mask" in self.techniques else None,
             "trials": self.trials,
             "techniques": list(self.techniques),
             "keep": list(self.keep),

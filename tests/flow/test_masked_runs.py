@@ -37,7 +37,7 @@ def test_a_limit_on_the_size_is_met_by_zeros(
         assert gone == len(weight) * int(float(pattern[:-1]) / 100 * weight[0].numel()), f"recovery kept the zeros of {name}"
         zeros += gone
     (note,) = [note for note in summary.notes if note.startswith("masks:")]
-    assert f"masks: {zeros} of 37696 weights are zero; onnxruntime multiplies by them as by others, so they save no time" in note
+    assert f"masks: {zeros} of 37696 weights are zero; onnxruntime multiplies by them as by others: the net" in note
     assert "instead of" in note
     x, _ = small_jobs.images(5, seed=9)
     with torch.no_grad():

@@ -120,7 +120,7 @@ def test_of_very_many_names_the_first_and_the_last_are_listed() -> None:
     ("changes", "wanted"),
     [
         ({}, "exact"),
-        ({"exact": False, "multiple": 4}, "inexact: changes a norm's statistics, in steps of 4"),
+        ({"exact": False, "multiple": 4}, "inexact: changes what a norm or softmax runs over, in steps of 4"),
         ({"pinned": "keep=stem.*"}, "pinned by keep=stem.*"),
     ],
 )
