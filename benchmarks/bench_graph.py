@@ -14,10 +14,10 @@ import cifar
 import cora
 import numpy as np
 from bench_resnet import row
+from running import optimized
 
 import planish
 from planish.artifact import open_artifact
-from planish.console import Console
 from planish.graph.capture import capture
 from planish.measure.latency import interleaved
 from planish.measure.machine import available_targets, machine
@@ -43,18 +43,7 @@ def main() -> None:
     job = cora.job(arguments.net, arguments.hidden, cifar.data_folder(arguments.data))
     work = Path(tempfile.mkdtemp(prefix="planish-bench-"))
     out = Path(arguments.out) if arguments.out else work / "net.planish"
-    with Console().running() as console:
-        result = planish.optimize(
-            job,
-            budget=planish.Budget(latency=arguments.latency, drop=arguments.drop),
-            out=out,
-            time_limit=arguments.time_limit,
-            threads=arguments.threads,
-            seed=arguments.seed,
-            overwrite=True,
-            accept_nearest=True,
-            events=console,
-        )
+    result = optimized(job, out, arguments)
     compare(job, result, out, work, arguments.threads)
 
 

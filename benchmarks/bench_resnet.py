@@ -16,10 +16,10 @@ import cifar
 import numpy as np
 import peers
 from numpy.typing import NDArray
+from running import optimized
 
 import planish
 from planish.artifact import open_artifact
-from planish.console import Console
 from planish.data import Data
 from planish.distill.recover import recover
 from planish.distill.teacher import Teacher
@@ -57,20 +57,13 @@ def main() -> None:
     job = cifar.job(arguments.depth, folder)
     work = Path(tempfile.mkdtemp(prefix="planish-bench-"))
     out = Path(arguments.out) if arguments.out else work / "net.planish"
-    with Console().running() as console:
-        result = planish.optimize(
-            job,
-            budget=planish.Budget(latency=arguments.latency, drop=arguments.drop),
-            out=out,
-            techniques=("quantize",) if arguments.int8_only else ("prune", "quantize", "distill"),
-            time_limit=arguments.time_limit,
-            threads=arguments.threads,
-            seed=arguments.seed,
-            control=not (arguments.no_control or arguments.int8_only),
-            overwrite=True,
-            accept_nearest=True,
-            events=console,
-        )
+    result = optimized(
+        job,
+        out,
+        arguments,
+        techniques=("quantize",) if arguments.int8_only else ("prune", "quantize", "distill"),
+        control=not (arguments.no_control or arguments.int8_only),
+    )
     compare(job, result, out, work, arguments.threads, arguments.torch_pruning)
 
 

@@ -15,10 +15,9 @@ import minilm
 import numpy as np
 import sentences
 import torch
+from running import optimized
 
-import planish
 from planish.artifact import open_artifact
-from planish.console import Console
 from planish.graph.capture import capture
 from planish.measure.latency import interleaved, ratio
 from planish.measure.machine import available_targets, machine
@@ -49,7 +48,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="planish-bench-"))
     out = Path(arguments.out) if arguments.out else work / "net.planish"
     if not arguments.measure:
-        optimized(job, out, arguments)
+        optimized(job, out, arguments, techniques=tuple(arguments.techniques.split(",")))
     artifact = open_artifact(out)
     summary = read_summary(out)
     print(
@@ -97,23 +96,6 @@ def main() -> None:
         probe.close()
     print(f"seconds {summary.seconds['total']:.0f}; samples of recovery {artifact.plan.recovery.samples}")
     print(json.dumps(summary.seconds))
-
-
-def optimized(job: planish.Workload, out: Path, arguments: argparse.Namespace) -> None:
-    """The artifact, written to `out`; the nearest where nothing holds the budget."""
-    with Console().running() as console:
-        planish.optimize(
-            job,
-            budget=planish.Budget(latency=arguments.latency, drop=arguments.drop),
-            out=out,
-            techniques=tuple(arguments.techniques.split(",")),
-            time_limit=arguments.time_limit,
-            threads=arguments.threads,
-            seed=arguments.seed,
-            overwrite=True,
-            accept_nearest=True,
-            events=console,
-        )
 
 
 if __name__ == "__main__":

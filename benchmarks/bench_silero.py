@@ -19,11 +19,11 @@ import cifar
 import numpy as np
 import silero
 import torch
+from running import optimized
 from torch import nn
 
 import planish
 from planish.artifact import open_artifact
-from planish.console import Console
 from planish.graph.capture import capture
 from planish.graph.graph import Graph
 from planish.graph.groups import analyse
@@ -86,20 +86,7 @@ def main() -> None:
         compare(net, graph, empty, targets, None, heard["test"], work)
         return
     out = Path(arguments.out) if arguments.out else work / "net.planish"
-    with Console().running() as console:
-        result = planish.optimize(
-            job,
-            arguments.target,
-            planish.Budget(latency=arguments.latency, drop=arguments.drop),
-            out,
-            techniques=tuple(arguments.techniques),
-            time_limit=arguments.time_limit,
-            threads=arguments.threads,
-            seed=arguments.seed,
-            overwrite=True,
-            accept_nearest=True,
-            events=console,
-        )
+    result = optimized(job, out, arguments, target=arguments.target, techniques=tuple(arguments.techniques))
     summary = result.summary
     print(f"verdict: {summary.verdict} ({summary.reason})")
     print(f"latency {summary.ratios['latency']}, MACs {summary.ratios['macs']}, drop by evaluate {summary.drop}")

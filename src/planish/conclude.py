@@ -86,9 +86,6 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     if not outputs and winner is not None and winner.exported.path is not None:
         with Probe.open(bench.home(winner.plan).target, winner.exported.path, winner.final.signature) as probe:
             outputs = probe.outputs(bench.example)
-    if winner is not None and winner.plan.adaptors:
-        maps = ", ".join(f"{block} ({kind})" for block, kind in winner.plan.adaptors.items())
-        bench.notes.append(f"adaptors: a linear map stands in the place of {maps}")
     if winner is not None:
         bench.notes += [*_said(summary), *_seen_before(bench, summary), *filter(None, [masks_note(bench, winner)])]
     summary = _timed(bench, summary)
@@ -115,6 +112,9 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
 def _said(summary: Summary) -> list[str]:
     """What must be known of an optimized net beside its figures."""
     out = []
+    if summary.plan is not None and summary.plan.adaptors:
+        maps = ", ".join(f"{block} ({kind})" for block, kind in summary.plan.adaptors.items())
+        out.append(f"adaptors: a linear map stands in the place of {maps}")
     if summary.split == "validation" and summary.drop_interval is not None:
         out.append("selection-biased: there is no test split, so the drop is judged on the validation split that guided the search")
     if summary.split == EVALUATE:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import pytest
 
 import inspecting
 import making
+import pages
 from planish.measurement import Estimate, Outcome
 from planish.report.groups_page import groups_page
 from planish.report.page import MARK, page
@@ -61,37 +61,10 @@ def hostile() -> Summary:
     )
 
 
-class Reader(html.parser.HTMLParser):
-    """Collects the tags with their attributes, and the visible text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self._inside = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._inside = tag if tag in ("script", "style") else ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if not self._inside:
-            self.text.append(data)
-
-
-def read(text: str) -> Reader:
-    reader = Reader()
-    reader.feed(text)
-    return reader
-
-
 def test_the_verdict_comes_first_and_the_figures_are_there() -> None:
     text = page(making.summary())
     assert MARK in text[:2000]
-    shown = " ".join(" ".join(read(text).text).split())
+    shown = " ".join(" ".join(pages.Reader(text).text).split())
     assert shown.index("Budget met") < shown.index("What was asked") < shown.index("Original and optimized") < shown.index("Every operator")
     for part in (
         "2.26×",
@@ -121,7 +94,7 @@ def test_the_verdict_comes_first_and_the_figures_are_there() -> None:
     ],
 )
 def test_every_kind_of_result_has_a_page(changes: dict[str, Any], wanted: str, unwanted: str) -> None:
-    shown = " ".join(" ".join(read(page(making.summary(**changes))).text).split())
+    shown = " ".join(" ".join(pages.Reader(page(making.summary(**changes))).text).split())
     assert wanted in shown
     assert unwanted not in shown
 
@@ -129,7 +102,7 @@ def test_every_kind_of_result_has_a_page(changes: dict[str, Any], wanted: str, u
 def test_a_limit_that_was_missed_is_marked() -> None:
     from planish.budget import Budget
 
-    shown = " ".join(" ".join(read(page(making.summary(budget=Budget(latency="0.4x", size="2MB", drop="0.1pt")))).text).split())
+    shown = " ".join(" ".join(pages.Reader(page(making.summary(budget=Budget(latency="0.4x", size="2MB", drop="0.1pt")))).text).split())
     table = shown.partition("What was asked")[2].partition("Original and optimized")[0]
     assert re.search(r"latency 0\.40× 560 µs 620 µs missed", table)
     assert re.search(r"size 2\.00 MB 2\.00 MB 812 kB holds", table)
@@ -138,7 +111,7 @@ def test_a_limit_that_was_missed_is_marked() -> None:
 
 def test_hostile_names_are_text() -> None:
     text = page(hostile())
-    plain, reader = read(page(making.summary())), read(text)
+    plain, reader = pages.Reader(page(making.summary())), pages.Reader(text)
     count = [sum(tag == name for tag, _ in r.tags) for r in (plain, reader) for name in ("script", "img", "a", "b", "link", "iframe")]
     assert count[:6] == count[6:]
     assert not [attrs for _, attrs in reader.tags if any(name.startswith("on") for name in attrs)]
@@ -153,7 +126,7 @@ def test_hostile_names_are_text() -> None:
 
 
 def test_the_page_names_no_address_to_load() -> None:
-    for tag, attrs in read(page(hostile())).tags:
+    for tag, attrs in pages.Reader(page(hostile())).tags:
         for name in ("src", "href", "action", "data"):
             value = attrs.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, value)
@@ -183,7 +156,7 @@ def test_no_nan_reaches_the_page() -> None:
             trials=trials, ratios={"latency": nothing}, baselines={"x:cpu": making.measurement(latency_s=nothing)}, drop=math.nan
         )
     )
-    shown = "".join(read(text).text)
+    shown = "".join(pages.Reader(text).text)
     assert not re.search(r"\bnan\b|\binf\b", shown)
     for inline in re.findall(r'<script type="application/json" id="data-\w+">(.*?)</script>', text, re.DOTALL):
         assert "NaN" not in inline and "Infinity" not in inline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import itertools
 import re
 from typing import Any
@@ -12,37 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import inspecting
+import pages
 from planish.report.groups_page import groups_page
 from planish.report.layout import lanes, lay_out, spread
 from planish.report.page import MARK
 from planish.report.picture import LETTERS, ending, picture, rounded
 
 CHAIN = {"a": [], "relu": ["a"], "b": ["relu"], "c": ["b"], "add": ["c", "relu"], "d": ["add"]}
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects the tags with their attributes, and the visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self._inside = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._inside = tag if tag in ("script", "style") else ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if not self._inside:
-            self.text.append(data)
-
-    def of_class(self, name: str) -> list[dict[str, str | None]]:
-        return [attrs for _, attrs in self.tags if name in (attrs.get("class") or "").split()]
 
 
 def test_a_layer_reads_only_from_above_and_what_is_light_joins_what_it_reads() -> None:
@@ -103,7 +78,7 @@ def test_boxes_lie_in_the_frame_and_not_over_each_other() -> None:
 def test_each_operator_and_each_edge_is_drawn_once() -> None:
     data = inspecting.found()
     names = [operator["name"] for operator in data["operators"]]
-    reader = Reader(groups_page(data))
+    reader = pages.Reader(groups_page(data))
     assert [op["data-name"] for op in reader.of_class("op")] == names
     lines = [(int(line["data-from"] or ""), int(line["data-to"] or "")) for line in reader.of_class("line")]
     assert len(set(lines)) == len(lines)
@@ -125,7 +100,7 @@ def test_the_members_of_a_group_carry_its_number() -> None:
     assert roles["stem"]["in"] == ["first", "left", "right"]
     assert roles["first"] == {"out": ["first"], "in": ["second"], "affine": ["first"], "passes": []}, "its norm is folded into it"
     assert [block["operators"] for block in data["blocks"]] == [["first", "second"]]
-    ops = Reader(groups_page(data)).of_class("op")
+    ops = pages.Reader(groups_page(data)).of_class("op")
     for number, group in enumerate(data["groups"]):
         for role, names in group["operators"].items():
             marked = [op["data-name"] for op in ops if str(number) in (op.get(f"data-{role}") or "").split()]
@@ -137,8 +112,8 @@ def test_the_page_is_the_same_again() -> None:
 
 
 def test_hostile_names_are_text_and_nothing_is_loaded() -> None:
-    plain, text = Reader(groups_page(inspecting.found())), groups_page(inspecting.hostile())
-    reader = Reader(text)
+    plain, text = pages.Reader(groups_page(inspecting.found())), groups_page(inspecting.hostile())
+    reader = pages.Reader(text)
     assert MARK in text[:2000]
     for tag in ("script", "img", "b", "a", "iframe", "link"):
         assert sum(t == tag for t, _ in reader.tags) == sum(t == tag for t, _ in plain.tags), tag

@@ -213,22 +213,19 @@ def _adapt(module: GraphModule, block: Block, addition: Node, at: int) -> None:
     addition.replace_input_with(branch, mapped)
 
 
-def narrow_adaptor(module: GraphModule, name: str, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor) -> None:
+def narrow_adaptor(module: GraphModule, name: str, node: Node, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor) -> None:
     """Splits the adaptor of a block in two, in place: what it computes becomes `up @ (down @ x) + bias + shift`.
 
     Args:
         module: has the adaptor.
         name: of the block.
+        node: that applies the adaptor.
         down: [rank, channels].
         up: [channels, rank].
         shift: [channels], of the bias.
     """
-    node = next(
-        n
-        for n in module.graph.nodes
-        if n.op == "call_function" and any(str(a.target) == f"{name}.adaptor.weight" for a in n.all_input_nodes)
-    )
     layer, before = module.get_submodule(f"{name}.adaptor"), attribute(module, f"{name}.adaptor.weight")
+    assert callable(node.target)
     ones = [1] * (before.dim() - 2)
     first = nn.Module()
     first.weight = nn.Parameter(down.reshape(*down.shape, *ones).to(before.dtype))

@@ -151,9 +151,14 @@ class Block:
     adaptor: str = ""
 
     @property
+    def axis(self) -> int:
+        """The axis of the channels that an adaptor would map."""
+        return 1 if self.adaptor == "conv" else len(self.stream) - 1
+
+    @property
     def channels(self) -> int:
-        """How many channels an adaptor would have to map."""
-        return self.stream[1 if self.adaptor == "conv" else -1].full
+        """How many channels that axis has."""
+        return self.stream[self.axis].full
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from planish.graph.facts import at_batch
+from planish.graph.facts import arguments, at_batch
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute, observe
 from planish.graph.modes import short_name
@@ -58,10 +58,11 @@ def short_convolutions(graph: Graph, most: int = MOST_POSITIONS) -> Graph:
 
 def _arguments(node: fx.Node) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """Input, weight, bias, stride, padding, dilation and groups of a convolution; what counts one axis is a number."""
-    given = [*node.args, *(None, None, None, 1, 0, 1, 1)[len(node.args) :]]
-    x, weight, bias, *sizes = (value[0] if isinstance(value, (list, tuple)) else value for value in given)
-    stride, padding, dilation, groups = sizes
-    return x, weight, bias, stride, padding, dilation, groups
+    given = arguments(node)
+    stride, padding, dilation = (
+        value[0] if isinstance(value := given[name], (list, tuple)) else value for name in ("stride", "padding", "dilation")
+    )
+    return given["input"], given["weight"], given["bias"], stride, padding, dilation, given["groups"]
 
 
 def _is_plain(node: fx.Node) -> bool:

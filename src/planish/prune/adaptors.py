@@ -11,12 +11,13 @@ from torch import Tensor
 from planish.data import Split
 from planish.graph.blocks import narrow_adaptor
 from planish.graph.graph import Block, Graph
-from planish.graph.replay import Replay, affordable, evaluating, in_batches, take
+from planish.graph.replay import Replay, evaluating
 from planish.plan import WHOLE_MAP, rank_of
-from planish.prune.least_squares import Moments, fit
+from planish.prune.least_squares import Moments, contraction, fit
+from planish.prune.readers import chunks_of, readings
 from planish.prune.repair import STRENGTHS
 
-_NARROWEST, _SHARE, _CHUNK, _SAMPLES = 64, 4, 64, 256
+_NARROWEST, _SHARE, _SAMPLES = 64, 4, 256
 
 
 def kinds_of(block: Block) -> tuple[str, ...]:
@@ -46,11 +47,6 @@ class Map:
         return (rows @ self.weight.T.to(x.dtype) + self.bias.to(x.dtype)).movedim(-1, self.axis)
 
 
-def axis_of(block: Block) -> int:
-    """The axis of the channels of what goes past a block."""
-    return 1 if block.adaptor == "conv" else len(block.stream) - 1
-
-
 def fitted(block: Block, skips: Sequence[Tensor], sums: Sequence[Tensor], kind: str) -> Map:
     """The map of the skip that comes closest to the block's branch.
 
@@ -63,7 +59,7 @@ def fitted(block: Block, skips: Sequence[Tensor], sums: Sequence[Tensor], kind: 
     References:
         Izenman 1975 (reduced-rank regression): the first R principal directions of what the whole map gives.
     """
-    axis = axis_of(block)
+    axis = block.axis
     moments = []
     for skip, total in zip(skips, sums, strict=True):
         x, y = (value.movedim(axis, -1).flatten(0, -2) for value in (skip, total - skip))
@@ -108,26 +104,16 @@ def narrow_adaptors_(graph: Graph, adaptors: Mapping[str, str], split: Split) ->
         return
     replay = Replay(graph.module)
     parameters = dict(graph.module.named_parameters(remove_duplicate=False))
-    readers = {
-        node: name
-        for node in replay.nodes
-        for name in wanted
-        if node.op == "call_function" and any(str(source.target) == f"{name}.adaptor.weight" for source in node.all_input_nodes)
-    }
-    moments: dict[str, Moments] = {}
+    by_weight = {f"{name}.adaptor.weight": name for name in wanted}
+    operators = [o for node in replay.nodes if (o := contraction(node, parameters)) is not None and o.weight in by_weight]
+    moments = {o.weight: Moments(1, parameters[o.weight].shape[1]) for o in operators}
     with evaluating(graph):
-        for chunk in in_batches(take(split, affordable(replay, graph, _SAMPLES)), _CHUNK):
-            environment = replay.start(chunk)
-            for node in replay.nodes:
-                if node in readers:
-                    value = environment[node.args[0]]
-                    rows = value.movedim(1 if parameters[f"{readers[node]}.adaptor.weight"].dim() > 2 else -1, -1).flatten(0, -2)
-                    moments.setdefault(readers[node], Moments(1, rows.shape[1])).add(rows[None])
-                replay.step(node, environment)
-    for name in readers.values():
-        weight = parameters[f"{name}.adaptor.weight"].detach().double().flatten(1)
+        for operator, given, _ in readings(replay, {o.node: o for o in operators}, chunks_of(replay, graph, split, _SAMPLES)):
+            moments[operator.weight].add(given.movedim(operator.channel_axis(given), -1).flatten(0, -2)[None])
+    for operator in operators:
+        name, seen = by_weight[operator.weight], moments[operator.weight]
+        weight = parameters[operator.weight].detach().double().flatten(1)
         rank = min(wanted[name], len(weight))
         if rank < len(weight):
-            down, up = narrowed(weight, moments[name].second(centered=True)[0][0], rank)
-            mean = moments[name].sum_x[0] / moments[name].rows
-            narrow_adaptor(graph.module, name, down, up, (weight - up @ down) @ mean)
+            down, up = narrowed(weight, seen.second(centered=True)[0][0], rank)
+            narrow_adaptor(graph.module, name, operator.node, down, up, (weight - up @ down) @ (seen.sum_x[0] / seen.rows))

@@ -48,14 +48,14 @@ def moments_of_readers(
         budget -= 4 * columns**2
         moments[operator.weight] = Moments(1, columns)
     generator = torch.Generator().manual_seed(0)
-    for operator, given, output in _readings(replay, wanted, chunks):
+    for operator, given, output in readings(replay, wanted, chunks):
         weight = parameters[operator.weight]
         positions = operator.draw(output, max(256, min(16 * weight[0].numel(), 32768) // len(chunks)), generator)
         moments[operator.weight].add(operator.columns(given, weight, positions))
     return moments
 
 
-def _readings(
+def readings(
     replay: Replay, wanted: Mapping[Node, Contraction], chunks: list[list[Tensor]]
 ) -> Iterator[tuple[Contraction, Tensor, Tensor]]:
     """For each batch and each of these operators, in program order: the operator, its input and its output."""
@@ -86,7 +86,7 @@ def variances_of_inputs(graph: Graph, analysis: Analysis, split: Split, samples:
     wanted = {o.node: o for group in analysis.groups.values() for o in readers(replay, group, parameters)}
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     with evaluating(graph):
-        for operator, given, _ in _readings(replay, wanted, chunks_of(replay, graph, split, samples)):
+        for operator, given, _ in readings(replay, wanted, chunks_of(replay, graph, split, samples)):
             rows = given.movedim(operator.channel_axis(given), -1).flatten(0, -2).double()
             n, total, squares = sums.get(operator.weight, (0, torch.zeros(()), torch.zeros(())))
             sums[operator.weight] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)

@@ -18,9 +18,8 @@ from planish.graph.ids import Val
 from planish.graph.operators import Labels
 from planish.graph.replay import Replay
 from planish.graph.surgery import prune
-from planish.prune.order import Orders
+from planish.prune.order import Order, Orders
 from planish.prune.readers import readers
-from planish.prune.units import lowest
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
 Step = dict[str, float]
@@ -140,9 +139,7 @@ def _lowest(shaping: Shaping, name: str, scores: NDArray[np.float64] | None, cou
         return order.going(count).units
     place = np.argsort(np.argsort(order.scores, kind="stable"), kind="stable")
     ranked = np.lexsort((place, np.where(np.isnan(scores), np.inf, scores))).argsort().astype(np.float64)
-    found = lowest(np.where(np.isnan(order.scores), np.nan, ranked), count)
-    multiple = shaping.analysis.groups[name].multiple
-    return found if len(found) == count else found[: len(found) // multiple * multiple]
+    return Order(np.where(np.isnan(order.scores), np.nan, ranked), order.multiple).going(count).units
 
 
 def entrances(analysis: Analysis) -> set[str]:

@@ -205,12 +205,11 @@ def adaptor_terms(space: Space) -> list[Term]:
 
 
 def _adaptor(block: Block, rank: int | None) -> list[Operator]:
-    axis = 1 if block.adaptor == "conv" else len(block.stream) - 1
-    channels = block.stream[axis]
+    channels = block.stream[block.axis]
     ends = [(channels, channels)] if rank is None else [(channels, Size(rank)), (Size(rank), channels)]
     found = []
     for number, (given, made) in enumerate(ends):
-        inputs, output = (tuple(size if d == axis else old for d, old in enumerate(block.stream)) for size in (given, made))
+        inputs, output = (tuple(size if d == block.axis else old for d, old in enumerate(block.stream)) for size in (given, made))
         spatial = len(block.stream) - 2 if block.adaptor == "conv" else 0
         attributes = {"stride": (1,) * spatial, "padding": (0,) * spatial, "dilation": (1,) * spatial} if spatial else {}
         weights = ((made, given, *[Size(1)] * spatial), (made,))
