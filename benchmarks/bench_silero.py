@@ -111,7 +111,7 @@ def bounds(graph: Graph, targets: list[Target]) -> None:
         if target.runtime.startswith("torch"):
             continue
         space = Space(analysis, [], Plan(target.name))
-        costs = Costs(space, Table(target).seconds)
+        costs = Costs(space, Table(target, is_sized=True).seconds)
         seconds = float(np.sum(costs.parts(space.identity)))
         print(f"  sum over {len(costs.kernels)} kernels in {target.name}: {seconds * 1e6:.1f} µs ({len(costs.unmeasured)} unmeasured)")
 

@@ -403,7 +403,7 @@ class Pursuit:
     def _lookup(self) -> Any:
         if self.baseline.target.runtime.startswith("torch"):
             return None
-        table = Table(self.baseline.target)
+        table = Table(self.baseline.target, is_sized=self.bench.graph.signature.is_sized)
         deadline = time.monotonic() + TABLES_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else None
 
         def seconds(kernels: Any) -> Any:

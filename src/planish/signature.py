@@ -37,6 +37,11 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gives: Structure
     state: dict[str, str] = {}
 
+    @property
+    def is_sized(self) -> bool:
+        """Whether no axis of an input but its first may vary."""
+        return not any(isinstance(size, str) for spec in self.inputs for size in spec.shape[1:])
+
     def flatten(self, inputs: Any) -> list[Any]:
         """The flat inputs from a tensor, a tuple or list, or a dict by name.
 

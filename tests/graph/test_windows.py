@@ -62,7 +62,7 @@ def test_windows_compute_what_the_convolution_does(length: int, kernel: int, str
 
 def test_taps_that_see_only_padding_are_left_out() -> None:
     net, x = made(length=1, kernel=3, stride=1, padding=1)
-    rewritten = short_convolutions(capture(net, x))
+    rewritten = short_convolutions(capture(net, x), 8)
     assert rewritten.module.get_parameter("conv1d_windows").shape == (7, 5)
 
 
@@ -72,7 +72,7 @@ def test_long_convolutions_and_free_lengths_stay() -> None:
     assert "conv1d" not in kinds(short_convolutions(capture(net, x), most=12).module)
     free = capture(nn.Conv1d(5, 7, 3, padding=1), torch.randn(2, 5, 4))
     assert isinstance(free.signature.inputs[0].shape[2], str)
-    assert "conv1d" in kinds(short_convolutions(free).module)
+    assert "conv1d" in kinds(short_convolutions(free, 8).module)
 
 
 @torch.no_grad()
@@ -103,4 +103,4 @@ def test_a_batch_that_runs_along_the_convolution_is_left_alone(tmp_path: Path) -
             return self.fc(torch.relu(self.conv(x.t().unsqueeze(0))).squeeze(0).t())
 
     graph = capture(Frames().eval(), (torch.randn(4, 5),))
-    assert "conv1d" in kinds(short_convolutions(graph).module)
+    assert "conv1d" in kinds(short_convolutions(graph, 8).module)

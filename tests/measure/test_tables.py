@@ -11,8 +11,11 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from planish.errors import RuntimeFailed, UsageError
+from planish.graph.capture import capture
+from planish.graph.windows import short_convolutions
 from planish.measure import kernel_models, tables
 from planish.measure.kernel_models import build, recipe
 from planish.measure.kernels import Kernel
@@ -136,6 +139,30 @@ def test_a_recipe_counts_producers_and_consumers_once():
     assert net(_of("elementwise", ((1, 8, 6, 6),) * 2, (1, 8, 6, 6), op="add")) == {"Add": 1}
     assert net(_of("embedding", ((2, 6),), (2, 6, 16), ((100, 16),))) == {"Gather": 1}
     assert net(_of("conversion", ((1, 8, 6, 6),), (1, 8, 6, 6)))["QuantizeLinear"] < 2
+
+
+@pytest.mark.parametrize(
+    ("length", "kernel", "stride", "padding", "positions", "lead", "taps"),
+    [(4, 3, 1, 0, 2, (2, 2), 3), (1, 3, 1, 1, 1, (2,), 1), (2, 3, 2, 1, 1, (2,), 2), (7, 7, 1, 0, 1, (2,), 7)],
+)
+def test_a_short_convolution_is_measured_as_the_product_that_is_exported(length, kernel, stride, padding, positions, lead, taps):
+    attributes = (("dilation", (1,)), ("from_input", 1), ("groups", 1), ("padding", (padding,)), ("stride", (stride,)))
+    conv = Kernel("conv", ((2, 16, length),), (2, 24, positions), ((24, 16, kernel), (24,)), attributes, ("relu",))
+    product = kernel_models.as_product(conv, 8)
+    assert product == Kernel("linear", ((*lead, 16 * taps),), (*lead, 24), ((24, 16 * taps), (24,)), (("from_input", 1),), ("relu",))
+
+    convolution = torch.nn.Conv1d(16, 24, kernel, stride, padding)
+    net = torch.nn.Sequential(convolution, torch.nn.Flatten(), torch.nn.Linear(24 * positions, 3))
+    exported = short_convolutions(capture(net, torch.zeros(2, 16, length)), 8)
+    assert (24, 16 * taps) in [tuple(value.shape) for value in exported.module.parameters()]
+
+
+@pytest.mark.parametrize("change", [{"groups": 16}, {"dilation": (2,)}, {"transposed": 1}, {"padding": "same"}])
+def test_other_convolutions_are_measured_as_they_are(change):
+    attributes = {"dilation": (1,), "groups": 1, "padding": (1,), "stride": (1,), **change}
+    conv = Kernel("conv", ((2, 16, 4),), (2, 16, 4), ((16, 16, 3),), tuple(sorted(attributes.items())))
+    long = Kernel("conv", ((2, 16, 9),), (2, 16, 9), ((16, 16, 3),), (("padding", (1,)),))
+    assert kernel_models.as_product(conv, 8) is conv and kernel_models.as_product(long, 8) is long
 
 
 def test_kernels_without_a_model_are_nan_with_a_reason(onnxruntime_table):

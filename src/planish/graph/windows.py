@@ -24,11 +24,10 @@ from planish.graph.interpret import attribute, observe
 from planish.graph.modes import short_name
 
 aten = torch.ops.aten
-MOST_POSITIONS = 8
 _ACTIVATIONS = {"relu": aten.relu.default, "sigmoid": aten.sigmoid.default}
 
 
-def short_convolutions(graph: Graph, most: int = MOST_POSITIONS) -> Graph:
+def short_convolutions(graph: Graph, most: int) -> Graph:
     """The graph with convolutions along one axis that have at most `most` positions of output as linear maps of windows: a copy, or itself.
 
     Taps that see nothing but padding, at every position, are left out. Convolutions in groups, with dilation, with weights that are
@@ -40,7 +39,7 @@ def short_convolutions(graph: Graph, most: int = MOST_POSITIONS) -> Graph:
         most: positions from which a runtime's own convolution is as quick.
     """
     found = [node.name for node in graph.module.graph.nodes if short_name(node) == "conv1d" and _is_plain(node)]
-    if not found or any(isinstance(size, str) for spec in graph.signature.inputs for size in spec.shape[1:]):
+    if not found or not graph.signature.is_sized:
         return graph
     lengths = {name: both for name, both in _lengths(graph, graph.example, found).items() if both[1] <= most}
     if isinstance(graph.signature.inputs[0].shape[0], str):
@@ -89,7 +88,7 @@ def _replace(module: fx.GraphModule, node: fx.Node, length: int, positions: int)
     source, weight_node, bias, stride, padding, _, _ = _arguments(node)
     weight: Tensor = attribute(module, str(weight_node.target)).detach()
     outputs, inputs, kernel = weight.shape
-    live = [tap for tap in range(kernel) if any(padding <= p * stride + tap < padding + length for p in range(positions))]
+    live = live_taps(length, positions, kernel, stride, padding)
     if not live:
         return
     first, kernel = live[0], live[-1] - live[0] + 1
@@ -128,6 +127,11 @@ def _replace(module: fx.GraphModule, node: fx.Node, length: int, positions: int)
             for user in [user for user in last.users if short_name(user) == "flatten" and list(user.args[1:]) in ([1], [1, -1], [1, 2])]:
                 user.replace_all_uses_with(result)
     last.replace_all_uses_with(turned)
+
+
+def live_taps(length: int, positions: int, kernel: int, stride: int, padding: int) -> list[int]:
+    """The taps of a kernel that see more than padding at one position of output at least."""
+    return [tap for tap in range(kernel) if any(padding <= p * stride + tap < padding + length for p in range(positions))]
 
 
 def _adds_axis(node: fx.Node) -> bool:

@@ -18,7 +18,8 @@ def operation(kernel: Kernel) -> str:
     return str(dict(kernel.attributes).get("op", ""))
 
 
-def _tuple(kernel: Kernel, name: str, rank: int, default: int) -> tuple[int, ...]:
+def integers(kernel: Kernel, name: str, rank: int, default: int) -> tuple[int, ...]:
+    """An attribute that has a value for each of `rank` axes, or one for all."""
     value = dict(kernel.attributes).get(name, default)
     if isinstance(value, str):
         raise UsageError(f"kernel: {name} must be ints; got {value!r}")
@@ -33,7 +34,7 @@ def _int(kernel: Kernel, name: str, default: int) -> int:
 def _conv(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
     weight = kernel.weights[0]
     rank = len(weight) - 2
-    stride, dilation = _tuple(kernel, "stride", rank, 1), _tuple(kernel, "dilation", rank, 1)
+    stride, dilation = integers(kernel, "stride", rank, 1), integers(kernel, "dilation", rank, 1)
     groups, is_transposed = _int(kernel, "groups", 1), _int(kernel, "transposed", 0)
     before, after = kernel.inputs[0][2:], kernel.output[2:]
     pads: list[tuple[int, int]] = []
@@ -51,7 +52,7 @@ def _conv(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
             pads.append((low, max(missing, 0) - low))
     padding = dict(kernel.attributes).get("padding")
     if not is_transposed and padding is not None and not isinstance(padding, str):
-        pads = [(p, p) for p in _tuple(kernel, "padding", rank, 0)]
+        pads = [(p, p) for p in integers(kernel, "padding", rank, 0)]
     inputs = [xs[0], model.weight(weight, int8, axis=1 if is_transposed else 0)]
     if len(kernel.weights) > 1 or not is_transposed:
         inputs.append(model.weight((kernel.output[1],)))
@@ -145,10 +146,10 @@ def _pool(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
         axes = _lost_axes(before, after)
         y = model.op("ReduceMean", [xs[0], model.constant(np.array(axes, np.int64))], keepdims=int(len(before) == len(after)))
     else:
-        size = _tuple(kernel, "kernel_size", rank, 1)
-        stride = _tuple(kernel, "stride", rank, 0)
+        size = integers(kernel, "kernel_size", rank, 1)
+        stride = integers(kernel, "stride", rank, 0)
         stride = size if not any(stride) else stride
-        pads = _tuple(kernel, "padding", rank, 0)
+        pads = integers(kernel, "padding", rank, 0)
         ceil = int(any((b + 2 * p - k) // s + 1 < a for b, p, k, s, a in zip(before[2:], pads, size, stride, after[2:], strict=True)))
         kind = "MaxPool" if "max" in operation(kernel) else "AveragePool"
         more = {"count_include_pad": 1} if kind == "AveragePool" else {}

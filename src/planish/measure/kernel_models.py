@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planish.errors import UsageError
-from planish.measure.kernel_cores import CORES, operation
+from planish.measure.kernel_cores import CORES, integers, operation
 from planish.measure.kernels import Kernel, Shape
 from planish.measure.model_writer import BINARY, PROBE_CHANNELS, Model
 from planish.signature import Signature
@@ -49,6 +49,26 @@ def recipe(kernel: Kernel) -> list[tuple[int, Kernel]]:
     if len(bases) != 1:
         terms.append((len(bases) - 1, empty))
     return terms
+
+
+def as_product(kernel: Kernel, most: int) -> Kernel:
+    """What a runtime executes that gets convolutions with at most `most` positions of output as products (`graph/windows.py`); or the same."""
+    given = dict(kernel.attributes)
+    if kernel.kind != "conv" or kernel.precision != "fp32" or len(kernel.output) != 3 or kernel.output[2] > most:
+        return kernel
+    if given.get("transposed") or given.get("groups", 1) != 1 or isinstance(given.get("padding", ""), str):
+        return kernel
+    stride, padding, dilation = (integers(kernel, name, 1, 1)[0] for name in ("stride", "padding", "dilation"))
+    if dilation != 1:
+        return kernel
+    from planish.graph.windows import live_taps  # imports torch
+
+    (batch, channels, length), (_, outputs, positions) = kernel.inputs[0], kernel.output
+    inner = channels * len(live_taps(length, positions, kernel.weights[0][2], stride, padding))
+    lead = (batch, positions) if positions > 1 else (batch,)
+    kept = tuple((name, value) for name, value in kernel.attributes if name == "from_input")
+    weights = ((outputs, inner), *kernel.weights[1:])
+    return Kernel("linear", ((*lead, inner),), (*lead, outputs), weights, kept, kernel.fused) if inner else kernel
 
 
 def layout_of(kernel: Kernel) -> str:

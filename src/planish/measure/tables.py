@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from planish.errors import RuntimeFailed, UsageError
 from planish.measure import cache
-from planish.measure.kernel_models import build, recipe
+from planish.measure.kernel_models import as_product, build, recipe
 from planish.measure.kernels import Kernel
 from planish.measure.machine import machine
 from planish.measure.plausible import SMOOTH, excess
@@ -56,16 +56,18 @@ class Table:
     Args:
         target: an ONNX runtime; its threads count.
         cache_dir: where figures are kept; by default the user's.
+        is_sized: whether no axis of the program's inputs but the batch may vary: only then may the runtime get convolutions as products.
 
     Raises:
         UsageError: a target that runs no ONNX models.
     """
 
-    def __init__(self, target: Target, cache_dir: Path | None = None) -> None:
+    def __init__(self, target: Target, cache_dir: Path | None = None, is_sized: bool = False) -> None:
         runtime = get_runtime(target.runtime)
         if runtime.model_file != "model.onnx":
             raise UsageError(f"latency table: {target.name} runs no ONNX models, so its kernels cannot be measured alone; use MACs")
         self._target = target
+        self._most_positions = runtime.short_convolution if is_sized else 0
         self._placement = runtime.quantize_inputs_of, runtime.quantize_outputs_of
         versions = "-".join(runtime.versions().values())
         name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}-{FORMAT}.json"
@@ -162,7 +164,7 @@ class Table:
 
     def _recipe(self, kernel: Kernel) -> list[tuple[int, str, Kernel]]:
         try:
-            return [(factor, _key(model), model) for factor, model in recipe(kernel)]
+            return [(factor, _key(model), model) for factor, model in recipe(as_product(kernel, self._most_positions))]
         except UsageError as err:
             self._failed[_key(kernel)] = str(err)
             return []

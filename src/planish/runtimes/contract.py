@@ -64,6 +64,8 @@ class Runtime(Protocol):
     """Operator kinds (and "add") whose activation inputs want a quantizer around an int8 operator; empty without "int8"."""
     quantize_outputs_of: frozenset[str]
     """Operator kinds that run in int8 only when their output is quantized too, whoever reads it (after a fused activation)."""
+    short_convolution: int
+    """A convolution along one axis with at most so many positions of output is exported as a matrix product; 0: none is."""
     stores_sparse: bool
     """Whether an exported model keeps bits and values of a weight that holds many zeros (`planish.runtimes.storage`), not every zero."""
 

@@ -43,6 +43,7 @@ class OnnxRuntime:
     schemes = ("fp32", "int8")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
     quantize_outputs_of = frozenset({"conv", "linear"})
+    short_convolution = 8
     stores_sparse = True
 
     def missing(self) -> str | None:
@@ -58,7 +59,7 @@ class OnnxRuntime:
         from planish.runtimes.to_onnx import to_onnx
 
         path = folder / self.model_file
-        to_onnx(graph, path, short_convolutions)
+        to_onnx(graph, path, lambda graph: short_convolutions(graph, self.short_convolution))
         return path
 
     def open(self, path: Path, signature: Signature, target: Target) -> OnnxSession:

@@ -43,6 +43,7 @@ class OpenVino:
     schemes = ("fp32", "int8")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
     quantize_outputs_of: frozenset[str] = frozenset()
+    short_convolution = 0
     stores_sparse = True
 
     def missing(self) -> str | None:

@@ -34,6 +34,7 @@ class Torch:
     schemes = ("fp32",)
     quantize_inputs_of: frozenset[str] = frozenset()
     quantize_outputs_of: frozenset[str] = frozenset()
+    short_convolution = 0
     stores_sparse = False
 
     def missing(self) -> str | None:
@@ -60,6 +61,7 @@ class TorchCompile:
     schemes = ("fp32",)
     quantize_inputs_of: frozenset[str] = frozenset()
     quantize_outputs_of: frozenset[str] = frozenset()
+    short_convolution = 0
     stores_sparse = False
 
     def missing(self) -> str | None:
