@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from planish import conclude, pursuit, trial, trials, workbench
+from planish import conclude, offers, pursuit, trial, trials, workbench
 from planish.measure.kernels import Kernel
 from planish.measure.latency import Timing
 from planish.measure.probe import Probe
@@ -77,7 +77,7 @@ def install(put: Callable[[Any, str, Any], object] = setattr, behaviour: str = "
     put(Probe, "open", opened)
     for module in (workbench, trial, conclude):
         put(module, "interleaved", interleaved)
-    put(pursuit, "Table", ReplayingTable)
+    put(offers, "Table", ReplayingTable)
     for module in (pursuit, trials, conclude):
         put(module, "peak_memory_bytes", lambda target, path, *_: 1_000_000 + path.stat().st_size)
     put(conclude, "roofline_s", lambda *_: 1e-6)

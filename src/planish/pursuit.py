@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-import msgspec
-import numpy as np
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from planish import registry
-from planish.clock import SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
+from planish.beliefs import SURPRISE, VISITS, Beliefs
+from planish.clock import SEARCH_SHARE
 from planish.errors import BudgetError, PlanError
 from planish.graph.macs import macs
-from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
-from planish.measure.tables import Table
+from planish.offers import Offers
 from planish.plan import Option, Plan
-from planish.prune.masks.options import mask_options
-from planish.prune.masks.pattern import parse_masking
-from planish.prune.options import sensitivities
-from planish.prune.order import orders, remarks
-from planish.quantize.options import precision_options
-from planish.quantize.placement import unsupported
 from planish.search.contract import Evidence, Limits, Search
-from planish.search.costs import Affine, Costs, calibrated, ceilings
+from planish.search.costs import Affine, Costs, ceilings
 from planish.search.space import Space
 from planish.study.store import Study
 from planish.train.norms import has_batch_norm
 from planish.trials import Trials
-from planish.workbench import Baseline, Workbench, width_step
+from planish.workbench import Baseline, Workbench
 
 if TYPE_CHECKING:
     from planish.request import Request
 
-_SENSITIVITY_S = 180.0
 _LEFT = {"block": 0.22, "width": 0.6, "precision": 0.22, "mask": 0.4}
 """What recovery is assumed to leave of the drop that a technique causes, until a winner tells. Narrowed widths were fitted to the data
 before (least squares) and gain less from training than a block that was merely bypassed; figures in decision 011."""
@@ -50,17 +39,11 @@ _COMFORT, _BEYOND = 0.8, 1.5
 """Shares of the drop that is allowed: up to which an expected one leaves room for error, and from which on no other plan will come back."""
 _CLEARLY = 0.9
 _NEAR = 1.03
-_CLEAR_GAIN = 1.1
 _FEW = 4
-_SURPRISE = 1.1
-"""A trial this far from what tables and other trials say, or not trustworthy, is measured again, twice at most, with other work between."""
-_VISITS, _DOUBTED = 3, 2
-_TABLE_ERROR = 0.05
-"""Relative standard deviation of what tables, corrected by many trials, say of a plan on a quiet machine."""
-_KERNELS, _OPTIONS, _AIMED = "kernels", "options for", "aimed at"
-"""Events of the study: what the clock, or the machine as it was then, decided. A run that is carried on decides the same."""
-_KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
-"""Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
+_DOUBTED = 2
+"""Trials that are measured again with each candidate at most."""
+_AIMED = "aimed at"
+"""Event of the study: what the clock decided. A run that is carried on decides the same."""
 _PATIENCE = 8
 """Candidates in a row after which the search ends where none of them became the most promising."""
 _SELECTION_MARGIN = 0.8
@@ -88,7 +71,6 @@ class Pursuit:
         self.costs: Costs | None = None
         self.bounds: dict[str, float] = {}
         self._level = len(_AIMS) - 1
-        self._evidence: dict[tuple[str, str], tuple[Plan, Evidence]] = {}
         self._looked: set[str] = set()
 
     def search_plans(self) -> bool:
@@ -98,33 +80,28 @@ class Pursuit:
         if self._original_holds():
             bench.notes.append("the original holds every limit as it is, and loses nothing")
             return False
-        options = self._pruning_options()
-        self.baseline, self.options = self._choose_runtime(options)
-        self.options += self._masking_options()
-        self.template = self._template(self.baseline.target.name)
+        offers = Offers(bench, request, self.study, self.trials)
+        self.baseline, self.options = offers.runtime(offers.pruning())
+        self.options += offers.masking(self.baseline.runtime)
+        self.template = offers.template(self.baseline.target.name)
         self.space = Space(bench.analysis, self.options, self.template)
         if not self.space.variables:
             bench.notes.append("nothing can be pruned, masked or quantized in this model and target; see `planish inspect`")
             return False
         with self.clock.stage("latency tables"):
-            self.costs = Costs(self.space, self._lookup(), self._affordable_kernels)
+            self.costs = Costs(self.space, offers.lookup(self.baseline.target), offers.affordable_kernels)
+        self.beliefs = Beliefs(self.trials, self.costs)
         if "latency" in self.costs.quantities:
-            self.trials.predict = self._predicted
+            self.trials.predict = self.beliefs.predicted
         self.bounds = ceilings(request.budget.limits, self.original, bench.batch)
         if "latency" in self.bounds and allowed > 0 and bench.original_quality is not None:
             self._level = 0
         own = self.baseline.timing
         assert own is not None
-        self._note(self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median}))
+        self.beliefs.note(self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median}))
         self._aim()
         self._search()
         return True
-
-    def _template(self, target: str) -> Plan:
-        """What all plans of this run have in common."""
-        request = self.request
-        masking, _ = parse_masking(request.masking)
-        return Plan(target, saliency=request.saliency, schedule=request.schedule, masking=masking, seed=request.seed)
 
     def _original_holds(self) -> bool:
         """Whether all limits are absolute and the original is clearly below them."""
@@ -140,9 +117,7 @@ class Pursuit:
         bounds = self._aimed()
         if self._is_by_macs:
             latency = bounds.pop("latency")
-            measured = [
-                (e.costs["macs"], e.costs["latency"]) for _, e in self._evidence.values() if "macs" in e.costs and "latency" in e.costs
-            ]
+            measured = [(e.costs["macs"], e.costs["latency"]) for _, e in self.beliefs if "macs" in e.costs and "latency" in e.costs]
             fit = Affine.fit([m for m, _ in measured], [s for _, s in measured], near=latency)
             bounds["macs"] = min(max(fit.inverse(latency), 1.0), bounds.get("macs", math.inf))
         self.limits = Limits(
@@ -163,8 +138,8 @@ class Pursuit:
     def _retell(self) -> None:
         """Tell the search all evidence, as it is believed now."""
         assert self.search is not None
-        for plan, evidence in self._evidence.values():
-            self.search.tell(plan, self.believed(plan, evidence))
+        for plan, evidence in self.beliefs:
+            self.search.tell(plan, self.beliefs.believed(plan, evidence))
 
     def _aimed(self) -> dict[str, float]:
         """The bounds of the budget, less what is left for a machine that changes its speed."""
@@ -202,20 +177,17 @@ class Pursuit:
             if any(drop is not None and drop <= _COMFORT * self.allowed_drop for drop in lost):
                 break
         for plan in self.search.best(1):
-            if (plan.digest, "trial") not in self._evidence:
+            if self.beliefs.known(plan, "trial") is None:
                 self.try_plan(plan)
 
     def tell(self, plan: Plan, evidence: Evidence) -> None:
         """Tell the search, and whichever follows it."""
         assert self.search is not None
-        self._note(plan, evidence)
+        self.beliefs.note(plan, evidence)
         if self._is_by_macs and "latency" in evidence.costs:
             self._aim()
         else:
-            self.search.tell(plan, self.believed(plan, evidence))
-
-    def _note(self, plan: Plan, evidence: Evidence) -> None:
-        self._evidence[plan.digest, evidence.kind] = plan, evidence
+            self.search.tell(plan, self.beliefs.believed(plan, evidence))
 
     def _is_comfortable(self) -> bool:
         """Whether the most promising plan that was tried holds what is aimed at, and leaves much of the allowed drop."""
@@ -224,7 +196,7 @@ class Pursuit:
             lost, tried = self.search.expected_drop(plan), self.trials.known(plan, "trial")
             if lost is None or tried is None:
                 return False
-            return self._is_near_aim(self.believed(plan, tried.evidence).costs) and lost <= _COMFORT * self.allowed_drop
+            return self._is_near_aim(self.beliefs.believed(plan, tried.evidence).costs) and lost <= _COMFORT * self.allowed_drop
         return False
 
     def _is_out_of_reach(self) -> bool:
@@ -267,152 +239,6 @@ class Pursuit:
                 "original; give the drop in the metric's own unit ('0.01') or as a share of the original ('1%')"
             )
         return drop.value if quality is None else drop.allowed(quality)
-
-    # Options
-
-    def _pruning_options(self) -> list[Option]:
-        if "prune" not in self.request.techniques or not (self.bench.analysis.groups or self.bench.analysis.blocks):
-            return []
-        bench = self.bench
-        with self.clock.stage("sensitivity of groups and blocks"):
-            self.settle()
-            self.trials.orders = orders(self.request.saliency, bench.graph, bench.analysis, bench.material, self.request.seed)
-            bench.notes.extend(remarks(self.trials.orders))
-            multiple = width_step(bench.best.target)
-            return self._kept_options(
-                f"pruning by {multiple}" + (" with adaptors" if "adapt" in self.request.techniques else ""),
-                lambda: sensitivities(
-                    bench.graph,
-                    bench.analysis,
-                    self.trials.orders,
-                    bench.data.calibration,
-                    multiple,
-                    self.events.progress,
-                    kind=bench.output_kind,
-                    seconds=self._sensitivity_s,
-                    is_adapted="adapt" in self.request.techniques,
-                ),
-            )
-
-    def _masking_options(self) -> list[Option]:
-        """Patterns of zeros for each operator: under a limit on the size alone, where the runtime's file is smaller for them."""
-        request, runtime = self.request, self.baseline.runtime
-        if "mask" not in request.techniques:
-            return []
-        if not runtime.stores_sparse or not any(limit.quantity == "size" for limit in request.budget.limits):
-            why = "its file keeps zeros as it keeps other weights" if not runtime.stores_sparse else "no limit on the size asks for them"
-            self.bench.notes.append(f"masks: none, since {runtime.name} computes with zeros as with other weights, and {why}")
-            return []
-        method, patterns = parse_masking(request.masking)
-        with self.clock.stage("sensitivity of masks"):
-            self.settle()
-            return self._kept_options(
-                f"masks by {request.masking}",
-                lambda: mask_options(
-                    self.bench.graph,
-                    self.bench.analysis,
-                    method,
-                    patterns,
-                    self.bench.data.calibration,
-                    request.keep,
-                    kind=self.bench.output_kind,
-                    progress=self.events.progress,
-                    seconds=self._sensitivity_s,
-                ),
-            )
-
-    def _kept_options(self, what: str, measure: Callable[[], list[Option]]) -> list[Option]:
-        """Options with their losses as the study has them, else as they are measured now: on as many samples as there is time for, so
-        that a run that is carried on would measure others, and choose other plans.
-        """
-        for known in self.study.kept(f"{_OPTIONS} {what}", list[Option]):
-            return list(known)
-        found = [option for option in measure() if math.isfinite(option.loss)]
-        self.study.keep(f"{_OPTIONS} {what}", found)
-        return found
-
-    @property
-    def _sensitivity_s(self) -> float:
-        """Seconds that measuring one technique's sensitivities may take."""
-        return SENSITIVITY_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else _SENSITIVITY_S
-
-    def _choose_runtime(self, options: list[Option]) -> tuple[Baseline, list[Option]]:
-        """The runtime in which the original, or its int8 form, is quickest; and the options with that runtime's precisions.
-
-        The one in which the original is quickest is left only for a clear gain: there both nets feel the machine's slow states alike,
-        while a ratio of two runtimes changes with them.
-        """
-        bench = self.bench
-        if "quantize" not in self.request.techniques:
-            return bench.best, options
-        ratios = {bench.best.target.runtime: 1.0}
-        wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
-        nodes = {node.name: node for node in bench.graph.module.graph.nodes}
-        whole = {name: "int8" for name, operator in bench.analysis.operators.items() if not unsupported(nodes[operator.node])}
-        with self.clock.stage("int8 in each runtime"):
-            for done, (name, baseline) in enumerate(bench.baselines.items()):
-                self.events.progress(done, len(bench.baselines))
-                if "int8" not in baseline.runtime.schemes or not whole:
-                    continue
-                plan = self._template(baseline.target.name).replace(precisions=whole)
-                ratio = self.trials.trial(plan).ratio
-                is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
-                if ratio is not None and not is_sure and self.trials.visits(plan) == 1:  # one noisy figure rules no runtime out
-                    again = self.trials.visit(plan)
-                    ratio = again.ratio if again is not None else ratio
-                if ratio is not None:
-                    ratios[name] = min(ratio.median, ratios.get(name, 1.0))
-                if ratio is not None and ratio.median >= 1.0:
-                    unused = "" if wants_small else ", so it is not used there"
-                    bench.notes.append(f"int8 is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32){unused}")
-        chosen = min(ratios, key=lambda name: ratios[name])
-        if ratios[bench.best.target.runtime] <= _CLEAR_GAIN * ratios[chosen]:
-            chosen = bench.best.target.runtime
-        baseline, is_faster = bench.baselines[chosen], ratios[chosen] < 1.0
-        if not (is_faster or wants_small) or "int8" not in baseline.runtime.schemes:
-            return baseline, options
-        with self.clock.stage("sensitivity of int8"):
-            self.settle()
-            found = self._kept_options(
-                f"{baseline.target.name} with {machine().isa}",
-                lambda: precision_options(
-                    bench.graph,
-                    bench.analysis,
-                    baseline.runtime,
-                    baseline.target,
-                    bench.data.calibration,
-                    progress=self.events.progress,
-                    kind=bench.output_kind,
-                    seconds=self._sensitivity_s,
-                ),
-            )
-        return baseline, [*options, *found]
-
-    @property
-    def _affordable_kernels(self) -> int:
-        """How many kernels can be visited in the time that the tables may take; widths between them are interpolated.
-
-        A study keeps the number: a run that is carried on, with whatever time, must predict what it predicted before.
-        """
-        for known in self.study.kept(_KERNELS, int):
-            return int(known)
-        number = max(_FEWEST_KERNELS, round(min(TABLES_SHARE * self.clock.left_s / _KERNEL_S, _MOST_KERNELS)))
-        self.study.keep(_KERNELS, number)
-        return number
-
-    def _lookup(self) -> Any:
-        if self.baseline.target.runtime.startswith("torch"):
-            return None
-        table = Table(self.baseline.target, is_sized=self.bench.graph.signature.is_sized)
-        deadline = time.monotonic() + TABLES_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else None
-
-        def seconds(kernels: Any) -> Any:
-            found = table.seconds(kernels, lambda share: self.events.progress(round(share * 1000), 1000), deadline)
-            if deadline is not None and time.monotonic() > deadline and np.isnan(found).sum() > len(table.failures()):
-                self.bench.notes.append("the time limit left some latency tables unmeasured; they are guessed from kernels of their kind")
-            return found
-
-        return seconds
 
     # Candidates and trials
 
@@ -466,11 +292,11 @@ class Pursuit:
         assert self.search is not None
         for plan in self.search.ask(1):
             self.tell(plan, self.trials.candidate(plan))
-            doubted = [tried for tried in self._tried() if self._is_worth_a_visit(tried)]
+            doubted = [tried for tried in self.beliefs.tried if self.beliefs.is_worth_a_visit(tried)]
             for tried in sorted(doubted, key=self.trials.visits)[:_DOUBTED]:
                 self._visit(tried)
             for best in self.search.best(1):
-                if (best.digest, "trial") not in self._evidence:
+                if self.beliefs.known(best, "trial") is None:
                     self.try_plan(best)
             return True
         return False
@@ -480,15 +306,16 @@ class Pursuit:
 
     def may_hold_aim(self, plan: Plan) -> bool:
         """Whether tables and trials do not say that a plan costs clearly more than what is aimed at."""
-        expected = self._expected(plan)
-        return expected is None or "latency" not in self.bounds or expected[0] <= _SURPRISE * self._aimed()["latency"]
+        expected = self.beliefs.expected(plan)
+        return expected is None or "latency" not in self.bounds or expected[0] <= SURPRISE * self._aimed()["latency"]
 
     def holds_aim(self, plan: Plan) -> bool:
         """Whether a plan costs no more than what is aimed at, by a trial and another visit."""
-        if (plan.digest, "trial") not in self._evidence:
+        if self.beliefs.known(plan, "trial") is None:
             self.try_plan(plan)
-        found = self._evidence[plan.digest, "trial"][1]
-        costs = self.believed(plan, found).costs
+        found = self.beliefs.known(plan, "trial")
+        assert found is not None
+        costs = self.beliefs.believed(plan, found).costs
         return not found.failed and self._is_near_aim(costs) and ("latency" not in self.bounds or self.look_again(plan))
 
     def look_again(self, plan: Plan) -> bool:
@@ -498,80 +325,29 @@ class Pursuit:
         """
         if plan.digest not in self._looked:
             self._looked.add(plan.digest)
-            if self._visit(plan) is not None and self._is_worth_a_visit(plan):
+            if self._visit(plan) is not None and self.beliefs.is_worth_a_visit(plan):
                 self._visit(plan)
         found = self.trials.known(plan, "trial")
         if found is None or found.ratio is None:
             return True
-        evidence = found.evidence if self.trials.visits(plan) >= _VISITS else self.believed(plan, found.evidence)
+        evidence = found.evidence if self.trials.visits(plan) >= VISITS else self.beliefs.believed(plan, found.evidence)
         return evidence.costs["latency"] <= _NEAR * self._aimed()["latency"]
 
     def try_plan(self, plan: Plan) -> None:
         """A trial, and the search told."""
         self.tell(plan, self.trials.trial(plan).evidence)
 
-    def _tried(self) -> list[Plan]:
-        return [plan for plan, evidence in self._evidence.values() if evidence.kind == "trial" and plan != self.template]
-
     def _visit(self, plan: Plan) -> Evidence | None:
         """Measure a tried plan once more, and tell the search what is believed of all trials now; None where it cannot be measured."""
         found = self.trials.visit(plan)
         if found is None:
             return None
-        self._note(plan, found.evidence)
+        self.beliefs.note(plan, found.evidence)
         if self._is_by_macs:
             self._aim()
         else:
             self._retell()
         return found.evidence
-
-    def _is_worth_a_visit(self, plan: Plan) -> bool:
-        """Whether a trial that was not visited too often is not trustworthy, or far from what tables and all other trials say of it."""
-        found = self.trials.known(plan, "trial")
-        if found is None or found.ratio is None or self.trials.visits(plan) >= _VISITS:
-            return False
-        if not found.ratio.trustworthy:
-            return True
-        expected = self._expected(plan)
-        return expected is not None and not 1 / _SURPRISE <= found.evidence.costs["latency"] / expected[0] <= _SURPRISE
-
-    def _expected(self, plan: Plan) -> tuple[float, float] | None:
-        """Seconds that the tables, corrected by all other trials, say of a plan, and their relative variance; None where they say nothing."""
-        if self.costs is None or "latency" not in self.costs.quantities:
-            return None
-        others = [
-            (self.costs.parts(self.space.assignment(known)), evidence.costs["latency"])
-            for known, evidence in self._evidence.values()
-            if "latency" in evidence.costs and known.digest != plan.digest
-        ]
-        if len(others) < 2:
-            return None
-        parts, measured = np.stack([p for p, _ in others]), [m for _, m in others]
-        factors, fit = calibrated(parts, measured)
-        unsure = _TABLE_ERROR**2 * (1 + (1 + len(factors)) / len(others))  # an offset and a factor for each precision were fitted
-        return fit(float(self.costs.parts(self.space.assignment(plan)) @ factors)), unsure
-
-    def believed(self, plan: Plan, evidence: Evidence) -> Evidence:
-        """Evidence of a trial whose latency is drawn towards what the tables say, by as much as the machine changes its speed.
-
-        The mean of both, in logarithms, weighted by their variances: where the same plan takes a fifth more or less from visit to
-        visit, one visit says little, and the visits of all plans together correct the tables.
-        """
-        expected = self._expected(plan) if evidence.kind == "trial" and "latency" in evidence.costs and plan != self.template else None
-        if expected is None:
-            return evidence
-        seconds, unsure = expected
-        share = unsure / (unsure + self.trials.noise**2 / self.trials.visits(plan))
-        latency = evidence.costs["latency"] ** share * seconds ** (1 - share)
-        return msgspec.structs.replace(evidence, costs={**evidence.costs, "latency": latency})
-
-    def _predicted(self, plan: Plan) -> float:
-        """Seconds that the tables say, corrected by the trials so far."""
-        assert self.costs is not None
-        expected = self._expected(plan)
-        if expected is not None:
-            return expected[0]
-        return self.costs.predict(self.space.assignment(plan))["latency"]
 
     @property
     def reserve_s(self) -> float:

@@ -153,7 +153,7 @@ def _rank(pursuit: Pursuit, winner: Winner) -> tuple[bool, bool, float, float]:
 def _is_within(pursuit: Pursuit, plan: Plan) -> bool:
     """Whether what a plan costs, where that was measured, is near enough to the limits for its recovery to be worth the time."""
     known = pursuit.trials.known(plan, "trial")
-    costs = pursuit.believed(plan, known.evidence).costs if known is not None else {}
+    costs = pursuit.beliefs.believed(plan, known.evidence).costs if known is not None else {}
     return not pursuit.over(costs, max(_WORTH, 1 + _DOUBTS * pursuit.trials.noise))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from planish.budget import Budget
 from planish.measurement import Estimate
+from planish.offers import Offers
 from planish.pursuit import Pursuit
 from planish.study.store import Meta, Study
 from planish.workbench import Workbench
@@ -20,17 +21,17 @@ def test_a_study_keeps_how_many_kernels_were_asked_for(tmp_path: Path) -> None:
     counts = []
     with Study.create(tmp_path / "net.study", Meta({}, Budget(latency="0.5x"), {}, seed=0, machine="m")) as study:
         for left in (300.0, math.inf, 20.0):
-            pursuit = object.__new__(Pursuit)
-            pursuit.study, pursuit.clock = study, SimpleNamespace(left_s=left)
-            counts.append(pursuit._affordable_kernels)
+            offers = object.__new__(Offers)
+            offers.study, offers.clock = study, SimpleNamespace(left_s=left)  # type: ignore[assignment]
+            counts.append(offers.affordable_kernels)
     assert counts[0] == counts[1] == counts[2] < 600
 
 
 def test_without_a_limit_on_time_every_kernel_is_asked_for(tmp_path: Path) -> None:
     with Study.create(tmp_path / "net.study", Meta({}, Budget(latency="0.5x"), {}, seed=0, machine="m")) as study:
-        pursuit = object.__new__(Pursuit)
-        pursuit.study, pursuit.clock = study, SimpleNamespace(left_s=math.inf)
-        assert pursuit._affordable_kernels == 600
+        offers = object.__new__(Offers)
+        offers.study, offers.clock = study, SimpleNamespace(left_s=math.inf)  # type: ignore[assignment]
+        assert offers.affordable_kernels == 600
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""What a run may do: options with the losses that they cost alone, the runtime that they are for, and what its kernels take."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planish.clock import SENSITIVITY_SHARE, TABLES_SHARE
+from planish.measure.machine import machine
+from planish.measure.tables import Table
+from planish.plan import Option, Plan
+from planish.prune.masks.options import mask_options
+from planish.prune.masks.pattern import parse_masking
+from planish.prune.options import sensitivities
+from planish.prune.order import orders, remarks
+from planish.quantize.options import precision_options
+from planish.quantize.placement import unsupported
+from planish.runtimes.contract import Runtime
+from planish.search.costs import Lookup
+from planish.study.store import Study
+from planish.target import Target
+from planish.trials import Trials
+from planish.workbench import Baseline, Workbench, width_step
+
+if TYPE_CHECKING:
+    from planish.request import Request
+
+_SENSITIVITY_S = 180.0
+_CLEAR_GAIN = 1.1
+_KERNELS, _OPTIONS = "kernels", "options for"
+"""Events of the study: what the clock, or the machine as it was then, decided. A run that is carried on decides the same."""
+_KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
+"""Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
+
+
+class Offers:
+    """What the search may choose from.
+
+    Args:
+        bench: the original on this machine.
+        request: what was asked for.
+        study: keeps what was measured, so that a run that is carried on chooses from the same.
+        trials: of this run; they learn in which order the units of each group go.
+    """
+
+    def __init__(self, bench: Workbench, request: Request, study: Study, trials: Trials) -> None:
+        self.bench, self.request, self.study, self.trials = bench, request, study, trials
+        self.clock, self.events = bench.clock, bench.events
+
+    def template(self, target: str) -> Plan:
+        """What all plans of this run have in common."""
+        request = self.request
+        masking, _ = parse_masking(request.masking)
+        return Plan(target, saliency=request.saliency, schedule=request.schedule, masking=masking, seed=request.seed)
+
+    def pruning(self) -> list[Option]:
+        """Widths of every group, and blocks that may go."""
+        if "prune" not in self.request.techniques or not (self.bench.analysis.groups or self.bench.analysis.blocks):
+            return []
+        bench = self.bench
+        with self.clock.stage("sensitivity of groups and blocks"):
+            self.bench.threads.settle()
+            self.trials.orders = orders(self.request.saliency, bench.graph, bench.analysis, bench.material, self.request.seed)
+            bench.notes.extend(remarks(self.trials.orders))
+            multiple = width_step(bench.best.target)
+            return self._kept_options(
+                f"pruning by {multiple}" + (" with adaptors" if "adapt" in self.request.techniques else ""),
+                lambda: sensitivities(
+                    bench.graph,
+                    bench.analysis,
+                    self.trials.orders,
+                    bench.data.calibration,
+                    multiple,
+                    self.events.progress,
+                    kind=bench.output_kind,
+                    seconds=self._sensitivity_s,
+                    is_adapted="adapt" in self.request.techniques,
+                ),
+            )
+
+    def masking(self, runtime: Runtime) -> list[Option]:
+        """Patterns of zeros for each operator: under a limit on the size alone, where the runtime's file is smaller for them."""
+        request = self.request
+        if "mask" not in request.techniques:
+            return []
+        if not runtime.stores_sparse or not any(limit.quantity == "size" for limit in request.budget.limits):
+            why = "its file keeps zeros as it keeps other weights" if not runtime.stores_sparse else "no limit on the size asks for them"
+            self.bench.notes.append(f"masks: none, since {runtime.name} computes with zeros as with other weights, and {why}")
+            return []
+        method, patterns = parse_masking(request.masking)
+        with self.clock.stage("sensitivity of masks"):
+            self.bench.threads.settle()
+            return self._kept_options(
+                f"masks by {request.masking}",
+                lambda: mask_options(
+                    self.bench.graph,
+                    self.bench.analysis,
+                    method,
+                    patterns,
+                    self.bench.data.calibration,
+                    request.keep,
+                    kind=self.bench.output_kind,
+                    progress=self.events.progress,
+                    seconds=self._sensitivity_s,
+                ),
+            )
+
+    def _kept_options(self, what: str, measure: Callable[[], list[Option]]) -> list[Option]:
+        """Options with their losses as the study has them, else as they are measured now: on as many samples as there is time for, so
+        that a run that is carried on would measure others, and choose other plans.
+        """
+        for known in self.study.kept(f"{_OPTIONS} {what}", list[Option]):
+            return list(known)
+        found = [option for option in measure() if math.isfinite(option.loss)]
+        self.study.keep(f"{_OPTIONS} {what}", found)
+        return found
+
+    @property
+    def _sensitivity_s(self) -> float:
+        """Seconds that measuring one technique's sensitivities may take."""
+        return SENSITIVITY_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else _SENSITIVITY_S
+
+    def runtime(self, options: list[Option]) -> tuple[Baseline, list[Option]]:
+        """The runtime in which the original, or its int8 form, is quickest; and the options with that runtime's precisions.
+
+        The one in which the original is quickest is left only for a clear gain: there both nets feel the machine's slow states alike,
+        while a ratio of two runtimes changes with them.
+        """
+        bench = self.bench
+        if "quantize" not in self.request.techniques:
+            return bench.best, options
+        ratios = {bench.best.target.runtime: 1.0}
+        wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
+        nodes = {node.name: node for node in bench.graph.module.graph.nodes}
+        whole = {name: "int8" for name, operator in bench.analysis.operators.items() if not unsupported(nodes[operator.node])}
+        with self.clock.stage("int8 in each runtime"):
+            for done, (name, baseline) in enumerate(bench.baselines.items()):
+                self.events.progress(done, len(bench.baselines))
+                if "int8" not in baseline.runtime.schemes or not whole:
+                    continue
+                plan = self.template(baseline.target.name).replace(precisions=whole)
+                ratio = self.trials.trial(plan).ratio
+                is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
+                if ratio is not None and not is_sure and self.trials.visits(plan) == 1:  # one noisy figure rules no runtime out
+                    again = self.trials.visit(plan)
+                    ratio = again.ratio if again is not None else ratio
+                if ratio is not None:
+                    ratios[name] = min(ratio.median, ratios.get(name, 1.0))
+                if ratio is not None and ratio.median >= 1.0:
+                    unused = "" if wants_small else ", so it is not used there"
+                    bench.notes.append(f"int8 is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32){unused}")
+        chosen = min(ratios, key=lambda name: ratios[name])
+        if ratios[bench.best.target.runtime] <= _CLEAR_GAIN * ratios[chosen]:
+            chosen = bench.best.target.runtime
+        baseline, is_faster = bench.baselines[chosen], ratios[chosen] < 1.0
+        if not (is_faster or wants_small) or "int8" not in baseline.runtime.schemes:
+            return baseline, options
+        with self.clock.stage("sensitivity of int8"):
+            self.bench.threads.settle()
+            found = self._kept_options(
+                f"{baseline.target.name} with {machine().isa}",
+                lambda: precision_options(
+                    bench.graph,
+                    bench.analysis,
+                    baseline.runtime,
+                    baseline.target,
+                    bench.data.calibration,
+                    progress=self.events.progress,
+                    kind=bench.output_kind,
+                    seconds=self._sensitivity_s,
+                ),
+            )
+        return baseline, [*options, *found]
+
+    @property
+    def affordable_kernels(self) -> int:
+        """How many kernels can be visited in the time that the tables may take; widths between them are interpolated.
+
+        A study keeps the number: a run that is carried on, with whatever time, must predict what it predicted before.
+        """
+        for known in self.study.kept(_KERNELS, int):
+            return int(known)
+        number = max(_FEWEST_KERNELS, round(min(TABLES_SHARE * self.clock.left_s / _KERNEL_S, _MOST_KERNELS)))
+        self.study.keep(_KERNELS, number)
+        return number
+
+    def lookup(self, target: Target) -> Lookup | None:
+        """What a target's kernels take, measured where it is not known; None where the target has no tables."""
+        if target.runtime.startswith("torch"):
+            return None
+        table = Table(target, is_sized=self.bench.graph.signature.is_sized)
+        deadline = time.monotonic() + TABLES_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else None
+
+        def seconds(kernels: Any) -> Any:
+            found = table.seconds(kernels, lambda share: self.events.progress(round(share * 1000), 1000), deadline)
+            if deadline is not None and time.monotonic() > deadline and np.isnan(found).sum() > len(table.failures()):
+                self.bench.notes.append("the time limit left some latency tables unmeasured; they are guessed from kernels of their kind")
+            return found
+
+        return seconds
