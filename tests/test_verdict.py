@@ -7,7 +7,7 @@ import pytest
 import planish
 from making import measurement
 from planish.measurement import Estimate
-from planish.verdict import _text, judge_budget
+from planish.verdict import _texts, judge_budget
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,12 @@ def test_noise_is_told_in_the_limit_s_unit() -> None:
     assert (verdict, reason) == ("undecided", "latency 2.1 ms, between 1.9 ms and 2.4 ms: the machine is too noisy to tell")
 
 
+def test_a_figure_and_what_it_lies_between_have_the_same_digits() -> None:
+    ratio = Estimate(0.39941, 0.39938, 0.4002, 20, trustworthy=False)
+    _, reason = judge_budget(planish.Budget(latency="0.4x", drop=0.5), measurement(), measurement(), ratio, 0.0, None, is_original=False)
+    assert reason.startswith("latency 0.39941x, between 0.39938x and 0.4002x")
+
+
 @pytest.mark.parametrize(
     ("limit", "value", "beside", "said"),
     [
@@ -51,4 +57,4 @@ def test_noise_is_told_in_the_limit_s_unit() -> None:
 )
 def test_figures_are_written_out(limit: dict[str, str], value: float, beside: float, said: str) -> None:
     (wanted,) = planish.Budget(**limit).limits
-    assert _text(wanted, value, beside) == said
+    assert _texts(wanted, value, beside)[0] == said

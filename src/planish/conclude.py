@@ -27,6 +27,7 @@ from planish.measurement import Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
+from planish.report import figures
 from planish.result import Result, Summary
 from planish.study.store import CONCLUDED, LOOKED, Study
 from planish.trial import drop, module_outputs_of_example, opened
@@ -163,7 +164,7 @@ def _why_kept(summary: Summary) -> str:
         return summary.reason.removeprefix("nothing found holds the budget; nearest: ")
     ratio = summary.ratios["latency"]
     if ratio.median < 1.0:
-        return f"that the best plan is faster cannot be told ({ratio.median:.2f}x, between {ratio.low:.2f} and {ratio.high:.2f})"
+        return f"that the best plan is faster cannot be told ({figures.ratio_span(ratio)} of the original's latency)"
     return f"the best plan takes {ratio.median:.2f} times as long in this target"
 
 

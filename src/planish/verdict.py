@@ -45,13 +45,12 @@ def held(
         holds = value >= bound if limit.quantity == "throughput" else value <= bound
         is_sure = latency.trustworthy if limit.relative else after.latency_s.trustworthy
         if not is_sure and limit.quantity in ("latency", "throughput") and low <= bound <= high:
-            between = f"between {_text(limit, low, high)} and {_text(limit, high, low)}"
-            said = f"{limit.quantity} {_text(limit, value, bound)}, {between}: the machine is too noisy to tell"
+            figure, _, least, most = _texts(limit, value, bound, low, high)
+            said = f"{limit.quantity} {figure}, between {least} and {most}: the machine is too noisy to tell"
             found.append(Held(limit.quantity, "doubtful", said))
         elif not holds:
-            found.append(
-                Held(limit.quantity, "missed", f"{limit.quantity} {_text(limit, value, bound)}, the limit is {_text(limit, bound, value)}")
-            )
+            figure, most = _texts(limit, value, bound)
+            found.append(Held(limit.quantity, "missed", f"{limit.quantity} {figure}, the limit is {most}"))
         else:
             found.append(Held(limit.quantity))
     if lost is not None:
@@ -102,18 +101,19 @@ def judge_budget(
     if latency.median >= 1:
         return "met", f"every limit holds; it takes {latency.median:.2f} times as long as the original in its quickest runtime"
     return "met", f"{1 / latency.median:.2f} times as fast as the original in its quickest runtime" + (
-        f", drop {lost:.4g} of {allowed:.4g} allowed" if lost is not None else ""
+        "" if lost is None else f", drop {lost:.4g} of {allowed:.4g} allowed" if lost > 0 else ", no drop"
     )
 
 
 _UNITS = {"latency": (1e3, " ms"), "throughput": (1.0, "/s"), "size": (1e-6, " MB"), "memory": (1e-6, " MB"), "macs": (1e-6, " million")}
 
 
-def _text(limit: Limit, value: float, beside: float) -> str:
-    """A figure in its unit, with as many digits as it takes to tell it from another."""
+def _texts(limit: Limit, *values: float) -> list[str]:
+    """Figures in their unit, all rounded to the same digits: as many as it takes to tell those apart that differ."""
     factor, unit = (1.0, "x") if limit.relative else _UNITS[limit.quantity]
-    texts = ([_digits(factor * figure, d) for figure in (value, beside)] for d in range(3, 16))
-    return next((own for own, other in texts if own != other), _digits(factor * value, 3)) + unit
+    texts = ([_digits(factor * value, d) for value in values] for d in range(3, 16))
+    shown = next((found for found in texts if len(set(found)) == len(set(values))), [_digits(factor * value, 3) for value in values])
+    return [text + unit for text in shown]
 
 
 def _digits(figure: float, digits: int) -> str:

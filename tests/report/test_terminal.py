@@ -11,8 +11,9 @@ import pytest
 
 import inspecting
 import making
+from planish.budget import Budget
 from planish.measurement import Estimate
-from planish.report import figures, groups_text, terminal
+from planish.report import figures, groups_text, rows, terminal
 from planish.report.inspection_text import inspection_text
 from planish.result import Summary
 
@@ -67,8 +68,37 @@ def test_what_evaluate_gives_has_no_interval() -> None:
 
 
 def test_an_interval_warns_when_it_decides_nothing() -> None:
-    assert figures.interval(Estimate(1.4e-3, 1.3e-3, 1.5e-3, 9)) == "1.30 – 1.50 ms"
-    assert figures.interval(Estimate(1.4e-3, 0.3e-3, 9.5e-3, 9, False)) == "0.300 – 9.50 ms (not trustworthy)"
+    assert figures.interval(Estimate(1.4e-3, 1.3e-3, 1.5e-3, 9)) == ("1.40 ms", "1.30 – 1.50 ms")
+    assert figures.interval(Estimate(1.4e-3, 0.3e-3, 9.5e-3, 9, False)) == ("1.40 ms", "0.30 – 9.50 ms, not trustworthy")
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (figures.ratio_span(Estimate(0.38718, 0.386, 0.388, 9)), "0.387× (0.386 – 0.388)"),
+        (figures.ratio_span(Estimate(0.443, 0.43, 0.46, 9)), "0.44× (0.43 – 0.46)"),
+        (figures.ratio_span(Estimate(0.0443, 0.043, 0.046, 9)), "0.044× (0.043 – 0.046)"),
+        (figures.ratio_span(Estimate(1.0, 1.0, 1.0, 1)), "1.00×"),
+        (figures.around(Estimate(0.99951e-3, 0.9991e-3, 0.9999e-3, 9)), "1.000 ms (0.999 – 1.000 ms)"),
+        (figures.around(Estimate(99.96e-6, 98e-6, 104e-6, 9)), "100 µs (98 – 104 µs)"),
+        (figures.around(Estimate(0.0, 0.0, 0.0, 9)), "0 ns (0 – 0 ns)"),
+        (figures.factor_around(Estimate(0.3872, 0.3871, 0.3873, 9)), ("2.583×", "2.582 – 2.583×")),
+        (figures.quality_around(9.9996, (9.5, 10.4321)), "9.9996 (9.5000 – 10.4321)"),
+        (figures.quality_around(31.23456, (29.1, 33.0)), "31.235 (29.100 – 33.000)"),
+        (figures.quality_around(0.5, None), "0.5000"),
+    ],
+)
+def test_a_figure_lies_within_its_interval_as_both_are_shown(shown: object, wanted: object) -> None:
+    assert shown == wanted
+
+
+def test_the_terminal_and_the_page_round_a_ratio_like_its_interval() -> None:
+    close = making.summary(ratios={"latency": Estimate(0.38718, 0.386, 0.388, 9)})
+    text = terminal.result_text(close)
+    assert re.search(r"^latency .* 0\.387×$", text, re.MULTILINE) and re.search(r"^ +95 % interval .* 0\.386 – 0\.388$", text, re.MULTILINE)
+    assert rows.sides(close)[1].cells[3] == "0.387× (0.386 – 0.388)"
+    assert rows.tiles(close)[0][0] == "2.58×" and "(2.58 – 2.59×)" in rows.tiles(close)[0][2]
+    assert close.to_json()["ratios"]["latency"] == 0.38718
 
 
 def test_plain_keeps_a_terminal_safe_and_both_ends_of_a_name() -> None:
@@ -185,6 +215,36 @@ def test_nothing_changed_and_nothing_measured_are_said() -> None:
     assert "None" not in text
     read = msgspec.json.decode(msgspec.json.encode(making.summary()), type=Summary)
     assert terminal.result_text(read) == terminal.result_text(making.summary())
+
+
+def _is_table(text: str, first: str, last: str, columns: int) -> bool:
+    """Whether headings from `first` to `last` stand above one rule, and all lines fit."""
+    heading = re.search(rf"^ *{first}\b.*\b{last}\n─+$", text, re.MULTILINE)
+    return heading is not None and max(map(len, text.splitlines())) <= columns
+
+
+@pytest.mark.parametrize(("columns", "is_output_shown"), [(80, False), (90, False), (120, True)])
+def test_operators_stay_a_table_that_spares_columns(columns: int, is_output_shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    data = inspecting.found()
+    long = [operator | {"name": f"encoder.layer.{i}.{operator['name']}.projection"} for i, operator in enumerate(data["operators"])]
+    text = inspection_text(data | {"operators": long}).partition("Members")[0]
+    assert _is_table(text, "operator", "int8", columns)
+    assert ("1×12×8×8" in text) is is_output_shown
+    assert ("(no room for output" in text) is not is_output_shown
+    assert "can be quantized" in text
+
+
+@pytest.mark.parametrize("limit", ["macs", "size", "latency"])
+def test_both_nets_and_the_nearest_trials_stay_tables_at_80_columns(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    noisy = making.measurement(latency_s=Estimate(3.98e-3, 3.96e-3, 4.0e-3, 9, False), runtime="openvino:cpu")
+    budget = Budget(**{limit: "0.5x"})
+    text = terminal.result_text(making.summary(original=noisy, verdict="infeasible", nearest=(0, 6), artifact=None, budget=budget))
+    assert re.search(r"original in.*ratio\n─+$", text, re.MULTILINE) and max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^latency +3\.98 ms +620 µs +0\.44×$", text, re.MULTILINE)
+    assert re.search(r"^stage +outcome +latency.*why\n─+$", text, re.MULTILINE)
+    assert ("MACs" in text.partition("nearest trials")[2].partition("─")[0]) is (limit == "macs")
 
 
 def test_a_table_in_a_pipe_is_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planish.measurement import Estimate
@@ -14,6 +15,7 @@ _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _COUNTS = ((1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, ""))
 NOTHING = "–"
+_MOST_PLACES = 6
 
 
 def digits(value: float) -> str:
@@ -84,7 +86,11 @@ def count(value: float | None) -> str:
 
 def ratio(value: float | None) -> str:
     """`0.43×`: optimized ÷ original."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.3f}×" if value < 0.1 else f"{value:.2f}×"
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{_ratio_places(value)}f}×"
+
+
+def _ratio_places(value: float) -> int:
+    return 3 if value < 0.1 else 2
 
 
 def factor(value: float | None) -> str:
@@ -117,7 +123,13 @@ def gained(summary: Summary, runtime: str) -> str:
 
 def quality(value: float | None) -> str:
     """Four significant digits: a quality is compared in its last one."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+
+
+def _quality_places(value: float) -> int:
+    return 4 if abs(value) < 10 else max(0, 4 - math.floor(math.log10(abs(value))))
 
 
 def signed(value: float | None) -> str:
@@ -125,13 +137,66 @@ def signed(value: float | None) -> str:
     return NOTHING if value is None or not math.isfinite(value) else f"{value:+.4f}".replace("-", "−")
 
 
-def interval(estimate: Estimate | None) -> str:
-    """`1.40 – 1.47 ms` of an estimate in seconds, and a warning where it decides nothing."""
+def spread(figure: float, low: float, high: float, places: int) -> tuple[str, str]:
+    """A figure, and its interval as `0.386 – 0.388`: all with as many decimals, `places` or as many more as it takes to tell its ends apart.
+
+    Rounding keeps an order, so that the figure lies within its interval as both are shown.
+    """
+    shown = _decimals((figure, low, high), places)
+    while low != high and shown[1] == shown[2] and places < _MOST_PLACES:
+        places += 1
+        shown = _decimals((figure, low, high), places)
+    return shown[0], f"{shown[1]} – {shown[2]}"
+
+
+def _decimals(values: Sequence[float], places: int) -> list[str]:
+    return [f"{value:.{places}f}" if math.isfinite(value) else NOTHING for value in values]
+
+
+def interval(estimate: Estimate | None) -> tuple[str, str]:
+    """`1.43 ms` and `1.40 – 1.47 ms` of an estimate in seconds, with a warning where it decides nothing."""
     if estimate is None:
-        return NOTHING
+        return NOTHING, NOTHING
     factor, unit = next(((f, u) for f, u in _TIMES if abs(estimate.median) >= 0.9995 * f), _TIMES[-1])
-    text = f"{digits(estimate.low / factor)} – {digits(estimate.high / factor)} {unit}"
-    return text if estimate.trustworthy else f"{text} (not trustworthy)"
+    median = estimate.median / factor
+    places = max(0, 2 - math.floor(math.log10(float(f"{abs(median):.3g}")))) if median and math.isfinite(median) else 0
+    shown, ends = spread(median, estimate.low / factor, estimate.high / factor, places)
+    return f"{shown} {unit}", f"{ends} {unit}" + ("" if estimate.trustworthy else ", not trustworthy")
+
+
+def around(estimate: Estimate | None) -> str:
+    """`1.43 ms (1.40 – 1.47 ms)` of an estimate in seconds."""
+    return NOTHING if estimate is None else "{} ({})".format(*interval(estimate))
+
+
+def ratio_around(estimate: Estimate) -> tuple[str, str]:
+    """`0.387×` and `0.386 – 0.388`: optimized ÷ original; no interval where it is exact."""
+    if estimate.low == estimate.high:
+        return ratio(estimate.median), ""
+    shown, ends = spread(estimate.median, estimate.low, estimate.high, _ratio_places(estimate.median))
+    return f"{shown}×", ends
+
+
+def ratio_span(estimate: Estimate) -> str:
+    """`0.387× (0.386 – 0.388)`; without an interval where it is exact."""
+    shown, ends = ratio_around(estimate)
+    return f"{shown} ({ends})" if ends else shown
+
+
+def factor_around(estimate: Estimate) -> tuple[str, str]:
+    """`2.26×` and `2.17 – 2.33×`: how many times as fast, from a ratio of latencies."""
+    if not (estimate.median and estimate.low and estimate.high):
+        return NOTHING, NOTHING
+    shown, ends = spread(1 / estimate.median, 1 / estimate.high, 1 / estimate.low, 2)
+    return f"{shown}×", f"{ends}×"
+
+
+def quality_around(value: float | None, ends: tuple[float, float] | None) -> str:
+    """`0.8958 (0.8871 – 0.9042)`, with the digits of `quality`."""
+    if value is None or ends is None or not math.isfinite(value):
+        return quality(value)
+    shown, between = spread(value, *ends, _quality_places(value))
+    return f"{shown} ({between})"
 
 
 def finite(value: Any) -> Any:

@@ -31,11 +31,11 @@ def tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """(large figure, what it is, how surely) of what a reader looks for first."""
     one, two, tiles = summary.original, summary.optimized, []
     if (ratio := summary.ratios.get("latency")) is not None and two is not None:
-        surely = f"{figures.factor(ratio.high)} – {figures.factor(ratio.low)}"
+        times, surely = figures.factor_around(ratio)
         if not ratio.trustworthy:
             surely += ", not trustworthy"
         change = f"{figures.seconds(one.latency_s.median)} → {figures.seconds(two.latency_s.median)} a call"
-        tiles.append((figures.factor(ratio.median), "as fast", f"{change} ({surely})"))
+        tiles.append((times, "as fast", f"{change} ({surely})"))
     if summary.drop is not None:
         tiles.append((figures.signed(summary.drop), figures.drop_of(summary), figures.around_drop(summary)))
     for name, what, unit, before, after in (
@@ -102,19 +102,13 @@ def sides(summary: Summary) -> list[Line]:
     one, two, ratios = summary.original, summary.optimized, summary.ratios
 
     def ratio(name: str) -> str:
-        if name not in ratios:
-            return NOTHING
-        estimate = ratios[name]
-        text = figures.ratio(estimate.median)
-        return text if estimate.low == estimate.high else f"{text} ({figures.ratio(estimate.low)} – {figures.ratio(estimate.high)})"
+        return figures.ratio_span(ratios[name]) if name in ratios else NOTHING
 
     def cells(label: str, show: Any, change: str, hint: str) -> Line:
         return Line((label, show(one), show(two) if two is not None else NOTHING, change, hint))
 
     def surely(measurement: Measurement) -> str:
-        interval = measurement.quality_interval
-        text = figures.quality(measurement.quality)
-        return text if interval is None else f"{text} ({figures.quality(interval[0])} – {figures.quality(interval[1])})"
+        return figures.quality_around(measurement.quality, measurement.quality_interval)
 
     def kernels(measurement: Measurement) -> str:
         proof = measurement.proof
@@ -131,14 +125,14 @@ def sides(summary: Summary) -> list[Line]:
         cells(f"{plain(summary.metric, 40)}{where}", surely, drop, "from the artifact's own outputs, 95 % interval"),
         cells(
             "latency",
-            lambda m: f"{figures.seconds(m.latency_s.median)} ({figures.interval(m.latency_s)})",
+            lambda m: figures.around(m.latency_s),
             ratio("latency"),
             "wall time of a call",
         ),
         cells("threads", lambda m: str(m.threads), NOTHING, "of a call: as many as suit it"),
         cells(
             "CPU time",
-            lambda m: f"{figures.seconds(m.cpu_s.median)} ({figures.interval(m.cpu_s)})",
+            lambda m: figures.around(m.cpu_s),
             NOTHING,
             "process time of a call, all threads",
         ),
@@ -169,7 +163,7 @@ def baselines(summary: Summary) -> list[Line]:
         Line(
             (
                 name,
-                f"{figures.seconds(other.latency_s.median)} ({figures.interval(other.latency_s)})",
+                figures.around(other.latency_s),
                 figures.size(other.peak_memory_bytes),
                 figures.gained(summary, name),
             ),
@@ -214,7 +208,7 @@ def trials(summary: Summary) -> list[Line]:
 
 def _trial_latency(trial: Trial, summary: Summary) -> str:
     if trial.latency_ratio is not None:
-        return f"{figures.ratio(trial.latency_ratio.median)} ({figures.ratio(trial.latency_ratio.low)} – {figures.ratio(trial.latency_ratio.high)})"
+        return figures.ratio_span(trial.latency_ratio)
     predicted = relative_latency(trial, summary)
     return NOTHING if predicted is None else f"about {figures.ratio(predicted)}"
 

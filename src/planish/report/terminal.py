@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from planish.measurement import Estimate
 from planish.report import figures
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from planish.result import Summary, Trial
 
 
-_LEAST_FOLDED = 24
+_LEAST_FOLDED = 16
 
 
 def _columns() -> int | None:
@@ -36,8 +36,15 @@ def width() -> int:
     return _columns() or 120
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
-    """A table whose last column is folded if it must be; records under each other where even that does not fit a terminal.
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    right: Sequence[int] = (),
+    fold: Sequence[int] | None = None,
+    spare: Sequence[int] = (),
+) -> str:
+    """A table that is folded to a terminal, or loses columns that can be spared; records under each other where even that does not fit.
 
     Control codes are written only to a terminal that wants them.
 
@@ -45,23 +52,33 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
         columns: the headings.
         rows: a cell for each heading; control characters in them are shown as `?`.
         right: indices of columns that are aligned to the right.
+        fold: indices of columns that may be folded; the last by default.
+        spare: indices of columns that may be left out, the first of them first; a line says which.
     """
     shown = [[plain(cell) for cell in row] for row in rows]
+    folds = (len(columns) - 1,) if fold is None else fold
     widths = [max(map(len, (name, *(row[i] for row in shown)))) for i, name in enumerate(columns)]
-    last = min(widths[-1], max(_LEAST_FOLDED, len(columns[-1]))) if _columns() is not None else widths[-1]
-    least = sum(widths[:-1]) + last + 3 * (len(columns) - 1)
-    if least > width() and _columns() is not None:
-        return _records(columns, shown)
+    kept, out_of_room = list(range(len(columns))), ""
+    if _columns() is not None:
+        least = [_least(columns[i], [row[i] for row in shown]) if i in folds else each for i, each in enumerate(widths)]
+        for i in spare:
+            if _total(least, kept) > width():
+                kept.remove(i)
+        if _total(least, kept) > width():
+            return _records(columns, shown)
+        widths = _shared_out(widths, least, kept)
+        out_of_room = ", ".join(columns[i] for i in sorted(spare) if i not in kept)
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, name in enumerate(columns):
-        out.add_column(Text(name), justify="right" if i in right else "left", overflow="fold", no_wrap=i < len(columns) - 1)
+    for i in kept:
+        justify: Literal["left", "right"] = "right" if i in right else "left"
+        out.add_column(Text(columns[i]), justify=justify, overflow="fold", no_wrap=i not in folds, width=widths[i])
     for row in shown:
-        out.add_row(*map(Text, row))
+        out.add_row(*(Text(row[i]) for i in kept))
     bare = sys.stdout is None or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     buffer = io.StringIO()
     console = Console(
@@ -70,10 +87,31 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Se
         color_system=None if bare else "standard",
         highlight=False,
         markup=False,
-        width=max(width(), least),
+        width=max(width(), _total(widths, kept)),
     )
     console.print(out)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    return text + (folded(f"(no room for {out_of_room}; a wider terminal shows more)") if out_of_room else "")
+
+
+def _least(heading: str, cells: Sequence[str]) -> int:
+    """To how many columns cells may be folded; a heading is broken between words only."""
+    return min(max(map(len, (heading, *cells))), max(*map(len, heading.split()), 1, min(_LEAST_FOLDED, max(map(len, cells), default=0))))
+
+
+def _total(widths: Sequence[int], kept: Sequence[int]) -> int:
+    return sum(widths[i] for i in kept) + 3 * (len(kept) - 1)
+
+
+def _shared_out(widths: Sequence[int], least: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """`least`, and what the terminal has beyond it: a column at a time to the narrowest of those that are folded."""
+    found = list(least)
+    for _ in range(width() - _total(least, kept)):
+        short = [i for i in kept if found[i] < widths[i]]
+        if not short:
+            break
+        found[min(short, key=lambda i: found[i])] += 1
+    return found
 
 
 def _records(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -96,7 +134,8 @@ def result_text(summary: Summary) -> str:
     """The verdict, both nets side by side, what other runtimes make of the original, and what else must be known."""
     parts = [folded(f"{summary.name}: {summary.verdict}: {summary.reason}"), _sides(summary), _others(summary)]
     if summary.verdict == "infeasible" and summary.nearest:
-        parts.append("nearest trials:\n" + trials_text([summary.trials[i] for i in summary.nearest]))
+        limited = [limit.quantity for limit in summary.budget.limits]
+        parts.append("nearest trials:\n" + trials_text([summary.trials[i] for i in summary.nearest], limited))
     if summary.verdict == "infeasible" and summary.artifact is None:
         parts.append(
             folded(
@@ -114,9 +153,7 @@ def result_text(summary: Summary) -> str:
 def _sides(summary: Summary) -> str:
     one, two = summary.original, summary.optimized
     ratios = {name: figures.ratio(estimate.median) for name, estimate in summary.ratios.items()}
-    if "latency" in summary.ratios:
-        found = summary.ratios["latency"]
-        ratios["latency"] += f" ({figures.digits(found.low)} – {figures.digits(found.high)})"
+    ratio, between = figures.ratio_around(summary.ratios["latency"]) if "latency" in summary.ratios else ("", "")
     moved = two is not None and two.runtime != one.runtime
 
     def line(label: str, show: Callable[[Measurement], str], ratio: str = "") -> tuple[str, str, str, str]:
@@ -127,7 +164,8 @@ def _sides(summary: Summary) -> str:
             summary.metric if one.split == summary.metric else f"{summary.metric} ({one.split or 'no data'})",
             lambda m: figures.quality(m.quality),
         ),
-        line("latency", _latency, ratios.get("latency", "")),
+        line("latency", lambda m: figures.interval(m.latency_s)[0], ratio),
+        line("  95 % interval", lambda m: figures.interval(m.latency_s)[1], between),
         line("threads", lambda m: str(m.threads)),
         line("CPU time", lambda m: figures.seconds(m.cpu_s.median)),
         line("size", lambda m: figures.size(m.size_bytes), ratios.get("size", "")),
@@ -136,17 +174,13 @@ def _sides(summary: Summary) -> str:
     ]
     parts = [
         folded(f"{summary.target}, batch {one.batch}"),
-        table(("", f"original in {one.runtime}" if moved else "original", "optimized", "ratio"), rows, right=(1, 2, 3)),
+        table(("", f"original in {one.runtime}" if moved else "original", "optimized", "ratio"), rows, right=(1, 2, 3), fold=(1, 2, 3)),
     ]
     if summary.drop is not None and one.quality is not None:
         parts.append(folded(f"{figures.drop_of(summary)}: {figures.signed(summary.drop)}, {figures.around_drop(summary)}"))
     if summary.control_drop is not None:
         parts.append(folded(f"drop against the net as it was, tuned as long: {figures.signed(summary.control_drop)}"))
     return "".join(parts)
-
-
-def _latency(measurement: Measurement) -> str:
-    return f"{figures.seconds(measurement.latency_s.median)} ({figures.interval(measurement.latency_s)})"
 
 
 def _others(summary: Summary) -> str:
@@ -156,8 +190,13 @@ def _others(summary: Summary) -> str:
     return table(("the original elsewhere", "latency at first", "optimized is"), rows, right=(1, 2))
 
 
-def trials_text(trials: Sequence[Trial]) -> str:
-    """Trials, one a line."""
+def trials_text(trials: Sequence[Trial], limited: Collection[str] = ()) -> str:
+    """Trials, one a line.
+
+    Args:
+        trials: in the order in which they are shown.
+        limited: the quantities that are of interest: their columns are never left out.
+    """
     rows = [
         (
             trial.stage,
@@ -170,7 +209,9 @@ def trials_text(trials: Sequence[Trial]) -> str:
         )
         for trial in trials
     ]
-    return table(("stage", "outcome", "latency", "size", "MACs", "drop (validation)", "why"), rows, right=(2, 3, 4, 5))
+    spare = [i for i, quantity in ((4, "macs"), (3, "size")) if quantity not in limited]
+    columns = ("stage", "outcome", "latency", "size", "MACs", "drop (validation)", "why")
+    return table(columns, rows, right=(2, 3, 4, 5), fold=(5, 6), spare=spare)
 
 
 def doctor_text(data: dict[str, Any]) -> str:
@@ -235,7 +276,7 @@ def verification_text(data: dict[str, Any]) -> str:
     return (
         folded(verdict)
         + "\n"
-        + table(("", "claimed", "here and now"), rows, right=(1, 2))
+        + table(("", "claimed", "here and now"), rows, right=(1, 2), fold=(1, 2))
         + "".join(folded(f, "- ") for f in data["findings"])
     )
 
@@ -257,12 +298,9 @@ def bench_text(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     columns = ("model", "target", "threads", "latency", "CPU time", "÷ best original", "size", "quality", "")
-    return table(columns, lines, right=(2, 3, 4, 5, 6, 7))
+    return table(columns, lines, right=(2, 3, 4, 5, 6, 7), fold=(0, 1, 3, 5, 8), spare=(4, 2, 6))
 
 
 def _span(estimate: dict[str, Any] | None) -> str:
     """Median and interval of an estimate of seconds that was turned into plain data."""
-    if estimate is None:
-        return NOTHING
-    read = Estimate(**estimate)
-    return f"{figures.seconds(read.median)} ({figures.interval(read)})"
+    return figures.around(None if estimate is None else Estimate(**estimate))
