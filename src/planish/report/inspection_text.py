@@ -37,14 +37,14 @@ def inspection_text(data: dict[str, Any]) -> str:
     blocks = [(block["name"], share(block["share_of_macs"]), len(block["operators"])) for block in data["blocks"]]
     parts = [
         folded(f"{data['name']}: {figures.count(data['parameters'])} parameters, {figures.count(data['macs'])} MACs a call"),
-        table(("operator", "kind", "output", "MACs", "share", "width", "int8"), rows, right=(2, 3, 4)),
+        table(("operator", "kind", "output", "MACs", "share", "width", "int8"), rows, right=(2, 3, 4), fold=(0, 5, 6), spare=(2, 3)),
     ]
     if groups:
-        parts.append(table(("group", "units", "parameters", "MACs", "state"), groups, right=(2, 3)))
+        parts.append(table(("group", "units", "parameters", "MACs", "state"), groups, right=(2, 3), fold=(0, 1, 4)))
         told = folded("Members (out: issue the units, in: read them, affine: hold something for each, as a norm does):")
         parts.append(told + _members((group["name"], member_names(group)) for group in data["groups"]))
     if blocks:
-        parts.append(table(("block that can be bypassed", "MACs", "operators"), blocks, right=(1, 2)))
+        parts.append(table(("block that can be bypassed", "MACs", "operators"), blocks, right=(1, 2), fold=(0,)))
         parts.append(folded("Their operators:") + _members((block["name"], {"": block["operators"]}) for block in data["blocks"]))
     if data["reasons"]:
         parts.append("".join(folded(f"stays dense, {reason}: {listed(names)}", "- ") for reason, names in dense(data)))
