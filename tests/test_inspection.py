@@ -8,7 +8,9 @@ from torch import nn
 
 import inspecting
 import planish
+import small_jobs
 from planish import flow
+from planish.report import figures, terminal
 
 
 def test_shares_are_what_would_go_with_all_units() -> None:
@@ -49,3 +51,15 @@ def test_why_a_width_stays_is_said() -> None:
     kept = flow.inspect(job, keep=("0.*",)).to_json()
     assert kept["operators"][0]["width"] == "keep=0.*"
     assert kept["groups"][0]["pinned"] == "keep=0.*"
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, "at most 25 min 00 s"), (300.0, "at most ")])
+def test_a_plan_of_work_says_that_recovery_s_time_is_a_cap(limit: float | None, most: str) -> None:
+    data = flow.dry_run(small_jobs.stripes_job(), "onnxruntime:cpu", planish.Budget(latency="0.5x", drop=0.3), time_limit=limit).to_json()
+    assert data["at_most"] == ["recovery"]
+    estimated = sum(seconds for name, seconds in data["stages"].items() if name != "recovery")
+    said = terminal.work_plan_text(data)
+    assert f"about {figures.duration(estimated)}, and {most}" in said and "of recovery" in said
+    assert f"  {most}" in said.partition("stage")[2], "the row of the table says so too"
+    without = flow.dry_run(small_jobs.stripes_job(), "onnxruntime:cpu", planish.Budget(latency="0.5x"), techniques=("prune",)).to_json()
+    assert without["at_most"] == [] and "at most" not in terminal.work_plan_text(without)

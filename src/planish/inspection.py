@@ -133,7 +133,8 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     """What `optimize` would do, stage by stage, with seconds estimated from one timed pass of the model; nothing is written.
 
     Returns:
-        "stages": name and estimated seconds each; "seconds" in all; "groups", "blocks", "options", "targets".
+        "stages": name and estimated seconds each; "at_most": those of them whose seconds are what they may take, since they mostly end
+        sooner; "seconds" in all; "groups", "blocks", "options", "targets".
     """
     import time
 
@@ -171,8 +172,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     }
     total = sum(stages.values())
     if "distill" in request.techniques:
-        left = RECOVERY_S if request.time_limit is None else max(0.0, request.time_limit - total)
-        stages["recovery"] = left
+        stages["recovery"] = RECOVERY_S if request.time_limit is None else max(0.0, request.time_limit - total)
     return {
         "name": job.name,
         "targets": [target.name for target in targets],
@@ -180,6 +180,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "blocks": blocks,
         "options": levels + blocks + int8 + masks,
         "stages": stages,
+        "at_most": [name for name in ("recovery",) if name in stages],
         "seconds": sum(stages.values()),
         "notes": [*graph.notes, *_too_short(total, request.time_limit)],
     }

@@ -246,12 +246,14 @@ def doctor_text(data: dict[str, Any]) -> str:
 
 def work_plan_text(data: dict[str, Any]) -> str:
     """What `optimize --dry-run` found: the stages with their estimated seconds."""
-    rows = [(name, figures.duration(seconds)) for name, seconds in data["stages"].items()]
+    capped = {name: data["stages"][name] for name in data["at_most"]}
+    rows = [(name, ("at most " if name in capped else "") + figures.duration(seconds)) for name, seconds in data["stages"].items()]
+    beside = "".join(f", and at most {figures.duration(seconds)} of {name}" for name, seconds in capped.items())
     said = "".join(folded(note, "- ") for note in data["notes"])
     return (
         folded(
             f"{data['name']}: {data['groups']} groups, {data['blocks']} block{'' if data['blocks'] == 1 else 's'}, {data['options']} options in "
-            f"{', '.join(data['targets'])}; about {figures.duration(data['seconds'])} in all"
+            f"{', '.join(data['targets'])}; about {figures.duration(data['seconds'] - sum(capped.values()))}{beside}"
         )
         + table(("stage", "about"), rows, right=(1,))
         + said
