@@ -188,7 +188,8 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
             if left.is_dir():
                 shutil.rmtree(left)
         compiled = request.time_limit is None or request.time_limit >= _COMPILED_FROM_S
-        with prepare(job, targets, request.keep, work, request.seed, events, clock, compiled=compiled) as bench:
+        labels_for = request.saliency if request.needs_labels else ""
+        with prepare(job, targets, request.keep, work, request.seed, events, clock, compiled=compiled, labels_for=labels_for) as bench:
             meta = Meta(
                 job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint, request.out.name
             )

@@ -15,6 +15,8 @@ from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
 from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 from planish.prune.masks.pattern import parse_masking
+from planish.prune.order import needs_labels
+from planish.prune.saliency.labelled import unlabelled
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -56,6 +58,11 @@ class Request:
     control: bool
     overwrite: bool
     accept_nearest: bool
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the saliency needs samples with labels."""
+        return "prune" in self.techniques and needs_labels(self.saliency)
 
     @property
     def study_folder(self) -> Path:
@@ -101,7 +108,7 @@ def checked(
     """The arguments of `optimize`, checked without touching data, model or disk.
 
     Raises:
-        UsageError: the first that makes no sense.
+        UsageError: the first that makes no sense. DataError: a saliency that needs labels, where no split can have any.
     """
     parse_target(target, registry.names("runtime"))
     masking_name = parse_masking(masking or "sparsegpt")[0]
@@ -117,6 +124,8 @@ def checked(
         raise UsageError(f"masking: {masking!r} says which weights become zero; it needs the technique mask; got {', '.join(chosen)}")
     if "adapt" in chosen and "prune" not in chosen:
         raise UsageError(f"techniques: adapt leaves a map where a block goes; it needs prune as well; got {', '.join(chosen)}")
+    if "prune" in chosen and job.train is None and job.validation is None and needs_labels(saliency or "taylor"):
+        raise unlabelled(saliency or "taylor")
     if schedule != ONE_SHOT and not {"prune", "distill"} <= set(chosen):
         raise UsageError(
             f"schedule: {schedule!r} prunes while the net trains; it needs the techniques prune and distill; got {', '.join(chosen)}"

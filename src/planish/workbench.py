@@ -31,6 +31,7 @@ from planish.measure.probe import Probe
 from planish.metrics import Metric
 from planish.plan import Plan
 from planish.prune.contract import Material
+from planish.prune.saliency.labelled import unlabelled
 from planish.runtimes.contract import Runtime, get_runtime
 from planish.signature import Signature
 from planish.target import Target, parse_target
@@ -354,7 +355,16 @@ def targets_for(text: str, threads: int | None) -> list[Target]:
 
 
 def prepare(
-    job: Workload, targets: Sequence[Target], keep: Sequence[str], folder: Path, seed: int, events: Events, clock: Clock, *, compiled: bool
+    job: Workload,
+    targets: Sequence[Target],
+    keep: Sequence[str],
+    folder: Path,
+    seed: int,
+    events: Events,
+    clock: Clock,
+    *,
+    compiled: bool,
+    labels_for: str = "",
 ) -> Workbench:
     """Capture, export and measure the original: the workbench on which plans are tried.
 
@@ -365,12 +375,16 @@ def prepare(
         folder: for data and exported models.
         seed, events, clock: of the run.
         compiled: whether compiled torch is measured too (it takes about a minute to compile).
+        labels_for: the saliency that needs samples with labels, if there is one.
 
     Raises:
-        DataError, CaptureError, UnknownName: as the steps say. RuntimeFailed: no target runs the original.
+        DataError, CaptureError, UnknownName: as the steps say; labels that are needed and missing are told before anything is captured, those
+            that no loss fits before anything is measured. RuntimeFailed: no target runs the original.
     """
     with clock.stage("reading the data"):
         data = job.materialize(folder / "data")
+    if labels_for and data.labelled is None:
+        raise unlabelled(labels_for)
     with clock.stage("capturing the model"):
         graph = capture(job.model_module(), job.example_inputs, job.state or None)
         set_mode(graph, False)
@@ -389,8 +403,13 @@ def prepare(
         job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
     )
     try:
+        with torch.inference_mode():
+            wanted = [value.numpy() for value in graph.module(*graph.example)]
+        job.check_targets(data, wanted)
+        if labels_for and bench.material.loss is None:
+            raise unlabelled(labels_for)
         with clock.stage("measuring the original"):
-            _measure_original(bench, targets, compiled)
+            _measure_original(bench, targets, compiled, wanted)
         return bench
     except BaseException:
         bench.close()
@@ -401,10 +420,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
-def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: bool) -> None:
-    with torch.inference_mode():
-        wanted = [value.numpy() for value in bench.graph.module(*bench.graph.example)]
-    bench.job.check_targets(bench.data, wanted)
+def _measure_original(bench: Workbench, targets: Sequence[Target], compiled: bool, wanted: list[Array]) -> None:
     failures: list[RuntimeFailed] = []
     for target in targets:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import planish
 import replaying
 import small_jobs
+from planish import workbench
 from planish.errors import DataError, UnknownName
 
 
@@ -30,13 +32,32 @@ def test_a_run_by_another_criterion(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         np.testing.assert_allclose(planish.load(out)(x.numpy()), result.module(x).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fisher", "taylor-first"])
-def test_a_criterion_that_needs_labels_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    replaying.install(monkeypatch.setattr)
+@pytest.mark.parametrize("is_given", [True, False], ids=["splits without labels", "calibration alone"])
+@pytest.mark.parametrize("name", ["fisher", "taylor-first", "taylor+fisher"])
+def test_a_criterion_that_needs_labels_is_refused_before_anything_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_given: bool
+) -> None:
     x, _ = small_jobs.images(64, seed=2)
-    job = small_jobs.stripes_job(train=[(x, None)], validation=[(x, None)], test=None, metric="agreement")
-    with pytest.raises(DataError, match=r"needs samples with labels that fit the outputs; this job has none; .* such as taylor"):
+    splits = {"train": [(x, None)], "validation": [(x, None)]} if is_given else {"train": None, "validation": None, "calibration": [x]}
+
+    def build() -> None:
+        pytest.fail("the model was built")
+
+    monkeypatch.setattr(workbench, "capture", lambda *_: pytest.fail("the model was captured"))
+    job = small_jobs.stripes_job(*([] if is_given else [build]), test=None, metric="agreement", **splits)
+    wanted = rf"saliency: {re.escape(name)} needs samples with labels that fit the outputs; this job has none; .* such as taylor"
+    with pytest.raises(DataError, match=wanted):
         planish.optimize(job, "onnxruntime:cpu", planish.Budget(macs="0.6x"), tmp_path / "net.planish", trials=1, threads=1, saliency=name)
+    assert not (tmp_path / "net.study").exists()
+
+
+def test_labels_that_no_loss_fits_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbench, "_measure_original", lambda *_: pytest.fail("the original was measured"))
+    x, _ = small_jobs.images(64, seed=2)
+    split = [(x, torch.zeros(64, 3))]
+    job = small_jobs.stripes_job(train=split, validation=split, test=split, metric=lambda outputs, targets: 0.5, higher_is_better=True)
+    with pytest.raises(DataError, match=r"saliency: fisher needs samples with labels that fit the outputs; .* `loss`, where the metric"):
+        planish.optimize(job, "onnxruntime:cpu", planish.Budget(macs="0.6x", drop=0.1), tmp_path / "net.planish", saliency="fisher")
 
 
 def test_a_criterion_that_nobody_has_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -132,6 +132,18 @@ def merge_(tensors: Mapping[str, Tensor], group: Group, going: Going) -> None:
             tensors[name].index_add_(dim, place, tensors[name].index_select(dim, source) * factors.view(view))
 
 
+def needs_labels(name: str) -> bool:
+    """Whether a saliency, or one of several joined by "+", needs samples with labels; a clustering never does.
+
+    Raises:
+        UnknownName: nobody registered such a name.
+    """
+    registry.check("saliency", name)
+    if name.partition(":")[0] in registry.names("redundancy"):
+        return False
+    return any("labels" in registry.get("saliency", part).needs for part in name.split("+"))
+
+
 def orders(name: str, graph: Graph, analysis: Analysis, material: Material, seed: int) -> dict[str, Order]:
     """The order of every group.
 

@@ -16,6 +16,14 @@ from planish.prune.slopes import mask_slopes
 from planish.prune.units import finite
 
 
+def unlabelled(name: str) -> DataError:
+    """What a saliency that needs labels says of a job without any."""
+    return DataError(
+        f"saliency: {name} needs samples with labels that fit the outputs; this job has none; "
+        "give train with targets (and `loss`, where the metric says nothing of one), or choose one without labels, such as taylor"
+    )
+
+
 class FirstTaylor:
     """s_u = E|dL_i/dm_u| over samples i, how much the labelled loss L_i would change to first order if unit u were masked.
 
@@ -46,10 +54,7 @@ class FirstTaylor:
         """
         labelled, loss = material.labelled, material.loss
         if labelled is None or labelled.targets is None or loss is None:
-            raise DataError(
-                f"saliency: {type(self).__name__} needs samples with labels that fit the outputs; this job has none; "
-                "give train with targets (and `loss`, where the metric says nothing of one), or choose one without labels, such as taylor"
-            )
+            raise unlabelled(type(self).__name__)
         flat = take(labelled, self.samples)
         targets = torch.from_numpy(np.array(labelled.targets[spread(labelled, self.samples)]))
         totals = {name: np.zeros(group.units) for name, group in analysis.groups.items()}
