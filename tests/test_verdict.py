@@ -7,7 +7,7 @@ import pytest
 import planish
 from making import measurement
 from planish.measurement import Estimate
-from planish.verdict import _texts, judge_budget
+from planish.verdict import Course, Held, _texts, judge_budget, unmet
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,58 @@ def test_a_limit_that_is_missed_is_told_from_the_figure_in_its_own_unit(limit: d
     budget = planish.Budget(**limit, drop=0.5)
     verdict, reason = judge_budget(budget, before, after, Estimate(ratio, ratio, ratio, 20), 0.0, None, is_original=False)
     assert (verdict, reason) == ("infeasible", f"nothing found holds the budget; nearest: {said}")
+
+
+@pytest.mark.parametrize(
+    ("missed", "course", "said"),
+    [
+        (["latency"], Course(), "nothing found holds the budget; nearest: latency ..."),
+        (["latency"], Course(60.0, 20, 20, False, False, 0, 500), "nothing found holds the budget; nearest: latency ..."),
+        (["latency"], Course(60.0, 1, 20, True, False, 0, 500), "nothing found holds the budget; nearest: latency ..."),
+        (["drop"], Course(60.0, 20, 20, False, True, 500, 500), "nothing found holds the budget; nearest: drop ..."),
+        (["drop"], Course(None, 20, 20, False, True, 100, 500), "nothing found holds the budget; nearest: drop ..."),
+        (
+            ["latency", "size"],
+            Course(None, 20, 20, False, True),
+            (
+                "nothing that was tried holds the budget, though the tables say that a plan should hold the limit on latency and size; "
+                "nearest: latency ...; size ..."
+            ),
+        ),
+        (
+            ["latency"],
+            Course(60.0, 1, 20, True, True, 0, 500),
+            (
+                "not met within the time limit of 60 s; a longer one may: 1 of at most 20 plans was tried, and the tables say that a plan should "
+                "hold the limit on latency; nearest: latency ..."
+            ),
+        ),
+        (
+            ["latency", "drop"],
+            Course(90.5, 2, 20, True, None, 0, 500),
+            "not met within the time limit of 90.5 s; a longer one may: 2 of at most 20 plans were tried; nearest: latency ...; drop ...",
+        ),
+        (
+            ["drop"],
+            Course(60.0, 2, 20, True, True, 0, 500),
+            (
+                "not met within the time limit of 60 s; a longer one may: 2 of at most 20 plans were tried, and no time was left for recovery; "
+                "nearest: drop ..."
+            ),
+        ),
+        (
+            ["drop"],
+            Course(60.0, 20, 20, False, True, 120, 500),
+            (
+                "not met within the time limit of 60 s; a longer one may: recovery saw 120 of the 500 samples that it sees without one; "
+                "nearest: drop ..."
+            ),
+        ),
+    ],
+)
+def test_a_time_that_was_too_short_is_not_what_cannot_be_met(missed: list[str], course: Course, said: str) -> None:
+    found = [Held("macs"), *(Held(quantity, "missed", f"{quantity} ...") for quantity in missed)]
+    assert unmet(found, course) == (said, said.startswith("not met within"))
 
 
 def test_noise_is_told_in_the_limit_s_unit() -> None:

@@ -384,7 +384,7 @@ def _show_result(console: Console, result: Result, page: Path | None = None) -> 
     console.answer(data, terminal.result_text(result.summary) + (f"page: {page}\n" if page else ""))
     code: int = result.summary.exit_code
     if code:
-        console.say(f"planish: {result.summary.verdict}: {result.summary.reason}")
+        console.say(f"planish: {result.summary.said}")
     return code
 
 

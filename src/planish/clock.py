@@ -10,8 +10,6 @@ from planish.events import Events
 
 SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE = 0.28, 0.1, 0.12
 """Of the time that is left, what the search, the sensitivities of one technique and the latency tables may take."""
-SHARES = SEARCH_SHARE + 2 * SENSITIVITY_SHARE + TABLES_SHARE
-"""All of them, two techniques' sensitivities among them."""
 FINAL_S = 25.0
 """Seconds that the final measurement takes, as a rule."""
 

@@ -27,11 +27,12 @@ from planish.measurement import Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
+from planish.recovery import usual_samples
 from planish.report import figures
 from planish.result import Result, Summary
 from planish.study.store import CONCLUDED, LOOKED, Study
 from planish.trial import drop, module_outputs_of_example, opened
-from planish.verdict import judge_budget
+from planish.verdict import NEAREST, Course, held, judge_budget, unmet
 from planish.winners import Winner
 from planish.workbench import WORTH_ITS_THREADS, Array, Baseline, Workbench, outputs_of, predictor, worst_sqnr_db
 from planish.workload import EVALUATE
@@ -48,6 +49,8 @@ _WORTH_BELOW_A_LIMIT, _ROOM = 1.3, 0.9
 """Below this share of a limit on latency, more threads must make a call that many times as quick to be worth having: what is gained
 beyond the limit depends on how busy the other cores are."""
 _EXACT = 1
+_FEW = 4
+"""With fewer plans than this that there was time for, it is said."""
 _NAMED_STAGES = 3
 _GROWN, _SMALL_BYTES = 2.0, 2**26
 
@@ -89,6 +92,8 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
             outputs = probe.outputs(bench.example)
     if winner is not None:
         bench.notes += [*_said(summary), *_seen_before(bench, summary), *filter(None, [masks_note(bench, winner)])]
+    if not summary.time_limited:  # else the verdict says so
+        bench.notes += _short_of_time(bench, request, pursuit, winner, summary)
     summary = _timed(bench, summary)
     artifact = None
     if summary.verdict == "met" or request.accept_nearest:
@@ -131,6 +136,41 @@ def _said(summary: Summary) -> list[str]:
     return out
 
 
+def _course(bench: Workbench, request: Request, pursuit: Pursuit) -> Course:
+    """How the run went, for a budget that was missed."""
+    is_recovered = "distill" in request.techniques
+    return Course(
+        bench.clock.limit_s,
+        pursuit.asked,
+        request.trials,
+        pursuit.is_cut,
+        pursuit.is_promised(),
+        max((trial.plan.recovery.samples for trial in pursuit.trials.all), default=0),
+        usual_samples(bench) if is_recovered else 0,
+    )
+
+
+def _short_of_time(bench: Workbench, request: Request, pursuit: Pursuit, winner: Winner | None, summary: Summary) -> list[str]:
+    """What a longer time limit would have changed, where it would have."""
+    out, clock = [], bench.clock
+    if pursuit.is_cut and pursuit.asked < min(_FEW, request.trials):
+        said = "one plan" if pursuit.asked == 1 else f"{pursuit.asked} plans"
+        out.append(f"the time limit left time to try {said} only; a longer --time-limit may find better ones")
+    is_recovered = any(trial.plan.recovery.samples for trial in pursuit.trials.all)
+    if (
+        winner is not None
+        and clock.limit_s is not None
+        and "distill" in request.techniques
+        and not is_recovered
+        and (summary.drop or 0.0) > 0
+    ):
+        out.append(
+            f"no time was left for recovery: everything else took {clock.elapsed_s:.0f} s, and the time limit is {clock.limit_s:.0f} s; "
+            f"a longer --time-limit may win back some of the {summary.drop:.4g} that is lost"
+        )
+    return out
+
+
 def _seen_before(bench: Workbench, summary: Summary) -> list[str]:
     """A sentence where the original does so much better on validation than on test that it was trained on the one (decision 008)."""
     before, first = summary.original, bench.original_quality
@@ -161,7 +201,7 @@ def _keeps_original(bench: Workbench, request: Request, summary: Summary) -> boo
 
 def _why_kept(summary: Summary) -> str:
     if summary.verdict == "infeasible":
-        return summary.reason.removeprefix("nothing found holds the budget; nearest: ")
+        return summary.reason.partition(NEAREST)[2]
     ratio = summary.ratios["latency"]
     if ratio.median < 1.0:
         return f"that the best plan is faster cannot be told ({figures.ratio_span(ratio)} of the original's latency)"
@@ -288,6 +328,10 @@ def _compare(
         )
         lost, lost_interval = float(found_interval[0]), (float(found_interval[1]), float(found_interval[2]))
     verdict, reason = judge_budget(request.budget, before, after, latency, lost, lost_interval, is_original=winner is None)
+    is_out_of_time = False
+    if verdict == "infeasible":
+        found = held(request.budget, before, after, latency, lost, lost_interval)
+        reason, is_out_of_time = unmet(found, _course(bench, request, pursuit))
     summary = Summary(
         name=bench.job.name,
         verdict=verdict,
@@ -311,6 +355,7 @@ def _compare(
         split=name,
         plan=winner.plan if winner else None,
         trials=tuple(pursuit.trials.all),
+        time_limited=is_out_of_time,
         nearest=nearest(pursuit) if verdict != "met" else (),
         operators=operator_rows(bench, pursuit, winner, first_timing.latency_s.median, (second_timing or first_timing).latency_s.median),
         groups=group_widths(bench, winner),

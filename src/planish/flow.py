@@ -15,7 +15,7 @@ import msgspec
 from planish import registry
 from planish.artifact import check_output, study_folder
 from planish.budget import Budget
-from planish.clock import FINAL_S, SHARES, Clock
+from planish.clock import FINAL_S, Clock
 from planish.errors import MissingFile, OutputExists, StudyError, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine
@@ -168,6 +168,7 @@ def resume(
 def _run(job: Workload, request: Request, events: Events, *, resuming: bool, fork: bool = False) -> Result:
     from planish.conclude import conclude
     from planish.pursuit import Pursuit
+    from planish.recovery import LEAST_S
     from planish.winners import best_winner
     from planish.workbench import prepare, targets_for
 
@@ -193,10 +194,11 @@ def _run(job: Workload, request: Request, events: Events, *, resuming: bool, for
             meta = Meta(
                 job.fingerprint(bench.data), request.budget, request.identity(), request.seed, machine().fingerprint, request.out.name
             )
-            if request.time_limit is not None and _REST * clock.elapsed_s + FINAL_S > (1 - SHARES) * request.time_limit:
+            least_s = _REST * clock.elapsed_s + FINAL_S
+            if request.time_limit is not None and least_s + LEAST_S > request.time_limit:
                 events.say(
-                    f"--time-limit {request.time_limit:.0f} leaves little or no time for recovery, and may be exceeded: "
-                    f"capturing and measuring the original took {clock.elapsed_s:.0f} s"
+                    f"the time limit of {request.time_limit:.0f} s leaves no time for recovery, and may be exceeded: "
+                    f"what cannot be left out takes about {least_s:.0f} s"
                 )
             with _study(request, meta, resuming, fork) as study:
                 if resuming and not fork:

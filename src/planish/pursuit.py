@@ -39,7 +39,6 @@ _COMFORT, _BEYOND = 0.8, 1.5
 """Shares of the drop that is allowed: up to which an expected one leaves room for error, and from which on no other plan will come back."""
 _CLEARLY = 0.9
 _NEAR = 1.03
-_FEW = 4
 _DOUBTED = 2
 """Trials that are measured again with each candidate at most."""
 _AIMED = "aimed at"
@@ -70,6 +69,7 @@ class Pursuit:
         self.search: Search | None = None
         self.costs: Costs | None = None
         self.bounds: dict[str, float] = {}
+        self.asked, self.is_cut = 0, False
         self._level = len(_AIMS) - 1
         self._looked: set[str] = set()
 
@@ -253,15 +253,18 @@ class Pursuit:
             if clock.elapsed_s < end:
                 self.tell(plan, self.trials.candidate(plan))
         with clock.stage("candidates"):
-            began, longest, asked, waited, best = clock.elapsed_s, 0.0, 0, 0, ""
+            began, longest, waited, best = clock.elapsed_s, 0.0, 0, ""
             levels = self.study.kept(_AIMED, int)
-            while asked < request.trials and (asked == 0 or clock.elapsed_s + longest < end):
+            while self.asked < request.trials:
+                if self.asked and clock.elapsed_s + longest >= end:
+                    self.is_cut = True
+                    break
                 is_stuck = waited >= _PATIENCE
-                if asked < len(levels):
-                    while self._level < levels[asked] and self.relax():
+                if self.asked < len(levels):
+                    while self._level < levels[self.asked] and self.relax():
                         waited = 0
                 else:
-                    share = max(asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
+                    share = max(self.asked / request.trials, (clock.elapsed_s - began) / max(end - began, 1e-9))
                     was_aimed_at = self._level in self.study.kept(_AIMED, int)
                     is_hopeless = not self.search.standing.is_feasible or (was_aimed_at and self._is_out_of_reach())
                     is_time = share >= (self._level + 1) / (len(_AIMS) + 1)
@@ -276,16 +279,26 @@ class Pursuit:
                     if not self.relax():
                         break
                     continue
-                asked += 1
+                self.asked += 1
                 most_promising = next((plan.digest for plan in self.search.best(1)), "")
                 waited, best = (waited + 1 if most_promising == best else 0), most_promising
                 longest = max(longest, clock.elapsed_s - started)
-                self.events.progress(asked, request.trials)
+                self.events.progress(self.asked, request.trials)
             while not self._is_comfortable() and self.relax():
                 pass
-        if math.isfinite(end) and asked < min(_FEW, request.trials) and clock.elapsed_s >= end:
-            said = "one plan" if asked == 1 else f"{asked} plans"
-            self.bench.notes.append(f"the time limit left time to try {said} only; a longer --time-limit may find better ones")
+
+    def is_promised(self) -> bool | None:
+        """Whether the tables, corrected by all trials, say that some plan holds the limits; None where the method does not solve for one.
+
+        To be asked when nothing is tried any more: the search proposes one plan for it.
+        """
+        if self.search is None:
+            return None
+        while self.relax():
+            pass
+        self.search.ask(1)
+        standing = self.search.standing
+        return None if standing.kkt is None and standing.is_feasible else standing.is_feasible
 
     def try_one(self) -> bool:
         """One more candidate, and a trial of whatever is now the most promising; False where there is none left to propose."""

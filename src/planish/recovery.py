@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from planish import registry
+from planish.data import Split
 from planish.distill.recover import RecoverReport, recover
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
@@ -30,7 +31,7 @@ from planish.search.contract import NO_DROP
 from planish.search.soft import soft_price
 from planish.train.checkpoint import Checkpoint
 from planish.trial import Compressed, compress, lost_on_validation, quantized
-from planish.workbench import RECOVERY_S
+from planish.workbench import RECOVERY_S, Workbench
 
 LEAST_S = 5.0
 """With less time than this there is no recovery."""
@@ -80,6 +81,15 @@ class _Heat:
     distance: float
 
 
+def usual_samples(bench: Workbench) -> int:
+    """The samples that recovery sees where no time limit is given."""
+    return _EPOCHS * _split(bench).n
+
+
+def _split(bench: Workbench) -> Split:
+    return bench.data.train if bench.data.train is not None else bench.data.calibration
+
+
 class Recoverer:
     """Recovers one plan after another against the same clock and teacher.
 
@@ -89,8 +99,7 @@ class Recoverer:
 
     def __init__(self, pursuit: Pursuit) -> None:
         self.pursuit, self.bench = pursuit, pursuit.bench
-        data = self.bench.data
-        self.split = data.train if data.train is not None else data.calibration
+        self.split = _split(self.bench)
         self.settings = Recovery(samples=(_EPOCHS_UNTIL_LIMIT if math.isfinite(self.bench.clock.left_s) else _EPOCHS) * self.split.n)
         self._end = time.monotonic() + RECOVERY_S
         self._teacher: Teacher | None = None

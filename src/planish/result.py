@@ -115,6 +115,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         control_quality: the control's quality on `split`.
         plan: the chosen plan; None when the original itself is the answer and nothing was changed.
         trials: all of them, in order.
+        time_limited: whether the budget was missed because the time was up, and not because nothing could meet it.
         nearest: indices into `trials` of the nearest ones on each limit, when infeasible.
         operators: before and after.
         groups: prunable groups -> (units before, units after).
@@ -146,6 +147,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     control_quality: float | None = None
     plan: Plan | None = None
     trials: tuple[Trial, ...] = ()
+    time_limited: bool = False
     nearest: tuple[int, ...] = ()
     operators: tuple[OperatorRow, ...] = ()
     groups: dict[str, tuple[int, int]] = {}
@@ -157,6 +159,11 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     artifact: str | None = None
     seed: int = 0
     threads: int = 1
+
+    @property
+    def said(self) -> str:
+        """The verdict with its reason, as it is shown: not "infeasible" where nobody knows that it is."""
+        return self.reason if self.time_limited else f"{self.verdict}: {self.reason}"
 
     @property
     def exit_code(self) -> int:

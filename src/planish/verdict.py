@@ -29,6 +29,27 @@ class Held:
     said: str = ""
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a run went, as far as it says whether a budget that was missed could be met.
+
+    Args:
+        limit_s: seconds that the run had; None: as many as it wanted.
+        asked, most: plans that the search proposed, and that it may propose.
+        is_cut: whether it ended because its time was up.
+        is_promised: whether tables, corrected by all trials, say that some plan holds the limits; None where nothing says so or denies it.
+        recovered, usual: samples that recovery saw, and those that it sees where no time limit is given; 0 where it is not wanted.
+    """
+
+    limit_s: float | None = None
+    asked: int = 0
+    most: int = 0
+    is_cut: bool = False
+    is_promised: bool | None = None
+    recovered: int = 0
+    usual: int = 0
+
+
 def held(
     budget: Budget,
     before: Measurement,
@@ -70,6 +91,36 @@ def _said(found: Sequence[Held], state: str) -> str:
     return "; ".join(one.said for one in found if one.state == state)
 
 
+NEAREST = "nearest: "
+
+
+def unmet(found: Sequence[Held], course: Course) -> tuple[str, bool]:
+    """Why a budget was missed, in one sentence, and whether the time limit is to blame: with more time something else would have been tried.
+
+    Args:
+        found: limits and drop, at least one of them missed.
+        course: how the run went.
+    """
+    missed = [one.quantity for one in found if one.state == "missed"]
+    over = [quantity for quantity in missed if quantity != "drop"]
+    nearest = NEAREST + _said(found, "missed")
+    promised = f"the tables say that a plan should hold the limit on {' and '.join(over)}"
+    tried = f"{course.asked} of at most {course.most} plans {'was' if course.asked == 1 else 'were'} tried"
+    seen = f"recovery saw {course.recovered} of the {course.usual} samples that it sees without one" if course.recovered else ""
+    why = []
+    if course.limit_s is not None:
+        is_search_short = course.is_cut and not (over and course.is_promised is False)
+        why += [tried] if is_search_short else []
+        why += [promised] if is_search_short and over and course.is_promised else []
+        is_recovery_short = not over and course.recovered < course.usual
+        why += [seen or "no time was left for recovery"] if is_recovery_short else []
+    if why:
+        return f"not met within the time limit of {course.limit_s:g} s; a longer one may: {', and '.join(why)}; {nearest}", True
+    if over and course.is_promised:
+        return f"nothing that was tried holds the budget, though {promised}; {nearest}", False
+    return f"nothing found holds the budget; {nearest}", False
+
+
 def judge_budget(
     budget: Budget,
     before: Measurement,
@@ -92,8 +143,8 @@ def judge_budget(
     """
     found = held(budget, before, after, latency, lost, lost_interval)
     allowed = _allowed(budget, before)
-    if missed := _said(found, "missed"):
-        return "infeasible", "nothing found holds the budget; nearest: " + missed
+    if _said(found, "missed"):
+        return "infeasible", unmet(found, Course())[0]
     if doubtful := _said(found, "doubtful"):
         return "undecided", doubtful
     if is_original:

@@ -17,6 +17,8 @@ import replaying
 import small_jobs
 from planish import cli, conclude, pursuit, trial, winners
 from planish.errors import RuntimeFailed
+from planish.report import terminal
+from planish.report.page import page
 from planish.result import Result
 
 TESTS = Path(__file__).parents[1]
@@ -27,9 +29,14 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Any:
     return monkeypatch.setattr
 
 
-def run(out: Path, budget: planish.Budget, **changes: Any) -> Result:
+def run(out: Path, budget: planish.Budget, job: planish.Workload | None = None, **changes: Any) -> Result:
     arguments: dict[str, Any] = {"trials": 1, "threads": 1, "techniques": ("quantize",)}
-    return planish.optimize(small_jobs.stripes_job(), "onnxruntime:cpu", budget, out, **arguments | changes)
+    return planish.optimize(job or small_jobs.stripes_job(), "onnxruntime:cpu", budget, out, **arguments | changes)
+
+
+def strict_job() -> planish.Workload:
+    """The job of the stripes, of which any change loses something."""
+    return small_jobs.stripes_job(metric="cosine")
 
 
 def test_a_budget_that_cannot_be_met(tmp_path: Path, put: Any, capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +59,69 @@ def test_a_budget_that_cannot_be_met(tmp_path: Path, put: Any, capfd: pytest.Cap
     assert cli.main(["resume", str(out), str(job), "--accept-nearest"]) == 3
     assert "kept" in capfd.readouterr().err
     assert out.exists()
+
+
+def test_a_search_that_the_time_limit_cut_is_not_called_infeasible(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    budget, chosen = planish.Budget(latency="0.2x", drop=1e-9), {"techniques": ("prune",), "trials": 4}
+    whole = run(tmp_path / "whole.planish", budget, strict_job(), **chosen)
+    assert whole.verdict == "infeasible" and not whole.time_limited
+    assert whole.reason.startswith("nothing found holds the budget; nearest: the drop is")
+    assert "infeasible: nothing found" in terminal.result_text(whole.summary) and "give more time" not in terminal.result_text(
+        whole.summary
+    )
+    put(pursuit, "SEARCH_SHARE", 1e-9)
+    cut = run(tmp_path / "cut.planish", budget, strict_job(), time_limit=600, **chosen)
+    assert (cut.verdict, cut.summary.exit_code, cut.time_limited) == ("infeasible", 3, True)
+    assert cut.reason.startswith(
+        "not met within the time limit of 600 s; a longer one may: 1 of at most 4 plans was tried; nearest: the drop"
+    )
+    assert cut.to_json()["time_limited"] is True and cut.summary.nearest
+    text = " ".join(terminal.result_text(cut.summary).split())
+    assert text.startswith("stripes: not met within") and "infeasible" not in text and "nearest trials:" in text
+    assert "nothing was written: give more time" in text and not any("longer --time-limit" in note for note in cut.notes)
+    assert "<h2>Not met within the time limit</h2>" in page(cut.summary) and ">Infeasible<" not in page(cut.summary)
+
+
+def test_what_tables_say_no_plan_can_meet_is_infeasible_however_short_the_time(tmp_path: Path, put: Any) -> None:
+    replaying.install(put)
+    put(pursuit, "SEARCH_SHARE", 1e-9)
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.001x"), time_limit=600, techniques=("quantize", "prune"), trials=4)
+    assert result.verdict == "infeasible" and not result.time_limited
+    assert result.reason.startswith("nothing found holds the budget; nearest: latency")
+
+
+def test_a_plan_that_tables_promise_and_nobody_found_is_said(tmp_path: Path, put: Any) -> None:
+    """Every trial holds the limit, and the final measurement does not."""
+    replaying.install(put)
+    before = conclude.ratio
+    put(conclude, "ratio", lambda a, b: msgspec.structs.replace(before(a, b), median=0.9, low=0.89, high=0.91))
+    result = run(tmp_path / "stripes.planish", planish.Budget(latency="0.6x", drop=0.5), techniques=("prune",))
+    assert result.verdict == "infeasible" and not result.time_limited
+    wanted = (
+        "nothing that was tried holds the budget, though the tables say that a plan should hold the limit on latency; nearest: latency 0.9x"
+    )
+    assert result.reason.startswith(wanted)
+
+
+@pytest.mark.parametrize("drop", [1e-9, 0.9], ids=["missed", "met"])
+def test_recovery_that_had_no_time_is_told_where_it_would_have_changed_something(tmp_path: Path, put: Any, drop: float) -> None:
+    replaying.install(put)
+    budget, chosen = planish.Budget(latency="0.2x", drop=drop), {"techniques": ("prune", "distill"), "trials": 2}
+    put(pursuit, "_RESERVE_S", 1e4)
+    result = run(tmp_path / "short.planish", budget, strict_job(), time_limit=600, **chosen)
+    assert result.plan is not None and result.plan.recovery.samples == 0 and result.drop > 0
+    noted = [note for note in result.notes if note.startswith("no time was left for recovery: everything else took ")]
+    if drop == 0.9:
+        assert result.verdict == "met" and len(noted) == 1
+        assert f"win back some of the {result.drop:.4g} that is lost" in noted[0]
+    else:
+        assert result.time_limited and "plans was tried, and no time was left for recovery; nearest: the drop" in result.reason
+        assert not noted, "the verdict says it"
+    put(pursuit, "_RESERVE_S", 1.0)
+    enough = run(tmp_path / "enough.planish", planish.Budget(latency="0.2x", drop=0.9), strict_job(), time_limit=600, **chosen)
+    assert enough.verdict == "met" and enough.plan.recovery.samples > 0
+    assert not any("for recovery" in note for note in enough.notes)
 
 
 def test_the_nearest_is_written_where_it_was_asked_for(tmp_path: Path, put: Any) -> None:

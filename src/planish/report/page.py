@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MARK = '<meta name="generator" content="planish'
 _TITLES = {"met": "Budget met", "infeasible": "Infeasible", "undecided": "Undecided"}
+_OUT_OF_TIME = "Not met within the time limit"
 
 
 def page(summary: Summary) -> str:
@@ -31,7 +32,7 @@ def page(summary: Summary) -> str:
     return template.render(
         s=summary,
         version=planish.__version__,
-        title=_TITLES[summary.verdict],
+        title=_OUT_OF_TIME if summary.time_limited else _TITLES[summary.verdict],
         tiles=rows.tiles(summary),
         limits=rows.limits(summary),
         sides=rows.sides(summary),

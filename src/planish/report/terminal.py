@@ -132,15 +132,16 @@ def folded(text: str, indent: str = "") -> str:
 
 def result_text(summary: Summary) -> str:
     """The verdict, both nets side by side, what other runtimes make of the original, and what else must be known."""
-    parts = [folded(f"{summary.name}: {summary.verdict}: {summary.reason}"), _sides(summary), _others(summary)]
+    parts = [folded(f"{summary.name}: {summary.said}"), _sides(summary), _others(summary)]
     if summary.verdict == "infeasible" and summary.nearest:
         limited = [limit.quantity for limit in summary.budget.limits]
         parts.append("nearest trials:\n" + trials_text([summary.trials[i] for i in summary.nearest], limited))
     if summary.verdict == "infeasible" and summary.artifact is None:
+        more = "give more time, loosen the limit or the drop" if summary.time_limited else "loosen the limit or the drop"
         parts.append(
             folded(
-                "nothing was written: loosen the limit or the drop, give more time, or take the nearest with "
-                "--accept-nearest (`planish resume` takes it too, and goes on from what was tried)"
+                f"nothing was written: {more}, or take the nearest with --accept-nearest "
+                "(`planish resume` takes it too, as it takes more time, and goes on from what was tried)"
             )
         )
     parts += [folded(note, "- ") for note in summary.notes]
