@@ -256,7 +256,7 @@ def work_plan_text(data: dict[str, Any]) -> str:
             f"{data['name']}: {data['groups']} groups, {data['blocks']} block{'' if data['blocks'] == 1 else 's'}, {data['options']} options in "
             f"{', '.join(data['targets'])}; about {figures.duration(data['seconds'] - sum(capped.values()))}{beside}"
         )
-        + table(("stage", "about"), rows, right=(1,))
+        + table(("stage", "takes about"), rows, right=(1,))
         + said
     )
 
