@@ -54,7 +54,8 @@ def test_why_a_width_stays_is_said() -> None:
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, "at most 25 min 00 s"), (300.0, "at most ")])
-def test_a_plan_of_work_says_that_recovery_s_time_is_a_cap(limit: float | None, most: str) -> None:
+def test_a_plan_of_work_says_that_recovery_s_time_is_a_cap(limit: float | None, most: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     data = flow.dry_run(small_jobs.stripes_job(), "onnxruntime:cpu", planish.Budget(latency="0.5x", drop=0.3), time_limit=limit).to_json()
     assert data["at_most"] == ["recovery"]
     estimated = sum(seconds for name, seconds in data["stages"].items() if name != "recovery")
