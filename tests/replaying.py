@@ -52,7 +52,7 @@ def timings(probes: Mapping[str, Any], behaviour: str = "") -> dict[str, Timing]
 class ReplayingTable:
     """Kernels whose seconds follow their weights, as the models' do."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def seconds(self, kernels: Sequence[Kernel], progress: Any = None, deadline: float | None = None) -> np.ndarray:
