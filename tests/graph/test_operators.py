@@ -47,7 +47,7 @@ def test_sizes_follow_widths() -> None:
     assert [size.at(widths) for size in second.inputs[0]] == [2, 5, 8, 8]
     assert [size.at(widths) for size in second.output] == [2, 9, 8, 8]  # 3 of the early channels and 6 of the padding's
     assert [size.at(widths) for size in second.weights[0]] == [9, 5, 3, 3]
-    assert second.output[1].terms == (("conv1", 1), ("layer2.0.conv2", 1))
+    assert second.output[1].terms == ((("conv1",), 1), (("layer2.0.conv2",), 1))
 
 
 def test_sizes_are_those_of_the_example_whatever_batch_was_analysed() -> None:
@@ -61,7 +61,7 @@ def test_sizes_are_those_of_the_example_whatever_batch_was_analysed() -> None:
 
 
 def test_a_size_that_merges_batch_and_heads_scales() -> None:
-    size = Size(full=8, terms=(("heads", 2),), units=(4,))
+    size = Size(full=8, terms=((("heads",), 2),), units=((4,),))
     assert [size.at({"heads": kept}) for kept in (1, 2, 4)] == [2, 4, 8]
 
 

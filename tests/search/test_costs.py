@@ -149,7 +149,7 @@ def test_nothing_measured_at_all_still_orders_plans_by_work():
 
 
 def test_a_depthwise_kernel_has_as_many_groups_as_channels_are_left():
-    wide = Size(32, 0, (("g", 1),), (32,))
+    wide = Size(32, 0, ((("g",), 1),), ((32,),))
     image = (Size(1), wide, Size(8), Size(8))
     attributes = {"stride": [2, 2], "groups": 32, "transposed": False, "kernel_size": (3, 3), "hidden": object(), "eps": 1e-5}
     operator = Operator("dw", "dw", "conv", "w", (image,), image, ((wide, Size(1), Size(3), Size(3)),), attributes, ("relu6",), ("x",))

@@ -38,9 +38,9 @@ class Survivors:
 
     def mask(self, val: Val, dim: int) -> NDArray[np.bool_]:
         """For each index along a dimension, whether it stays."""
-        if dim not in val.ids:
-            return np.ones(val.shape[dim], bool)
-        mask: NDArray[np.bool_] = self.keep[val.ids[dim].numpy()]
+        mask = np.ones(val.shape[dim], bool)
+        for ids in val.labels(dim):
+            mask &= self.keep[ids.numpy()]
         return mask
 
     def count(self, val: Val, dim: int) -> int:
@@ -49,7 +49,7 @@ class Survivors:
 
     def changed(self, val: Val | None, dim: int) -> bool:
         """Whether a dimension shrinks."""
-        return val is not None and dim in val.ids and not bool(self.mask(val, dim).all())
+        return val is not None and bool(val.labels(dim)) and not bool(self.mask(val, dim).all())
 
     def indices(self, val: Val, dim: int) -> NDArray[np.int64]:
         """The indices that stay along a dimension."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from planish.signature import Signature
+
+Width = TypeVar("Width", int, NDArray[np.int64])
 
 
 @dataclass
@@ -44,22 +47,30 @@ class Graph:
 
 @dataclass(frozen=True)
 class Size:
-    """One size of one tensor at the example's batch, as a linear form in the widths of groups.
+    """One size of one tensor at the example's batch, as a sum of products of widths of groups.
 
-    `full` is the size now; `fixed + sum(count * units)` ids run along it (`full` is a multiple of that: batch times heads, say).
+    `full` is the size now; `fixed + sum(count * product of units)` ids run along it (`full` is a multiple of that: batch times heads, say).
     """
 
     full: int
     fixed: int = 0
-    terms: tuple[tuple[str, int], ...] = ()  # (group name, ids along this size per unit)
-    units: tuple[int, ...] = ()  # full width of each group in `terms`
+    terms: tuple[tuple[tuple[str, ...], int], ...] = ()  # (a group, or two that cross; ids along this size where a unit of each meets)
+    units: tuple[tuple[int, ...], ...] = ()  # full widths of the groups in `terms`
 
-    def at(self, widths: Mapping[str, int]) -> int:
-        """The size when each group in `widths` keeps that many units (a group not named keeps all)."""
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that it depends on, each once."""
+        return tuple(dict.fromkeys(group for groups, _ in self.terms for group in groups))
+
+    def at(self, widths: Mapping[str, Width]) -> Width | int:
+        """The size when each group in `widths` keeps that many units (a group not named keeps all); for tables of widths a table."""
         if not self.terms:
             return self.full
-        now = self.fixed + sum(c * u for (_, c), u in zip(self.terms, self.units, strict=True))
-        new = self.fixed + sum(c * widths.get(g, u) for (g, c), u in zip(self.terms, self.units, strict=True))
+        now = self.fixed
+        new: Width | int = self.fixed
+        for (groups, count), units in zip(self.terms, self.units, strict=True):
+            now += count * math.prod(units)
+            new = new + count * math.prod(widths.get(group, full) for group, full in zip(groups, units, strict=True))
         return self.full * new // now
 
 
@@ -78,6 +89,7 @@ class Group:
         pinned: why no unit may be removed (a `keep` glob), or "".
         routed: how many of the units a router picks at a time, as many of which must stay (the experts of a mixture); 0 where none does.
         idle: units that may go, all others must stay: channels of an input that never vary; () where any may.
+        recurs: dimension -> in how many units of another group every unit of this one is found again: places in heads, in each head.
     """
 
     name: str
@@ -89,6 +101,7 @@ class Group:
     pinned: str = ""
     routed: int = 0
     idle: tuple[int, ...] = ()
+    recurs: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
     @property
     def least(self) -> int:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 import planish.graph.rules  # noqa: F401  (registers the rules)
 from planish.errors import UnknownName
 from planish.graph.blocks import find_blocks
+from planish.graph.crossing import Crossing, crossing_of, joined, lay_across
 from planish.graph.facts import Facts, at_batch, observe
 from planish.graph.graph import Analysis, Graph, Group, Size
 from planish.graph.ids import Signature, Val
@@ -24,6 +25,8 @@ from planish.graph.operators import Labels, find_operators
 from planish.graph.program import Program
 
 Key = tuple[str, int]
+Places = dict[int, tuple[str, int]]
+"""Number of a unit -> (group, unit in it)."""
 Family = tuple[tuple[int, int], ...]
 """What units of one group share: the numbers of the dimensions that they run through, with how many indices they have along each."""
 
@@ -127,16 +130,14 @@ def decide(module: GraphModule, facts: Facts, state: Mapping[str, int], idle: Ma
                 chosen = {**chosen, signature: choice}
 
 
-def _groups(
-    solved: Solved, pins: Mapping[str, str], idle: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> tuple[dict[str, Group], NDArray[np.int64], dict[int, tuple[str, int]]]:
-    """The groups in program order; for each id its unit's number (-1: in no group); number -> (group, unit in it)."""
+def _groups(solved: Solved, pins: Mapping[str, str], idle: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, Group], Places]:
+    """The groups in program order, and the place of each unit."""
     labelled, families = _members(solved)
     keys = list(labelled)
     parameters = {name for name, _ in solved.program.module.named_parameters(remove_duplicate=False)}
     roles = solved.program.ids.roles
     groups: dict[str, Group] = {}
-    place: dict[int, tuple[str, int]] = {}
+    place: Places = {}
     of_input: dict[int, tuple[str, int]] = {}  # unit -> (input whose channel it is, which one)
     for node, axis in solved.program.idle.items():
         given = solved.program.vals[node]
@@ -181,7 +182,52 @@ def _groups(
             idle=never,
         )
         place.update({unit: (name, position) for position, unit in enumerate(ranked)})
-    return groups, solved.unit, place
+    return groups, place
+
+
+def _second(
+    first: Solved, groups: Mapping[str, Group], pins: Mapping[str, str], idle: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[Solved, list[Crossing], Places] | None:
+    """Another reading of the program: wherever the first could keep a place rectangular in several ways, another way.
+
+    Of several ways it takes the last that leaves units there that cross the first's, and where none does, the first's own. None where no
+    unit crosses.
+    """
+    program = first.program
+    ways = {
+        signature: [way for way in range(program.ids.options[signature]) if way != program.ids.decisions.get(signature, 0)]
+        for signature in program.ids.rectangles
+    }
+    while ways:
+        decisions = {**program.ids.decisions, **{signature: left[-1] for signature, left in ways.items()}}
+        second = solve(Program(program.module, program.facts, decisions, program.state, program.idle))
+        others, place = _groups(second, pins, idle)
+        crossing = [found for group in others.values() if not group.idle and (found := crossing_of(group, groups)) is not None]
+        names = {found.group.name for found in crossing}
+        place = {unit: where for unit, where in place.items() if where[0] in names}
+        has = np.zeros(int(second.unit.max(initial=0)) + 2, bool)
+        has[list(place)] = True
+        kept = second.program.ids.rectangles
+        dead = next((s for s in ways if not any(has[second.unit[ids.numpy()]].any() for ids in kept.get(s, ()))), None)
+        if dead is None:
+            return second, crossing, place
+        ways[dead].pop()
+        ways = {signature: left for signature, left in ways.items() if left}
+    return None
+
+
+def _label(first: Solved, pins: Mapping[str, str], idle: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, Group], Labels]:
+    """The groups, those that cross one behind it, and the labels that surgery needs."""
+    groups, place = _groups(first, pins, idle)
+    unit, found = first.unit, _second(first, groups, pins, idle)
+    if found is not None:
+        second, crossing, others = found
+        lay_across(first.program, second.program, np.isin(second.unit, list(others)))
+        start = int(first.unit.max(initial=0)) + 1
+        unit = np.concatenate([first.unit, np.where(second.unit < 0, -1, second.unit + start)])
+        groups, names = joined(groups, crossing)
+        place |= {start + number: (names[name], position) for number, (name, position) in others.items()}
+    return groups, Labels(first.program, unit, place, {name: group.units for name, group in groups.items()})
 
 
 def _reasons(solved: Solved, groups: Mapping[str, Group]) -> dict[str, str]:
@@ -257,8 +303,7 @@ def analyse(graph: Graph, keep: Sequence[str] = ()) -> Analysis:
     idle = _idle(graph)
     axes = {node: graph.idle[name][0] for node, (name, _) in idle.items()}
     solved = decide(graph.module, observe(graph.module, at_batch(graph, _BATCH)), _states(graph), axes)
-    groups, unit, place = _groups(solved, pins, idle)
-    labels = Labels(solved.program, unit, place, {name: group.units for name, group in groups.items()})
+    groups, labels = _label(solved, pins, idle)
     facts = observe(graph.module, graph.example)
     operators = find_operators(graph.module, labels, facts)
 

@@ -31,6 +31,7 @@ class Val:
         weak: dimensions whose ids are weak.
         origin: dimension -> (parameter, dimension) that it is, for parameters and movements of parameters.
         points: the ids of the dimension that its elements are positions in, where a router picked them.
+        across: dimension -> ids of another reading of the program, where its units cross this one's (see `crossing.py`); set when all is solved.
     """
 
     shape: Shape
@@ -38,6 +39,16 @@ class Val:
     weak: set[int] = field(default_factory=set)
     origin: dict[int, tuple[str, int]] = field(default_factory=dict)
     points: Tensor | None = None
+    across: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions that have ids, of either reading."""
+        return tuple(dict.fromkeys((*self.ids, *self.across)))
+
+    def labels(self, dim: int) -> tuple[Tensor, ...]:
+        """The ids of a dimension: none, or those of one reading or two."""
+        return tuple(ids[dim] for ids in (self.ids, self.across) if dim in ids)
 
     @property
     def rank(self) -> int:
@@ -66,6 +77,7 @@ class Ids:
         self.size = 1
         self.decisions = dict(decisions or {})
         self.options: dict[Signature, int] = {}
+        self.rectangles: dict[Signature, list[Tensor]] = {}  # what was kept in places where there was a choice
         self.left: list[NDArray[np.int64]] = []
         self.right: list[NDArray[np.int64]] = []
         self.fixes: list[tuple[NDArray[np.int64], str]] = []
@@ -193,11 +205,13 @@ class Ids:
             return None
         keep = varying[0]
         if len(varying) > 1:
-            keep = varying[self.choose((kind, tuple(ids.shape[1:]), tuple(varying)), len(varying))]
+            signature = (kind, tuple(ids.shape[1:]), tuple(varying))
+            keep = varying[self.choose(signature, len(varying))]
             for d in varying:
                 if d != keep:
                     self.tie(u, u.narrow(d, 0, 1), why)
                     u = u.narrow(d, 0, 1)
+            self.rectangles.setdefault(signature, []).append(u.reshape(-1))
         return keep, u.reshape(-1).contiguous()
 
     def move(self, val: Val, run: Callable[[Tensor], Any], shapes: Sequence[Shape | None], kind: str, why: str) -> list[Val | None]:

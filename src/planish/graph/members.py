@@ -18,7 +18,7 @@ ROLES = ("out", "in", "affine", "passes")
 
 def _carried(shapes: Iterable[tuple[Size, ...]]) -> set[str]:
     """Names of the groups whose units run along a dimension of these shapes."""
-    return {group for shape in shapes for size in shape for group, _ in size.terms}
+    return {group for shape in shapes for size in shape for group in size.groups}
 
 
 def members(analysis: Analysis) -> dict[str, Members]:

@@ -1,8 +1,10 @@
-"""The operators that cost time, with their sizes as linear forms in the widths of groups."""
+"""The operators that cost time, with their sizes as sums of products of the widths of groups."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,21 +84,31 @@ class Labels:
 
     def size(self, val: Val | None, dim: int, full: int) -> Size:
         """Dimension `dim` of a value, whose size is `full` at the example's batch."""
-        if val is None or dim not in val.ids:
+        labels = val.labels(dim) if val is not None else ()
+        if not labels:
             return Size(full)
-        numbers, counts = np.unique(self.unit[val.ids[dim].numpy()], return_counts=True)
-        total: dict[str, int] = {}
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            if number in self.place:
-                group = self.place[number][0]
-                total[group] = total.get(group, 0) + count
-        terms = tuple((group, max(1, count // self.widths[group])) for group, count in sorted(total.items()))
-        fixed = len(val.ids[dim]) - sum(count * self.widths[group] for group, count in terms)
-        return Size(full, max(fixed, 0), terms, tuple(self.widths[group] for group, _ in terms)) if terms else Size(full)
+        total: dict[tuple[str, ...], int] = {}
+        for numbers, count in _counted([self.unit[ids.numpy()] for ids in labels]):
+            groups = tuple(self.place[number][0] for number in numbers if number in self.place)
+            if groups:
+                total[groups] = total.get(groups, 0) + count
+        widths = {groups: tuple(self.widths[group] for group in groups) for groups in total}
+        terms = tuple((groups, max(1, count // math.prod(widths[groups]))) for groups, count in sorted(total.items()))
+        fixed = len(labels[0]) - sum(count * math.prod(widths[groups]) for groups, count in terms)
+        return Size(full, max(fixed, 0), terms, tuple(widths[groups] for groups, _ in terms)) if terms else Size(full)
 
     def sizes(self, val: Val | None, shape: Shape) -> tuple[Size, ...]:
         """All dimensions of a value."""
         return tuple(self.size(val, d, k) for d, k in enumerate(shape))
+
+
+def _counted(units: list[NDArray[np.int64]]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The units that meet at some index, one of each reading, and at how many indices they do."""
+    if len(units) == 1:
+        numbers, counts = np.unique(units[0], return_counts=True)
+        yield from zip(zip(numbers.tolist(), strict=True), counts.tolist(), strict=True)
+    else:
+        yield from Counter(zip(*(one.tolist() for one in units), strict=True)).items()
 
 
 class _Finder:

@@ -38,7 +38,7 @@ class _Reference:
         if isinstance(tensor, (tuple, list)) and isinstance(val, list):
             return [self.absent(t, v) for t, v in zip(tensor, val, strict=True)]
         if isinstance(tensor, Tensor) and isinstance(val, Val):
-            for d in val.ids:
+            for d in val.dims:
                 if self.stay.changed(val, d):
                     view = [1] * tensor.dim()
                     view[d] = -1
@@ -47,7 +47,7 @@ class _Reference:
 
     def statistic(self, node: Node, x: Tensor, val: Val, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A reduction or norm over what is there: on the survivors alone, put back at their places."""
-        there = {d: self._mask(val, d, x.shape[d]).nonzero()[:, 0] for d in val.ids}
+        there = {d: self._mask(val, d, x.shape[d]).nonzero()[:, 0] for d in val.dims}
         for d, index in there.items():
             x = x.index_select(d, index)
         if rule_name(node.target) in ("layer_norm", "rms_norm"):
@@ -62,9 +62,9 @@ class _Reference:
         small = call(node, (x, *args[1:]), kwargs)
         out = self.program.vals[node.name]
         assert isinstance(small, Tensor) and isinstance(out, Val)
-        full = torch.zeros(*(k if d not in out.ids else self._full(out, d, k) for d, k in enumerate(small.shape)), dtype=small.dtype)
+        full = torch.zeros(*(k if not out.labels(d) else self._full(out, d, k) for d, k in enumerate(small.shape)), dtype=small.dtype)
         places = [
-            self._mask(out, d, full.shape[d]).nonzero()[:, 0] if d in out.ids else torch.arange(full.shape[d]) for d in range(full.dim())
+            self._mask(out, d, full.shape[d]).nonzero()[:, 0] if out.labels(d) else torch.arange(full.shape[d]) for d in range(full.dim())
         ]
         full[torch.meshgrid(*places, indexing="ij")] = small
         return full
@@ -104,7 +104,7 @@ def run_masked(program: Program, stay: Survivors, flat_inputs: Sequence[Tensor])
                 weights = [reference.absent(t, program.operand(p, node)) for p, t in zip(arguments(node)["params"], args[2], strict=True)]
                 args = (args[0], args[1], weights, *args[3:])
             first = program.operand(node.args[0], node) if node.args and isinstance(node.args[0], Node) else None
-            shrinks = first is not None and any(stay.changed(first, d) for d in first.ids)
+            shrinks = first is not None and any(stay.changed(first, d) for d in first.dims)
             if first is not None and name in _ROUTERS and arguments(node)["dim"] is not None and shrinks:
                 env[node] = reference.routed(node, args[0], first, args, kwargs)
             elif (

@@ -89,7 +89,7 @@ def _replace(module: GraphModule, name: str, tensor: torch.Tensor) -> None:
 
 
 def _selected(tensor: torch.Tensor, val: Val, stay: Survivors) -> torch.Tensor:
-    for d in val.ids:
+    for d in val.dims:
         if stay.changed(val, d):
             tensor = tensor.index_select(d, torch.from_numpy(stay.indices(val, d)).to(tensor.device))
     return tensor
@@ -99,7 +99,7 @@ def _copy_but_for(graph: Graph, program: Program, stay: Survivors) -> Graph:
     """A deep copy that still shares the tensors that will be replaced: a large net is not held three times."""
     shared = {}
     for name, val in program.parameters.items():
-        if any(stay.changed(val, d) for d in val.ids):
+        if any(stay.changed(val, d) for d in val.dims):
             tensor = attribute(graph.module, name)
             shared[id(tensor)] = tensor
     return Graph(copy.deepcopy(graph.module, shared), graph.signature, graph.example, list(graph.notes), graph.idle)
@@ -119,7 +119,7 @@ def _shrink_parameters(module: GraphModule, program: Program, stay: Survivors) -
         if name not in program.parameters or any((name, d) in kept for d in range(program.parameters[name].rank)):
             continue
         val = shared.get(node.name, program.parameters[name])
-        if not any(stay.changed(val, d) for d in val.ids):
+        if not any(stay.changed(val, d) for d in val.dims):
             continue
         old = attribute(module, name)
         new = _selected(old.detach(), val, stay).clone(memory_format=torch.contiguous_format)
@@ -127,7 +127,7 @@ def _shrink_parameters(module: GraphModule, program: Program, stay: Survivors) -
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for alias in dict.fromkeys([name, *names[id(old)]]):
             _replace(module, alias, new)
-        kept.update({(name, d): stay.indices(val, d) for d in val.ids if stay.changed(val, d)})
+        kept.update({(name, d): stay.indices(val, d) for d in val.dims if stay.changed(val, d)})
     return kept
 
 
@@ -149,7 +149,7 @@ def _part_constants(module: GraphModule, program: Program, stay: Survivors) -> N
 
 
 def _marks(val: Val, stay: Survivors) -> tuple[tuple[int, bytes], ...]:
-    return tuple((d, stay.mask(val, d).tobytes()) for d in sorted(val.ids) if stay.changed(val, d))
+    return tuple((d, stay.mask(val, d).tobytes()) for d in sorted(val.dims) if stay.changed(val, d))
 
 
 def _own_constant(module: GraphModule, node: Node, consumer: Node, val: Val, stay: Survivors) -> Node:
@@ -171,7 +171,7 @@ def _keep_the_caller_s_input(module: GraphModule, program: Program, stay: Surviv
     val = program.vals[name]
     given = next(node for node in module.graph.nodes if node.name == name)
     assert isinstance(val, Val)
-    for d in val.ids:
+    for d in val.dims:
         if not stay.changed(val, d):
             continue
         module.register_buffer(f"{name}_kept_{d}", torch.from_numpy(stay.indices(val, d)))
@@ -190,7 +190,7 @@ def _keep_the_caller_s_state(module: GraphModule, program: Program, stay: Surviv
     val = program.vals[name]
     output = next(node for node in module.graph.nodes if node.op == "output")
     assert isinstance(val, Val)
-    for d in val.ids:
+    for d in val.dims:
         if not stay.changed(val, d):
             continue
         indices = torch.from_numpy(stay.indices(val, d))

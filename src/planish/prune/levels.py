@@ -15,10 +15,11 @@ def unit_multiple(group: Group, multiple: int) -> int:
     """The step between widths, in units, at which every weight dimension of the group is a multiple of `multiple` indices.
 
     A unit that covers several indices of a dimension (the 64 channels of an attention head, the four gates of an LSTM cell) needs fewer
-    units for the same multiple. Dimensions that are merely element-wise (role "affine") do not decide.
+    units for the same multiple. Dimensions that are merely element-wise (role "affine") do not decide. Of places in heads, which recur in every
+    head, those of one head must be a multiple, however many heads there are.
 
     Args:
-        group: the group; only its `unit_of`, `roles` and `multiple` are read.
+        group: the group; only its `unit_of`, `roles`, `recurs` and `multiple` are read.
         multiple: indices, at least 1: the target's `facts.width_multiple`.
 
     Returns:
@@ -28,7 +29,7 @@ def unit_multiple(group: Group, multiple: int) -> int:
     if group.routed:
         return step  # experts: what a router has of each is one row of scores
     for key, unit_of in group.unit_of.items():
-        covered = np.count_nonzero(unit_of == 0)
+        covered = np.count_nonzero(unit_of == 0) // group.recurs.get(key, 1)
         if covered and group.roles[key] in ("out", "in"):
             step = math.lcm(step, multiple // math.gcd(multiple, covered))
     return step

@@ -151,7 +151,7 @@ def entrances(analysis: Analysis) -> set[str]:
     for node in (*program.state, *program.idle):
         val = program.vals[node]
         if isinstance(val, Val):
-            units = {int(unit) for ids in val.ids.values() for unit in labels.unit[ids.numpy()]}
+            units = {int(unit) for d in val.dims for ids in val.labels(d) for unit in labels.unit[ids.numpy()]}
             found |= {labels.place[unit][0] for unit in units if unit in labels.place}
     return found
 

@@ -166,7 +166,7 @@ def spread(
 
 def width_variables(space: Space, sizes: Sequence[Size]) -> tuple[int, ...]:
     """The width variables that shapes depend on, ascending."""
-    groups = {group for size in sizes for group, _ in size.terms}
+    groups = {group for size in sizes for group in size.groups}
     return tuple(sorted(space.index[("width", group)] for group in groups if ("width", group) in space.index))
 
 

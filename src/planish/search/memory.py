@@ -28,14 +28,9 @@ def _elements(space: Space, shape: tuple[Size, ...], variables: tuple[int, ...])
         for n, variable in enumerate(subjects)
     ]
     total = np.ones([len(variable.values) for variable in subjects])
+    widths = {variable.subject: axis for variable, axis in zip(subjects, axes, strict=True)}
     for size in shape:
-        if not size.terms:
-            total = total * size.full
-            continue
-        widths = {variable.subject: axis for variable, axis in zip(subjects, axes, strict=True)}
-        now = size.fixed + sum(c * u for (_, c), u in zip(size.terms, size.units, strict=True))
-        new = size.fixed + sum((c * widths.get(g, np.int64(u)) for (g, c), u in zip(size.terms, size.units, strict=True)), np.int64(0))
-        total = total * (size.full * new // now)
+        total = total * size.at(widths)
     return total
 
 

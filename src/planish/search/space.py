@@ -43,7 +43,7 @@ class Variable:
 def groups_of(operator: Operator) -> tuple[str, ...]:
     """The groups whose widths an operator's shapes depend on, in order of their first mention."""
     sizes: Iterable[Size] = itertools.chain(*operator.inputs, operator.output, *operator.weights)
-    return tuple(dict.fromkeys(group for size in sizes for group, _ in size.terms))
+    return tuple(dict.fromkeys(group for size in sizes for group in size.groups))
 
 
 class Space:

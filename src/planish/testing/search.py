@@ -35,7 +35,7 @@ def residual_net(blocks: int = 3, units: int = 32, space_size: int = 8) -> Analy
     """
 
     def wide(group: str) -> Size:
-        return Size(units, 0, ((group, 1),), (units,))
+        return Size(units, 0, (((group,), 1),), ((units,),))
 
     def image(channels: Size) -> tuple[Size, ...]:
         return (Size(1), channels, Size(space_size), Size(space_size))

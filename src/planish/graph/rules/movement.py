@@ -260,7 +260,7 @@ def edit_pad(edit: Edit) -> None:
     """Each amount counts the survivors of the padding's own ids."""
     amounts = list(edit.value("pad"))
     changed = False
-    for d in edit.out.ids:
+    for d in edit.out.dims:
         j = 2 * (edit.out.rank - 1 - d)
         if j + 1 < len(amounts) and (amounts[j] or amounts[j + 1]) and edit.survivors.changed(edit.out, d):
             stay = edit.survivors.mask(edit.out, d)
@@ -274,5 +274,5 @@ def edit_pad(edit: Edit) -> None:
 def edit_squeeze(edit: Edit) -> None:
     """Without dimensions it would also squeeze a width that became 1: name the ones that it squeezes now."""
     val = edit.val("self")
-    if "dim" not in edit.arguments and any(edit.survivors.changed(val, d) for d in val.ids):
+    if "dim" not in edit.arguments and any(edit.survivors.changed(val, d) for d in val.dims):
         edit.become(aten.squeeze.dims, edit.node.args[0], [d for d, k in enumerate(val.shape) if k == 1])
