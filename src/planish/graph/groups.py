@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,20 @@ class Solved:
     inexact: NDArray[np.bool_]
     routed: NDArray[np.int64]
 
+    @functools.cached_property
+    def members(self) -> tuple[dict[Key, NDArray[np.int64]], dict[Family, list[int]]]:
+        """The unit of each index per dimension, and the units by family."""
+        labelled = {key: self.unit[val.ids[key[1]].numpy()] for key, val in dimensions(self.program).items()}
+        through: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+        for number, units in enumerate(labelled.values()):
+            for unit, count in zip(*(found.tolist() for found in np.unique(units, return_counts=True)), strict=True):
+                if unit >= 0:
+                    through[unit].append((number, count))
+        families: dict[Family, list[int]] = collections.defaultdict(list)
+        for unit, crossed in through.items():
+            families[tuple(crossed)].append(unit)
+        return labelled, families
+
 
 def solve(program: Program) -> Solved:
     """Connected components of the ties; a component with a fixed id is fixed as a whole."""
@@ -85,26 +100,12 @@ def dimensions(program: Program) -> dict[Key, Val]:
     return dict(sorted(found.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
-def _members(solved: Solved) -> tuple[dict[Key, NDArray[np.int64]], dict[Family, list[int]]]:
-    """The unit of each index per dimension, and the units by family."""
-    labelled = {key: solved.unit[val.ids[key[1]].numpy()] for key, val in dimensions(solved.program).items()}
-    through: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
-    for number, units in enumerate(labelled.values()):
-        for unit, count in zip(*(found.tolist() for found in np.unique(units, return_counts=True)), strict=True):
-            if unit >= 0:
-                through[unit].append((number, count))
-    families: dict[Family, list[int]] = collections.defaultdict(list)
-    for unit, crossed in through.items():
-        families[tuple(crossed)].append(unit)
-    return labelled, families
-
-
 def coverage(solved: Solved) -> float:
     """How much could be pruned: for each parameter dimension the elements of its parameter times the share of indices that may go.
 
     Indices of a group that is too coarse to lose a quarter (fewer than four units) count for less.
     """
-    labelled, families = _members(solved)
+    labelled, families = solved.members
     prunable = np.zeros(int(solved.unit.max(initial=0)) + 2)
     for units in families.values():
         prunable[units] = min(1.0, (1 - 1 / len(units)) / 0.75)
@@ -132,7 +133,7 @@ def decide(module: GraphModule, facts: Facts, state: Mapping[str, int], idle: Ma
 
 def _groups(solved: Solved, pins: Mapping[str, str], idle: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, Group], Places]:
     """The groups in program order, and the place of each unit."""
-    labelled, families = _members(solved)
+    labelled, families = solved.members
     keys = list(labelled)
     parameters = {name for name, _ in solved.program.module.named_parameters(remove_duplicate=False)}
     roles = solved.program.ids.roles

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,15 +82,28 @@ class Labels:
     place: Mapping[int, tuple[str, int]]
     widths: Mapping[str, int]
 
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return ["", *self.widths]
+
+    @functools.cached_property
+    def _of_unit(self) -> NDArray[np.int64]:
+        """For each unit the number of its group in `_names`, 0 where it is in none; the last stands for -1, what is fixed."""
+        number = {name: n for n, name in enumerate(self._names)}
+        found = np.zeros(int(self.unit.max(initial=0)) + 2, np.int64)
+        found[list(self.place)] = [number[group] for group, _ in self.place.values()]
+        return found
+
     def size(self, val: Val | None, dim: int, full: int) -> Size:
         """Dimension `dim` of a value, whose size is `full` at the example's batch."""
         labels = val.labels(dim) if val is not None else ()
         if not labels:
             return Size(full)
+        base = len(self.widths) + 1
+        codes = functools.reduce(lambda code, ids: code * base + self._of_unit[self.unit[ids.numpy()]], labels, np.int64(0))
         total: dict[tuple[str, ...], int] = {}
-        for numbers, count in _counted([self.unit[ids.numpy()] for ids in labels]):
-            groups = tuple(self.place[number][0] for number in numbers if number in self.place)
-            if groups:
+        for code, count in zip(*(found.tolist() for found in np.unique(codes, return_counts=True)), strict=True):
+            if groups := tuple(self._names[n] for n in (code // base, code % base) if n):
                 total[groups] = total.get(groups, 0) + count
         widths = {groups: tuple(self.widths[group] for group in groups) for groups in total}
         terms = tuple((groups, max(1, count // math.prod(widths[groups]))) for groups, count in sorted(total.items()))
@@ -100,15 +113,6 @@ class Labels:
     def sizes(self, val: Val | None, shape: Shape) -> tuple[Size, ...]:
         """All dimensions of a value."""
         return tuple(self.size(val, d, k) for d, k in enumerate(shape))
-
-
-def _counted(units: list[NDArray[np.int64]]) -> Iterator[tuple[tuple[int, ...], int]]:
-    """The units that meet at some index, one of each reading, and at how many indices they do."""
-    if len(units) == 1:
-        numbers, counts = np.unique(units[0], return_counts=True)
-        yield from zip(zip(numbers.tolist(), strict=True), counts.tolist(), strict=True)
-    else:
-        yield from Counter(zip(*(one.tolist() for one in units), strict=True)).items()
 
 
 class _Finder:
