@@ -30,8 +30,8 @@ def test_every_member_is_held_by_an_operator_in_its_role(name: str) -> None:
         assert by_group[group.name]["out"] or by_group[group.name]["affine"], group.name
 
 
-def test_units_are_heads_cells_or_channels() -> None:
-    for name, wanted in {"vit": {"heads", "channels"}, "policy": {"cells", "channels"}, "unet": {"channels"}}.items():
+def test_units_are_heads_places_cells_or_channels() -> None:
+    for name, wanted in {"vit": {"heads", "places", "channels"}, "policy": {"cells", "channels"}, "unet": {"channels"}}.items():
         found = analysed(name)
         by_group = members(found)
         assert {unit_name(group, found, by_group[group.name]) for group in found.groups.values()} == wanted, name

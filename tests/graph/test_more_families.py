@@ -108,36 +108,51 @@ GROUPS: dict[str, dict[str, int]] = {
     **{
         name: {
             "embed": 24,
-            **numbered("encoder.layers.{}.self_attn", 4, 0),
-            **numbered("encoder.layers.{}.linear1", 48, 0),
-            **numbered("encoder.layers.{}.self_attn", 4, 1),
-            **numbered("encoder.layers.{}.linear1", 48, 1),
+            **numbered("encoder.layers.{}.self_attn", 4, 0, 1),
+            **numbered("encoder.layers.{}.self_attn.size", 6, 0, 1),  # of query, key and value, which are parts of one rectangle
+            **numbered("encoder.layers.{}.linear1", 48, 0, 1),
         }
         for name in ("encoder", "encoder_norm_first")
     },
-    "cross_attention": {"memory": 16, "query": 24, "attention.q_proj_weight": 4, "attention.out_proj": 24},
+    "cross_attention": {
+        "memory": 16,
+        "query": 24,
+        "attention.q_proj_weight": 4,
+        "attention.q_proj_weight.size": 6,
+        "attention.v_proj_weight.size": 6,
+        "attention.out_proj": 24,
+    },
     "policy": {"encode.0": 32, "core": 24},
     "stepped": {"conv1": 16, "conv2": 12, "cell": 16},
     "pixel_policy": {"see.0": 8, "see.2": 12, "see.5": 32, "core.l0": 24, "critic.0": 16},
     "gcn": {"one": 16},
     "gcn_edges": {"one.linear": 16},
     **{name: {"one.neighbours": 16} for name in ("sage_mean", "sage_max")},
-    "gat": {"one.linear": 4},  # heads
+    "gat": {"one.linear": 4, "one.linear.size": 6},  # heads, and features of each
     "graphs_apart": {"one.0": 16, "one.2": 20, "two.0": 24, "two.2": 16},
     "experts": {"embed": 16, **numbered("experts.{}.0", 32, 0, 1, 2, 3)},
     "gpt2": {
         "transformer.wte": 48,
-        **{f"transformer.h.{i}.{name}": units for i in (0, 1) for name, units in {"attn.c_attn": 4, "mlp.c_fc": 192}.items()},
+        # heads; what queries and keys share of the size of heads; what values have
+        **numbered("transformer.h.{}.attn.c_attn", 4, 0, 1),
+        **numbered("transformer.h.{}.attn.c_attn.size", 12, 0, 1),
+        **numbered("transformer.h.{}.attn.c_attn.size#2", 12, 0, 1),
+        **numbered("transformer.h.{}.mlp.c_fc", 192, 0, 1),
     },
-    # a key and value head goes with the two query heads that it serves
+    # a key and value head goes with the two query heads that it serves; rotary positions turn places in pairs, by angles that all layers share
     "llama": {
         "model.embed_tokens": 48,
-        **{f"model.layers.{i}.{name}": units for i in (0, 1) for name, units in {"self_attn.q_proj": 2, "mlp.gate_proj": 96}.items()},
+        **numbered("model.layers.{}.self_attn.q_proj", 2, 0, 1),
+        "model.layers.0.self_attn.q_proj.size": 6,
+        **numbered("model.layers.{}.self_attn.v_proj.size", 12, 0, 1),
+        **numbered("model.layers.{}.mlp.gate_proj", 96, 0, 1),
     },
     # an inner unit goes in all experts at once, whose weights are one parameter
     "mixtral": {
         "model.embed_tokens": 48,
         **numbered("model.layers.{}.self_attn.q_proj", 2, 0, 1),
+        "model.layers.0.self_attn.q_proj.size": 6,
+        **numbered("model.layers.{}.self_attn.v_proj.size", 12, 0, 1),
         **numbered("model.layers.{}.mlp.gate", 4, 0, 1),  # the experts, two of which are picked for each token
         **numbered("model.layers.{}.mlp.experts.gate_up_proj", 96, 0, 1),
     },
@@ -146,6 +161,8 @@ GROUPS: dict[str, dict[str, int]] = {
         "albert.embeddings.word_embeddings": 16,
         "albert.encoder.embedding_hidden_mapping_in": 48,
         f"{_ALBERT}.attention.query": 4,
+        f"{_ALBERT}.attention.query.size": 12,
+        f"{_ALBERT}.attention.value.size": 12,
         f"{_ALBERT}.ffn": 96,
         "albert.pooler": 48,
     },
@@ -160,10 +177,18 @@ GROUPS: dict[str, dict[str, int]] = {
         "net.decoder.block.0.layer.2.DenseReluDense.wi": 96,
         "net.decoder.block.1.layer.1.EncDecAttention.q": 4,
         "net.decoder.block.1.layer.2.DenseReluDense.wi": 96,
+        **{
+            f"net.{stack}.block.{i}.layer.{place}.{kind}Attention.{leaf}.size": 12
+            for stack, place, kind in (("encoder", 0, "Self"), ("decoder", 0, "Self"), ("decoder", 1, "EncDec"))
+            for i in (0, 1)
+            for leaf in ("q", "v")
+        },
     },
     "vit": {
         "vit.embeddings.patch_embeddings.projection": 48,
-        **{f"vit.layers.{i}.{name}": units for i in (0, 1) for name, units in {"attention.q_proj": 4, "mlp.fc1": 96}.items()},
+        **numbered("vit.layers.{}.attention.q_proj", 4, 0, 1),
+        **{f"vit.layers.{i}.attention.{leaf}.size": 12 for i in (0, 1) for leaf in ("q_proj", "v_proj")},
+        **numbered("vit.layers.{}.mlp.fc1", 96, 0, 1),
     },
     # patches of 2 x 2 are concatenated before the second stage: a channel of the first has four columns in what merges them
     "swin": {
@@ -171,6 +196,7 @@ GROUPS: dict[str, dict[str, int]] = {
         **{f"{_SWIN}.0.blocks.{i}.{name}": units for i in (0, 1) for name, units in {"attention.q_proj": 2, "mlp.fc1": 96}.items()},
         f"{_SWIN}.0.downsample.reduction": 48,
         **{f"{_SWIN}.1.blocks.{i}.{name}": units for i in (0, 1) for name, units in {"attention.q_proj": 4, "mlp.fc1": 192}.items()},
+        **{f"{_SWIN}.{s}.blocks.{i}.attention.{leaf}.size": 12 for s in (0, 1) for i in (0, 1) for leaf in ("q_proj", "v_proj")},
     },
     "convnext": {
         "convnext.embeddings.patch_embeddings": 16,

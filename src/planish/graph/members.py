@@ -54,7 +54,8 @@ def members(analysis: Analysis) -> dict[str, Members]:
 
 
 def unit_name(group: Group, analysis: Analysis, by_role: Members) -> str:
-    """What the units of a group are: "experts" of a mixture, "cells" of a recurrent layer, "heads" of an attention, or "channels".
+    """What the units of a group are: "experts" of a mixture, "cells" of a recurrent layer, "heads" of an attention, "places" in each of its heads, or
+    "channels".
 
     Args:
         group: one of `analysis`.
@@ -66,10 +67,11 @@ def unit_name(group: Group, analysis: Analysis, by_role: Members) -> str:
     layers = any(analysis.operators[name].kind in ("lstm", "gru") for name in by_role["out"])
     if layers or any(role == "out" and tensor.rpartition(".")[2].startswith("weight_hh") for (tensor, _), role in group.roles.items()):
         return "cells"
-    for operator in analysis.operators.values():
-        if operator.kind in ("attention", "softmax") and group.name in _carried(shape[:-2] for shape in operator.inputs):
-            return "heads"
-    return "channels"
+    attending = [operator for operator in analysis.operators.values() if operator.kind in ("attention", "softmax")]
+    heads = _carried(shape[:-2] for operator in attending for shape in operator.inputs)
+    if group.name in heads:
+        return "heads"
+    return "places" if any(key in analysis.groups[head].unit_of for head in heads for key in group.recurs) else "channels"
 
 
 def held(group: Group, shapes: Mapping[str, Shape]) -> int:
