@@ -133,7 +133,7 @@ GROUPS: dict[str, dict[str, int]] = {
     "experts": {"embed": 16, **numbered("experts.{}.0", 32, 0, 1, 2, 3)},
     "gpt2": {
         "transformer.wte": 48,
-        # heads; what queries and keys share of the size of heads; what values have
+        # heads; the size that values have in each; the size that queries and keys share
         **numbered("transformer.h.{}.attn.c_attn", 4, 0, 1),
         **numbered("transformer.h.{}.attn.c_attn.size", 12, 0, 1),
         **numbered("transformer.h.{}.attn.c_attn.size#2", 12, 0, 1),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import msgspec
 import numpy as np
 import pytest
@@ -32,7 +35,12 @@ def test_widths_are_reached_and_nothing_else_changes(net: str) -> None:
         assert len(left.removed.get(name, ())) == group.units - widths[name]
         for (parameter, dim), unit_of in group.unit_of.items():
             if parameter in shapes and (unit_of >= 0).all():
-                assert shapes[parameter][dim] == len(unit_of) * widths[name] // group.units
+                there = [
+                    other for other in analysis.groups.values() if (parameter, dim) in other.unit_of
+                ]  # it, and what crosses it everywhere
+                if all((other.unit_of[parameter, dim] >= 0).all() for other in there):
+                    shares = [Fraction(widths[other.name], other.units) for other in there]
+                    assert shapes[parameter][dim] == len(unit_of) * math.prod(shares)
     assert not left.spared
     flat = [torch.from_numpy(array) for array in split.inputs]
     expected = masked_reference(graph, analysis, left.removed, flat)
@@ -96,3 +104,44 @@ def test_scores_that_are_missing() -> None:
     graph, analysis = captured(*nets.resnet())
     with pytest.raises(PlanError, match=r"must give 8 scores for group 'layer1\.0\.conv1'"):
         apply(graph, analysis, Plan("cpu", widths={"layer1.0.conv1": 4}), {})
+
+
+def test_heads_and_places_go_together_also_where_a_block_does() -> None:
+    graph, analysis = captured(*nets.bert(2))
+    layer = "bert.encoder.layer.1.attention.self"
+    widths = {f"{layer}.query": 3, f"{layer}.query.size": 8, f"{layer}.value.size": 6, "bert.embeddings.word_embeddings": 24}
+    gone = "bert.encoder.layer.0.attention"
+    assert gone in analysis.blocks
+    split = calibration(graph, 4)
+    plan = Plan("cpu", widths=widths, blocks=(gone,))
+    left = apply(graph, analysis, plan, orders("magnitude", graph, analysis, Material(split), 0))
+    parameters = {name: tuple(value.shape) for name, value in left.graph.module.named_parameters()}
+    assert not any(name.startswith(f"{gone}.") and "LayerNorm" not in name for name in parameters)
+    assert parameters[f"{layer}.query.weight"] == parameters[f"{layer}.key.weight"] == (3 * 8, 24)
+    assert parameters[f"{layer}.value.weight"] == (3 * 6, 24)
+    assert parameters["bert.encoder.layer.1.attention.output.dense.weight"] == (24, 3 * 6)
+    stay = left.kept[f"{layer}.key.weight", 0]
+    assert set(stay // 12) == set(range(4)) - set(left.removed[f"{layer}.query"].tolist())
+    assert set(stay % 12) == set(range(12)) - set(left.removed[f"{layer}.query.size"].tolist())
+    assert outputs(left.graph, split).isfinite().all()
+
+
+def test_merging_heads_and_places_is_merging_one_after_the_other() -> None:
+    """A column that reads a place of a head gets what read that place in the merged head, the merged place in it, and both in both."""
+    graph, analysis = captured(*nets.bert(1))
+    layer = "bert.encoder.layer.0.attention"
+    heads, places = f"{layer}.self.query", f"{layer}.self.value.size"
+
+    def order(units: int, going: int, into: int, share: float) -> Order:
+        scores = np.where(np.arange(units) == going, 0.0, 1.0)
+        shares = np.full((units, units), share, np.float32)
+        labels = np.where(np.arange(units) == going, into, np.arange(units))
+        return Order(scores, clusters=lambda count: labels, shares=shares)
+
+    plan = Plan("cpu", widths={heads: 3, places: 11})
+    left = apply(graph, analysis, plan, {heads: order(4, 1, 2, 0.5), places: order(12, 3, 7, 0.25)})
+    before = graph.module.get_parameter(f"{layer}.output.dense.weight").detach().view(-1, 4, 12)
+    merged = before[:, 2].clone() + 0.5 * before[:, 1]
+    merged[:, 7] += 0.25 * merged[:, 3]
+    merged = merged[:, [n for n in range(12) if n != 3]]
+    torch.testing.assert_close(left.graph.module.get_parameter(f"{layer}.output.dense.weight").view(-1, 3, 11)[:, 1], merged)

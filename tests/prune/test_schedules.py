@@ -116,6 +116,45 @@ def test_the_contract_with_inputs_that_carry_nothing(name: str) -> None:
     assert set(range(6)) - set(shaped.kept.get(("first.weight", 1), np.arange(6)).tolist()) <= {1, 4}
 
 
+class Attending(nn.Module):
+    """One attention layer of four heads of six places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.q, self.k, self.v, self.out = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (f(x).view(x.shape[0], -1, 4, 6).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(torch.relu(x + self.out(y)).mean(1))
+
+
+def attending(widths: dict[str, int]) -> Shaping:
+    torch.manual_seed(0)
+    given = halved(*pruning.captured(Attending().eval(), (torch.randn(4, 5, 6),)), steps=20)
+    return replace(given, widths=widths)
+
+
+@pytest.mark.parametrize("name", registry.names("schedule"))
+def test_the_contract_where_heads_and_places_both_leave(name: str) -> None:
+    given = attending({"embed": 8, "q": 2, "q.size": 4, "v.size": 3})
+    shaped = check_schedule(registry.get("schedule", name), given)
+    if name != "augmented-lagrangian":
+        assert shaped.widths == given.widths
+        assert tuple(shaped.graph.module.get_parameter("v.weight").shape) == (2 * 3, 8)
+
+
+def test_rounds_follow_a_group_whatever_it_is_called_by_then() -> None:
+    """With one head left there is no view to read in two ways: the places give the group its name."""
+    given = attending({"q": 1, "q.size": 2, "v.size": 3})
+    shaped = check_schedule(registry.get("schedule", "iterative"), given)
+    assert shaped.widths == given.widths
+    shapes = [tuple(shaped.graph.module.get_parameter(f"{name}.weight").shape) for name in ("q", "k", "v", "out")]
+    assert shapes == [(2, 12), (2, 12), (3, 12), (12, 3)]
+
+
 @pytest.mark.parametrize("name", ["group-lasso", "l1", "growing-l2"])
 def test_sparse_training_leaves_little_of_what_is_cut(name: str) -> None:
     """So little that the outputs of the trained net hardly change when its units go: a sixth of what leaves at once changes."""

@@ -6,17 +6,23 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+import nets
 from planish.budget import Budget
 from planish.errors import BudgetError
+from planish.graph.capture import capture
 from planish.graph.graph import Analysis, Operator, Size
+from planish.graph.groups import analyse
 from planish.graph.macs import macs, operator_macs
+from planish.graph.surgery import prune
 from planish.measure.kernels import Kernel
 from planish.plan import Option, Plan
 from planish.search.contract import Limits
 from planish.search.costs import Affine, Costs, calibrated, ceilings, reachable_kernels, tilt
 from planish.search.kernels import kernel_of
 from planish.search.lagrangian import Problem
+from planish.search.soft import soft_price
 from planish.search.solver import Solver
 from planish.search.space import Space
 from planish.testing.search import kernel_seconds, made_up, options_of, residual_net
@@ -299,3 +305,41 @@ def test_a_limit_on_the_size_is_solved_with_masks():
     plan = Solver(space, costs, Limits({"size": limit})).ask(1)[0]
     assert plan.masks and not plan.widths
     assert costs.predict(space.assignment(plan))["size"] <= limit
+
+
+def test_costs_of_heads_and_places_together_are_those_of_the_pruned_net():
+    graph = capture(*nets.bert(1))
+    analysis = analyse(graph)
+    layer = "bert.encoder.layer.0.attention.self"
+    levels = {
+        f"{layer}.query": (2, 1),
+        f"{layer}.query.size": (9, 4),
+        f"{layer}.value.size": (10, 3),
+        "bert.embeddings.word_embeddings": (24,),
+    }
+    space = Space(analysis, [Option("width", name, width, 0.1) for name, widths in levels.items() for width in widths], TEMPLATE)
+    costs = Costs(space, None)
+    for assignment in some(space, 12):
+        widths = space.plan(assignment).widths
+        removed = {name: list(range(width, analysis.groups[name].units)) for name, width in widths.items()}
+        pruned = prune(graph, analysis, removed).graph
+        found = costs.predict(assignment)
+        assert found["macs"] == macs(analyse(pruned))
+        gone = costs.predict(space.identity)["size"] - found["size"]
+        bytes_of = [sum(4 * p.numel() for p in one.module.parameters()) for one in (graph, pruned)]
+        assert gone == bytes_of[0] - bytes_of[1]
+
+
+def test_the_price_of_widths_between_levels_is_a_product_where_groups_cross():
+    graph = capture(*nets.bert(1))
+    analysis = analyse(graph)
+    heads, places = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "query.size"))
+    space = Space(analysis, [Option("width", heads, 1, 0.1), Option("width", places, 2, 0.1)], TEMPLATE)
+    price = soft_price(Costs(space, None), TEMPLATE, "macs")
+    full = macs(analysis, {heads: 4, places: 12})
+    for h, s in ((4.0, 7.0), (2.5, 12.0), (2.5, 7.0), (1.0, 2.0)):
+        each = [macs(analysis, {heads: a, places: b}) for a in (1, 4) for b in (2, 12)]
+        x, y = (h - 1) / 3, (s - 2) / 10
+        wanted = (1 - x) * ((1 - y) * each[0] + y * each[1]) + x * ((1 - y) * each[2] + y * each[3])
+        assert price({heads: torch.tensor(h), places: torch.tensor(s)}).item() == pytest.approx(wanted)
+    assert price({}).item() == full

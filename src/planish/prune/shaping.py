@@ -170,6 +170,36 @@ def again(graph: Graph, shaping: Shaping) -> tuple[Analysis, Orders]:
     return analysis, shaping.reorder(graph, analysis)
 
 
+def followed(original: Analysis, now: Analysis, kept: Kept) -> dict[str, str]:
+    """What the groups of a graph are called once units have left it: with fewer heads, say, their places may be what gives a group its name.
+
+    Args:
+        original: of the graph.
+        now: of what it became.
+        kept: what surgery left of it.
+
+    Returns:
+        name of a group of the original -> its name now, where it still is a group.
+    """
+    found: dict[str, str] = {}
+    for name, group in original.groups.items():
+        for key, unit_of in group.unit_of.items():
+            before = unit_of[kept[key]] if key in kept else unit_of
+            for other in now.groups.values():
+                if key in other.unit_of and name not in found and _is_same(before, other.unit_of[key], other.units):
+                    found[name] = other.name
+    return found
+
+
+def _is_same(before: NDArray[np.int64], after: NDArray[np.int64], units: int) -> bool:
+    """Whether both say the same of each index, but for the numbers of units."""
+    if len(before) != len(after) or not np.array_equal(before < 0, after < 0):
+        return False
+    return (
+        len(set(zip(before[before >= 0].tolist(), after[after >= 0].tolist(), strict=True))) == len(np.unique(before[before >= 0])) == units
+    )
+
+
 class Units:
     """The norms of a group's units over some of its parameters, each parameter relative to what its units had on average at the start.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from planish.graph.surgery import prune
-from planish.prune.shaping import Kept, Shaped, Shaping, Step, again, entrances
+from planish.prune.shaping import Kept, Shaped, Shaping, Step, again, entrances, followed
 
 _ROUNDS = 4
 
@@ -26,17 +26,18 @@ class Iterative:
         graph, analysis, orders = shaping.graph, shaping.analysis, shaping.orders
         at_once = entrances(analysis)  # they have no second round
         left = {name: analysis.groups[name].units for name in shaping.widths}
+        names = {name: name for name in shaping.widths}
         total: Kept = {}
         history: list[Step] = []
         for number in range(1, _ROUNDS + 1):
             removed = {}
             for name in shaping.widths:
-                if name not in analysis.groups:
+                if name not in names:
                     continue
-                now = analysis.groups[name]
+                now = analysis.groups[names[name]]
                 wanted = now.units - (shaping.widths[name] if name in at_once else _width(shaping, name, number, now.multiple))
-                removed[name] = orders[name].going(wanted).units.tolist() if wanted > 0 else []
-                left[name] -= len(removed[name])
+                removed[now.name] = orders[now.name].going(wanted).units.tolist() if wanted > 0 else []
+                left[name] -= len(removed[now.name])
             pruned = prune(graph, analysis, {name: units for name, units in removed.items() if units})
             total = composed(total, pruned.kept)
             graph = pruned.graph
@@ -45,6 +46,7 @@ class Iterative:
             if number < _ROUNDS:
                 shaping.fit(graph, 1 / (_ROUNDS - 1), f"round-{number}")
                 analysis, orders = again(graph, shaping)
+                names = followed(shaping.analysis, analysis, total)
         return Shaped(graph, total, left, tuple(history))
 
 

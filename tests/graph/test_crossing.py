@@ -1,0 +1,178 @@
+"""Heads and the size of heads: units of two readings of one program, which cross, and can both go."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import families
+import nets
+import parity
+from planish.graph.capture import capture
+from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.groups import analyse
+from planish.graph.macs import macs
+from planish.graph.surgery import mask, masked_reference, prune
+from planish.prune.levels import width_levels
+
+KINDS = ("math", "sdpa", "queries, heads, size", "heads, queries, size", "split")
+
+
+class Attention(nn.Module):
+    """One attention layer between two linear maps, over sequences of 5."""
+
+    def __init__(self, kind: str, heads: int, size: int, value_size: int) -> None:
+        super().__init__()
+        self.kind, self.heads, self.size = kind, heads, size
+        self.value_size = value_size if kind in ("math", "sdpa") else size
+        self.embed = nn.Linear(6, 8)
+        if kind in ("math", "sdpa"):
+            self.q, self.k, self.v = (nn.Linear(8, heads * n) for n in (size, size, self.value_size))
+        else:
+            self.qkv = nn.Linear(8, 3 * heads * size)
+        self.out, self.fc = nn.Linear(heads * self.value_size, 8), nn.Linear(8, 3)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, _ = x.shape
+        if self.kind == "queries, heads, size":
+            q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        elif self.kind == "heads, queries, size":
+            q, k, v = self.qkv(x).view(batch, length, self.heads, 3, self.size).permute(3, 0, 2, 1, 4)
+        else:
+            three = self.qkv(x).chunk(3, -1) if self.kind == "split" else (self.q(x), self.k(x), self.v(x))
+            q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in three)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = self.parts(x)
+        if self.kind == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(self.size), -1) @ v
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.fc(torch.relu(x).mean(1))
+
+
+def attention(kind: str, heads: int = 4, size: int = 6, value_size: int = 6, seed: int = 0) -> tuple[Graph, Analysis, tuple[Tensor, ...]]:
+    torch.manual_seed(seed)
+    model, example = Attention(kind, heads, size, value_size).eval(), (torch.randn(2, 5, 6),)
+    graph = capture(model, example)
+    return graph, analyse(graph), example
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_and_their_size_are_both_units(kind: str) -> None:
+    _, analysis, _ = attention(kind)
+    first = "q" if kind in ("math", "sdpa") else "qkv"
+    of_values = {"math": "v.size", "sdpa": "v.size", "split": "qkv.size#2"}.get(kind)
+    expected = {"embed": 8, first: 4, f"{first}.size": 6} | ({of_values: 6} if of_values else {})
+    assert {name: group.units for name, group in analysis.groups.items()} == expected
+
+
+def test_what_each_unit_of_a_fused_projection_is() -> None:
+    """Of 3 x 4 x 2 rows: a head has two places in each of query, key and value; a place recurs in every head, of queries and keys alike."""
+    _, analysis, _ = attention("split", size=2)
+    heads, of_values, places = (analysis.groups[name] for name in ("qkv", "qkv.size", "qkv.size#2"))
+    assert heads.unit_of["qkv.weight", 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 3
+    assert places.unit_of["qkv.weight", 0].tolist() == [0, 1] * 8 + [-1] * 8
+    assert of_values.unit_of["qkv.bias", 0].tolist() == [-1] * 16 + [0, 1] * 4
+    assert heads.unit_of["out.weight", 1].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert of_values.unit_of["out.weight", 1].tolist() == [0, 1] * 4
+    assert set(places.unit_of) == {("qkv.weight", 0), ("qkv.bias", 0)}
+    assert set(of_values.unit_of) == {*places.unit_of, ("out.weight", 1)}
+    assert places.roles["qkv.weight", 0] == "out" and of_values.roles["out.weight", 1] == "in"
+    assert places.recurs == dict.fromkeys(places.unit_of, 4) and not heads.recurs
+
+
+def test_few_heads_cross_the_places_that_are_the_better_units() -> None:
+    """Of two heads one alone can go: places are what the net is read by, and heads are parts of them."""
+    _, analysis, _ = attention("math", heads=2, size=8, value_size=8)
+    assert {name: group.units for name, group in analysis.groups.items()} == {"embed": 8, "q": 8, "v": 8, "q.parts": 2}
+    assert analysis.groups["q"].recurs and not analysis.groups["q.parts"].recurs
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(KINDS), st.integers(2, 5), st.integers(2, 6), st.integers(2, 6), st.integers(0, 2**16))
+def test_whatever_goes_of_both_surgery_equals_masking(kind: str, heads: int, size: int, value_size: int, seed: int) -> None:
+    graph, analysis, example = attention(kind, heads, size, value_size, seed)
+    generator = np.random.default_rng(seed)
+    removed = {n: generator.permutation(g.units)[: generator.integers(g.units)].tolist() for n, g in analysis.groups.items()}
+    pruned = prune(graph, analysis, removed)
+    with torch.no_grad():
+        for oracle in (masked_reference(graph, analysis, removed, example), mask(graph, analysis, removed).module(*example)):
+            assert parity.difference(pruned.graph.module(*example), oracle) < parity.SURGERY
+    for name, parameter in graph.module.named_parameters():
+        for d in range(parameter.dim()):
+            parameter = parameter.index_select(d, torch.from_numpy(pruned.kept.get((name, d), np.arange(parameter.shape[d]))))
+        assert torch.equal(parameter, pruned.graph.module.get_parameter(name))
+    widths = {name: group.units - len(removed[name]) for name, group in analysis.groups.items()}
+    assert macs(analysis, widths) == macs(analyse(pruned.graph))
+    for name, operator in analysis.operators.items():
+        shapes = {tensor: tuple(value.shape) for tensor, value in pruned.graph.module.named_parameters()}
+        found = [tuple(size.at(widths) for size in shape) for shape in operator.weights]
+        assert found == [shapes[tensor] for tensor in operator.tensors if tensor in shapes], name
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "swin"])
+def test_each_kind_alone_and_both(name: str) -> None:
+    model, example = families.build(name) if name in families.FAMILIES else nets.ZOO[name]()
+    graph = capture(model, example)
+    analysis = analyse(graph)
+    places = [name for name, group in analysis.groups.items() if group.recurs]
+    heads = [name for name in analysis.groups if any(crosses(analysis.groups[name], analysis.groups[other]) for other in places)]
+    heads = [name for name in heads if name not in places]
+    assert places and heads
+    flat = graph.signature.flatten(example)
+    for chosen in (places, heads, places + heads):
+        removed = {name: [0] for name in chosen}
+        error, effect = parity.surgery(graph, analysis, removed, flat)
+        assert error < parity.SURGERY and effect > 1e-4, chosen
+
+
+def crosses(one: Group, other: Group) -> bool:
+    return any(key in other.unit_of and ((one.unit_of[key] >= 0) & (other.unit_of[key] >= 0)).any() for key in one.unit_of)
+
+
+def test_the_scale_stays_that_of_the_whole_head() -> None:
+    graph, analysis, _ = attention("sdpa")
+    pruned = prune(graph, analysis, {"q.size": [0, 5]}).graph
+    (node,) = [node for node in pruned.module.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert node.kwargs["scale"] == 1 / math.sqrt(6)
+
+
+def test_rotary_places_go_in_pairs_and_in_all_layers() -> None:
+    model, example = families.build("llama")
+    group = analyse(capture(model, example)).groups["model.layers.0.self_attn.q_proj.size"]
+    assert group.unit_of["model.layers.1.self_attn.k_proj.weight", 0].tolist() == [*range(6), *range(6)] * 2
+    (angles,) = [key for key in group.unit_of if "inv_freq" in key[0]]
+    assert group.unit_of[angles].tolist() == list(range(6))
+
+
+def test_a_pin_holds_both() -> None:
+    graph, _, _ = attention("math")
+    pinned = {name for name, group in analyse(graph, keep=["q.*"]).groups.items() if group.pinned}
+    assert pinned == {"embed", "q", "q.size"}
+    assert {name for name, group in analyse(graph, keep=["out.weight"]).groups.items() if group.pinned} == {"embed", "q", "v.size"}
+
+
+def test_widths_of_both_are_multiples_whatever_the_other_s() -> None:
+    """Twelve heads of 64: any number of heads, and places in eights, since each head's are a matrix of their own."""
+    _, analysis, _ = attention("math", heads=12, size=64, value_size=64)
+    heads, places = width_levels(analysis.groups["q"], 8), width_levels(analysis.groups["q.size"], 8)
+    assert heads == (12, 10, 9, 8, 6, 4, 3, 2) and places == (64, 56, 48, 40, 32, 24, 16, 8)
+    assert all(h * s % 8 == 0 for h in heads for s in places)
+
+
+def test_a_net_without_such_views_is_read_once() -> None:
+    model, example = families.build("inception")
+    analysis = analyse(capture(model, example))
+    assert not any(group.recurs for group in analysis.groups.values())
+    assert not any(val.across for val in analysis.ids.program.parameters.values())
