@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,12 +67,17 @@ class Size:
         """The size when each group in `widths` keeps that many units (a group not named keeps all); for tables of widths a table."""
         if not self.terms:
             return self.full
-        now = self.fixed
         new: Width | int = self.fixed
         for (groups, count), units in zip(self.terms, self.units, strict=True):
-            now += count * math.prod(units)
-            new = new + count * math.prod(widths.get(group, full) for group, full in zip(groups, units, strict=True))
-        return self.full * new // now
+            ids: Width | int = count
+            for group, all_units in zip(groups, units, strict=True):
+                ids = ids * widths.get(group, all_units)
+            new = new + ids
+        return self.full * new // self._ids
+
+    @functools.cached_property
+    def _ids(self) -> int:
+        return self.fixed + sum(count * math.prod(units) for (_, count), units in zip(self.terms, self.units, strict=True))
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,9 @@ def grids(terms: Sequence[Term], most: int) -> dict[int, tuple[int, ...]]:
     sizes = {v: term.space.sizes[v] for term in terms for v in term.widths}
     grid: dict[int, tuple[int, ...]] = {}
     for levels in (64, 32, 24, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2):
-        grid = {v: _levels(size, levels) for v, size in sizes.items()}
+        finer, grid = grid, {v: _levels(size, levels) for v, size in sizes.items()}
+        if grid == finer:
+            continue
         cells = sum(float(np.prod([len(grid[v]) for v in term.widths] or [1])) for term in terms)
         if cells > 30 * most:
             continue
