@@ -16,6 +16,7 @@ import families
 import nets
 import parity
 from planish.graph.capture import capture
+from planish.graph.crossing import crossing_of
 from planish.graph.graph import Analysis, Graph, Group
 from planish.graph.groups import analyse
 from planish.graph.macs import macs
@@ -169,6 +170,26 @@ def test_widths_of_both_are_multiples_whatever_the_other_s() -> None:
     heads, places = width_levels(analysis.groups["q"], 8), width_levels(analysis.groups["q.size"], 8)
     assert heads == (12, 10, 9, 8, 6, 4, 3, 2) and places == (64, 56, 48, 40, 32, 24, 16, 8)
     assert all(h * s % 8 == 0 for h in heads for s in places)
+
+
+def test_groups_cross_only_where_all_units_meet() -> None:
+    key = ("w", 0)
+
+    def group(name: str, *unit_of: int) -> Group:
+        return Group(name, max(unit_of) + 1, {key: np.array(unit_of)}, {key: "out"})
+
+    heads = {"heads": group("heads", 0, 0, 0, 1, 1, 1, -1, -1)}
+    found = crossing_of(group("places", 0, 1, 2, 0, 1, 2, -1, -1), heads)
+    assert found is not None and found.is_inside and found.where == {"heads": (key,)}
+    whole = crossing_of(heads["heads"], {"places": group("places", 0, 1, 2, 2, 1, 0, 0, 1)})
+    assert whole is not None and not whole.is_inside
+    for other in (
+        group("the same", 0, 0, 0, 1, 1, 1, -1, -1),
+        group("not all", 0, 1, 2, 0, 1, 1, -1, -1),
+        group("unequally often", 0, 1, 1, 0, 1, 1, -1, -1),
+        group("elsewhere", -1, -1, -1, -1, -1, -1, 0, 1),
+    ):
+        assert crossing_of(other, heads) is None, other.name
 
 
 def test_a_net_without_such_views_is_read_once() -> None:
