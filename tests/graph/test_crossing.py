@@ -197,3 +197,33 @@ def test_a_net_without_such_views_is_read_once() -> None:
     analysis = analyse(capture(model, example))
     assert not any(group.recurs for group in analysis.groups.values())
     assert not any(val.across for val in analysis.ids.program.parameters.values())
+
+
+class LinearAttention(nn.Module):
+    """Attention without a softmax, whose sum over the past, [heads, size, size], the caller keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, past: Tensor) -> dict[str, Tensor]:
+        q, k, v = (f(x).view(-1, 4, 6) for f in (self.q, self.k, self.v))
+        past = 0.9 * past + k.unsqueeze(-1) * v.unsqueeze(-2)
+        return {"y": self.out((q.unsqueeze(-2) @ past).flatten(1)), "next": past}
+
+
+def test_heads_and_places_of_a_state_that_the_caller_steps() -> None:
+    torch.manual_seed(0)
+    graph = capture(LinearAttention().eval(), {"x": torch.randn(2, 6), "past": torch.randn(2, 4, 6, 6)}, {"past": "next"})
+    analysis = analyse(graph)
+    assert {name: group.units for name, group in analysis.groups.items()} == {"q": 4, "q.size": 6, "v.size": 6}
+    removed = {"q": [1], "q.size": [0, 5], "v.size": [2]}
+    pruned = prune(graph, analysis, removed).graph
+    state = absent = torch.zeros(3, 4, 6, 6)
+    for step in range(4):
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            found, expected = pruned.module(x, state), masked_reference(graph, analysis, removed, [x, absent])
+        assert parity.difference(found, expected) < parity.SURGERY
+        state, absent = found[1], expected[1]
+        assert int(state.count_nonzero()) == 3 * 3 * 4 * 5
