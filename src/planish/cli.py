@@ -193,7 +193,7 @@ def _budget_options(function: F) -> F:
 @click.option(
     "--saliency",
     metavar="NAME",
-    help="Which units go first: taylor (the default), magnitude, l1, fpgm, norm-scale, flap, obs, random; fisher or taylor-first, which need "
+    help="Which units go first: auto (the default: obs where that takes seconds, taylor elsewhere), taylor, magnitude, l1, fpgm, norm-scale, flap, obs, random; fisher or taylor-first, which need "
     "labels; several, as in taylor+flap; or which are merged: kmeans, dbscan, spectral, mixture, of weights or, as in kmeans:activations, "
     "of what they give.",
 )

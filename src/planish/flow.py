@@ -74,7 +74,7 @@ def optimize(
         control: also tune the uncompressed net on as many samples, and report the drop against it (on top of `time_limit`).
         overwrite: replace an artifact (and its study) that is there.
         accept_nearest: write the nearest net when nothing holds the budget.
-        saliency: which units of a group go first, "taylor" by default; several joined by "+"; or a clustering, whose units are merged.
+        saliency: which units of a group go first, "auto" by default (obs where it takes seconds, taylor elsewhere); several joined by "+"; or a clustering, whose units are merged.
         schedule: how units leave: at once ("one-shot"), in rounds with recovery between ("iterative"), behind gates from which they may return
             ("growth"), or driven to zero while the net trains ("l1", "group-lasso", "growing-l2"; "augmented-lagrangian", which also
             decides on the widths). All but the first use half of the recovery's time.

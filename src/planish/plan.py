@@ -14,6 +14,8 @@ DEFAULT_TECHNIQUES = ("prune", "quantize", "distill")
 """What is used where nothing else is asked for: masks make files smaller, and nothing faster."""
 WHOLE_MAP = "1x1"
 """The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
+DEFAULT_SALIENCY = "auto"
+"""The criterion that says which units go first, where no other is asked for."""
 ONE_SHOT = "one-shot"
 """The schedule by which all units leave at once, before recovery."""
 

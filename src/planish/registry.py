@@ -23,6 +23,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "torch-compile": "planish.runtimes.torch:TorchCompile",
     },
     "saliency": {
+        "auto": "planish.prune.saliency.auto:Automatic",
         "fisher": "planish.prune.saliency.labelled:Fisher",
         "flap": "planish.prune.saliency.flap:Fluctuation",
         "fpgm": "planish.prune.saliency.fpgm:GeometricMedian",

@@ -13,7 +13,7 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
-from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_SALIENCY, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.order import needs_labels
 from planish.prune.saliency.labelled import unlabelled
@@ -112,7 +112,7 @@ def checked(
     """
     parse_target(target, registry.names("runtime"))
     masking_name = parse_masking(masking or "sparsegpt")[0]
-    for kind, name in (("search", search), ("saliency", saliency or "taylor"), ("schedule", schedule), ("masking", masking_name)):
+    for kind, name in (("search", search), ("saliency", saliency or DEFAULT_SALIENCY), ("schedule", schedule), ("masking", masking_name)):
         registry.check(kind, name)
     chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
     for technique in chosen:
@@ -124,8 +124,8 @@ def checked(
         raise UsageError(f"masking: {masking!r} says which weights become zero; it needs the technique mask; got {', '.join(chosen)}")
     if "adapt" in chosen and "prune" not in chosen:
         raise UsageError(f"techniques: adapt leaves a map where a block goes; it needs prune as well; got {', '.join(chosen)}")
-    if "prune" in chosen and job.train is None and job.validation is None and needs_labels(saliency or "taylor"):
-        raise unlabelled(saliency or "taylor")
+    if "prune" in chosen and job.train is None and job.validation is None and needs_labels(saliency or DEFAULT_SALIENCY):
+        raise unlabelled(saliency or DEFAULT_SALIENCY)
     if schedule != ONE_SHOT and not {"prune", "distill"} <= set(chosen):
         raise UsageError(
             f"schedule: {schedule!r} prunes while the net trains; it needs the techniques prune and distill; got {', '.join(chosen)}"
@@ -158,7 +158,7 @@ def checked(
         wanted,
         Path(out) if out is not None else default_folder(job.name),
         search,
-        saliency or "taylor",
+        saliency or DEFAULT_SALIENCY,
         schedule,
         masking or "sparsegpt",
         trials,

@@ -14,12 +14,13 @@ from planish.errors import DataError
 from planish.graph.divergence import divergence
 from planish.prune.contract import Material
 from planish.prune.readers import inputs_of_readers
+from planish.prune.saliency.auto import Automatic
 from planish.prune.saliency.flap import Fluctuation
 from planish.prune.saliency.fpgm import GeometricMedian
 from planish.prune.saliency.labelled import FirstTaylor, Fisher
 from planish.prune.saliency.magnitude import L1, Magnitude
 from planish.prune.saliency.norm_scale import NormScale
-from planish.prune.saliency.obs import SurgeonOrder
+from planish.prune.saliency.obs import SurgeonOrder, exact_scores
 from planish.prune.saliency.taylor import Taylor
 from planish.testing.saliency import check_saliency
 
@@ -190,3 +191,30 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
         graph.module.get_parameter("0.weight")[1, 2] = float("nan")
     with pytest.raises(DataError, match="outputs must be finite"):
         Taylor().scores(graph, analysis, material(graph, 4), 0)
+
+
+def test_the_default_is_exact_where_that_is_cheap_and_taylor_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, analysis = captured(*nets.ZOO["bert"]())
+    given = material(graph, 64)
+    surgeon = SurgeonOrder()
+    exact, slopes = surgeon.scores(graph, analysis, given, 0), Taylor().scores(graph, analysis, given, 0)
+    assert 0 < len(surgeon.others) < len(analysis.groups), "the places of queries and keys, which no weight reads"
+    found = Automatic().scores(graph, analysis, given, 0)
+    assert found.keys() == analysis.groups.keys()
+    for name in analysis.groups:
+        np.testing.assert_array_equal(found[name], slopes[name] if name in surgeon.others else exact[name])
+
+    monkeypatch.setattr("planish.prune.saliency.auto._MOST_WORK", 0)
+    for name, scores in Automatic().scores(graph, analysis, given, 0).items():
+        np.testing.assert_array_equal(scores, slopes[name])
+
+
+def test_of_exact_orders_the_cheapest_are_made_where_not_all_can_be() -> None:
+    graph, analysis = captured(*nets.ZOO["bert"]())
+    given = material(graph, 64)
+    every = exact_scores(graph, analysis, given, 64)
+    seen = inputs_of_readers(graph, analysis, given.split, 64)
+    columns = {name: max(graph.module.get_parameter(weight).shape[1] for weight in seen.readers[name]) for name in every}
+    few = exact_scores(graph, analysis, given, 64, 4 * min(columns.values()) ** 3)
+    assert 0 < len(few) < len(every)
+    assert max(columns[name] for name in few) <= min(columns[name] for name in every.keys() - few.keys())

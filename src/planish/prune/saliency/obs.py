@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,21 +81,45 @@ class SurgeonOrder(Magnitude):
     def __init__(self, samples: int = 256) -> None:
         self.samples = samples
 
-    @torch.no_grad()
     def scores(self, graph: Graph, analysis: Analysis, material: Material, seed: int) -> dict[str, NDArray[np.float64]]:
         """See `planish.prune.contract.Saliency`; a group with activations or weights that are not finite gets NaN."""
-        result = super().scores(graph, analysis, material, seed)
-        parameters = dict(graph.module.named_parameters(remove_duplicate=False))
-        seen = inputs_of_readers(graph, analysis, material.split, self.samples)
-        for name, group in analysis.groups.items():
-            given = [_reader(parameters[weight], seen.moments[weight], group, group.unit_of[weight, 1]) for weight in seen.readers[name]]
-            readers = [reader for reader in given if reader is not None]
-            if len(readers) < len(given):
-                result[name] = np.full(group.units, np.nan)
-            elif readers:
-                result[name] = finite(_in_turn(readers, group.units))
-        self.others = [name for name in analysis.groups if not seen.readers[name]]
-        return result
+        found = exact_scores(graph, analysis, material, self.samples)
+        self.others = [name for name in analysis.groups if name not in found]
+        return {**super().scores(graph, analysis, material, seed), **found}
+
+
+@torch.no_grad()
+def exact_scores(
+    graph: Graph, analysis: Analysis, material: Material, samples: int, most_work: float = math.inf
+) -> dict[str, NDArray[np.float64]]:
+    """The scores of `SurgeonOrder` for the groups that a convolution or linear map reads.
+
+    Args:
+        graph: left as it is.
+        analysis: of that graph.
+        material: its split is read.
+        samples: calibration samples.
+        most_work: multiply-accumulates, in double precision, in all; groups that cost least are taken first, and those beyond are left out.
+    """
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    seen = inputs_of_readers(graph, analysis, material.split, samples)
+    work = {
+        name: sum(
+            parameters[weight][0].numel() ** 2 * (parameters[weight][0].numel() + 2 * parameters[weight].shape[0]) for weight in weights
+        )
+        for name, weights in seen.readers.items()
+        if weights
+    }
+    cheapest_first = sorted(work, key=lambda name: (work[name], name))
+    spent = dict(zip(cheapest_first, itertools.accumulate(work[name] for name in cheapest_first), strict=True))
+    found: dict[str, NDArray[np.float64]] = {}
+    for name in (name for name in analysis.groups if name in spent and spent[name] <= most_work):
+        group = analysis.groups[name]
+        given = [_reader(parameters[weight], seen.moments[weight], group, group.unit_of[weight, 1]) for weight in seen.readers[name]]
+        readers = [reader for reader in given if reader is not None]
+        is_whole = len(readers) == len(given)
+        found[name] = finite(_in_turn(readers, group.units)) if is_whole else np.full(group.units, np.nan)
+    return found
 
 
 def _reader(weight: Tensor, moments: Moments, group: Group, unit_of: NDArray[np.int64]) -> _Reader | None:
