@@ -8,6 +8,7 @@ import oddities
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import nets
 from planish.graph.capture import capture
@@ -135,3 +136,21 @@ def test_macs_of_products_with_a_parameter_by_hand() -> None:
     assert macs(analyse(capture(WeightFirst(), (torch.zeros(2, 5, 3),)))) == 2 * 7 * 5 * 3
     mixed = [o for o in oddities.analysed("summed").operators.values() if o.kind == "matmul"]
     assert [operator_macs(o) for o in mixed] == [2 * 7 * 16 * 10]
+
+
+def test_a_value_that_is_two_operands_counts_as_both() -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.m = nn.Linear(6, 16), nn.Linear(6, 16)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            q, m = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.m))
+            return F.scaled_dot_product_attention(q, m, m), torch.einsum("bhic,bhjc->bhij", m, m)
+
+    operators = analyse(capture(Memory().eval(), (torch.randn(2, 5, 6),))).operators
+    attention = next(o for o in operators.values() if o.kind == "attention")
+    product = next(o for o in operators.values() if "equation" in o.attributes)
+    assert [len(shape) for shape in attention.inputs] == [4, 4, 4]
+    assert operator_macs(attention) == 2 * 4 * 5 * 5 * 8
+    assert operator_macs(product) == 2 * 4 * 5 * 5 * 4

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import nets
 from planish.budget import Budget
@@ -20,7 +22,7 @@ from planish.measure.kernels import Kernel
 from planish.plan import Option, Plan
 from planish.search.contract import Limits
 from planish.search.costs import Affine, Costs, calibrated, ceilings, reachable_kernels, tilt
-from planish.search.kernels import kernel_of
+from planish.search.kernels import grids, kernel_of, terms_of
 from planish.search.lagrangian import Problem
 from planish.search.soft import soft_price
 from planish.search.solver import Solver
@@ -343,3 +345,30 @@ def test_the_price_of_widths_between_levels_is_a_product_where_groups_cross():
         wanted = (1 - x) * ((1 - y) * each[0] + y * each[1]) + x * ((1 - y) * each[2] + y * each[3])
         assert price({heads: torch.tensor(h), places: torch.tensor(s)}).item() == pytest.approx(wanted)
     assert price({}).item() == full
+
+
+def test_an_operator_of_many_groups_leaves_the_others_their_levels():
+    """A fused projection depends on the stream, on heads and on two sizes of them; what is in the feed-forward keeps all widths."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o, self.f1, self.f2 = nn.Linear(64, 192), nn.Linear(64, 64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (8, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x + self.f2(F.relu(self.f1(x)))
+
+    analysis = analyse(capture(nn.Sequential(nn.Linear(6, 64), Block(), Block(), nn.Linear(64, 3)).eval(), (torch.randn(2, 16, 6),)))
+    widths = [
+        Option("width", name, width, 0.1) for name, group in analysis.groups.items() for width in range(1, group.units, group.units // 8)
+    ]
+    space = Space(analysis, widths, Plan("made-up:cpu"))
+    terms = terms_of(space)
+    found = {term.name: grid for term, grid in zip(terms, grids(terms, 500), strict=True)}
+    assert len({kernel for term in terms for kernel in term.kernels(found[term.name])}) <= 500
+    inner = space.index["width", "1.f1"]
+    assert len(found["1.f1"][inner]) == space.sizes[inner]
+    assert all(len(values) < space.sizes[v] for v, values in found["1.qkv"].items())
+    assert all(values[0] == 0 and values[-1] == space.sizes[v] - 1 for grid in found.values() for v, values in grid.items())

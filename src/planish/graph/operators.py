@@ -239,7 +239,7 @@ class _Finder:
         given = arguments(node)
         activations: list[Node] = []
         parameters: list[Node] = []
-        for argument in node.all_input_nodes:
+        for argument in _operands(node):
             if self.facts.shapes.get(argument.name) is None:
                 continue
             (parameters if self._origin(argument) else activations).append(argument)
@@ -287,6 +287,13 @@ class _Finder:
 
     def _val(self, node: Node, consumer: Node) -> Val | None:
         return self.program.operand(node, consumer)
+
+
+def _operands(node: Node) -> list[Node]:
+    """The nodes among the arguments in their order, each as often as it is one: a key may be the value too."""
+    found: list[Node] = []
+    torch.fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def _symbolic(value: Any) -> bool:

@@ -14,7 +14,7 @@ from planish.budget import Limit
 from planish.errors import BudgetError
 from planish.measure.kernels import Kernel
 from planish.search.factor import Table
-from planish.search.kernels import fill_unmeasured, grids, terms_of
+from planish.search.kernels import Grid, Term, fill_unmeasured, grids, terms_of
 from planish.search.lagrangian import Problem
 from planish.search.memory import memory_rows, size_rows
 from planish.search.space import FULL_PRECISION, Space
@@ -160,15 +160,15 @@ class Costs:
         self.unmeasured: tuple[Kernel, ...] = ()
         self._parts: dict[str, Factors] = {}
         if lookup is not None:
-            grid = grids(terms, most_kernels)
-            self.kernels = tuple(dict.fromkeys(kernel for term in terms for kernel in term.kernels(grid)))
+            found = grids(terms, most_kernels)
+            self.kernels = _all_kernels(terms, found)
             measured = dict(zip(self.kernels, np.asarray(lookup(self.kernels), dtype=np.float64).tolist(), strict=True))
             self.unmeasured = tuple(kernel for kernel, seconds in measured.items() if not np.isfinite(seconds))
-            seconds = fill_unmeasured(terms, grid, measured)
+            seconds = fill_unmeasured(terms, found, measured)
             tables: list[Factors] = []
             for precision in sorted({kernel.precision for kernel in self.kernels}, key=lambda name: (name != FULL_PRECISION, name)):
                 own = {kernel: figure if kernel.precision == precision else 0.0 for kernel, figure in seconds.items()}
-                tables.append([term.latency(grid, own) for term in terms])
+                tables.append([term.latency(grid, own) for term, grid in zip(terms, found, strict=True)])
                 self._parts[precision] = _merged(tables[-1])
             rows["latency"] = [(parts[0][0], sum((table for _, table in parts[1:]), parts[0][1])) for parts in zip(*tables, strict=True)]
         working = [term for term in terms if term.operator is not None]
@@ -233,8 +233,11 @@ def _merged(factors: Factors) -> Factors:
 def reachable_kernels(space: Space, most: int = 600) -> tuple[Kernel, ...]:
     """Every kernel that `Costs` would ask its lookup for, each once."""
     terms = terms_of(space)
-    grid = grids(terms, most)
-    return tuple(dict.fromkeys(kernel for term in terms for kernel in term.kernels(grid)))
+    return _all_kernels(terms, grids(terms, most))
+
+
+def _all_kernels(terms: Sequence[Term], found: Sequence[Grid]) -> tuple[Kernel, ...]:
+    return tuple(dict.fromkeys(kernel for term, grid in zip(terms, found, strict=True) for kernel in term.kernels(grid)))
 
 
 def ceilings(limits: Sequence[Limit], original: Mapping[str, float], batch: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ Grid = Mapping[int, tuple[int, ...]]
 _ATTRIBUTES = ("batch_first", "dilation", "dim", "groups", "kernel_size", "op", "padding", "reverse", "stride", "transposed")
 _TRANSPARENT = frozenset({"add", "relu", "relu6", "clamp", "hardtanh", "max", "maximum", "minimum"})
 _MOST_EXACT = 4096
+_LEVELS = (64, 32, 24, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2)
+_CELLS = tuple(round(4096 / 1.4**step) for step in range(24))
+"""How many values of a width, and how many combinations of values of all widths of a term, are tried."""
 
 
 def kernel_of(operator: Operator, widths: Mapping[str, int], precision: str) -> Kernel:
@@ -243,30 +247,44 @@ def _levels(size: int, most: int) -> tuple[int, ...]:
     return tuple(sorted({round(i) for i in np.linspace(0, size - 1, min(size, most)).tolist()}))
 
 
-def grids(terms: Sequence[Term], most: int) -> dict[int, tuple[int, ...]]:
-    """The values of each width variable at which kernels are measured: all of them, or as many as keep the kernels below `most`."""
-    sizes = {v: term.space.sizes[v] for term in terms for v in term.widths}
-    grid: dict[int, tuple[int, ...]] = {}
-    for levels in (64, 32, 24, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2):
-        finer, grid = grid, {v: _levels(size, levels) for v, size in sizes.items()}
-        if grid == finer:
+def grids(terms: Sequence[Term], most: int) -> list[Grid]:
+    """For each term the values of its width variables at which kernels are measured: all, or as many as keep the kernels below `most`.
+
+    What is too much is taken from the terms of many cells: of those that depend on several groups, heads and their places among them.
+    """
+    known: list[tuple[Grid, frozenset[Kernel]]] = [({}, frozenset())] * len(terms)
+    found: list[Grid] = []
+    for cells in _CELLS:
+        found = [_within(term, cells) for term in terms]
+        if sum(math.prod(map(len, grid.values())) for grid in found) > 30 * most:
             continue
-        cells = sum(float(np.prod([len(grid[v]) for v in term.widths] or [1])) for term in terms)
-        if cells > 30 * most:
-            continue
-        if len({kernel for term in terms for kernel in term.kernels(grid)}) <= most:
+        known = [
+            old if old[0] == grid and old[1] else (grid, frozenset(term.kernels(grid)))
+            for term, grid, old in zip(terms, found, known, strict=True)
+        ]
+        if len(frozenset().union(*(kernels for _, kernels in known))) <= most:
+            break
+    return found
+
+
+def _within(term: Term, cells: int) -> Grid:
+    """As many values of each width as leave at most so many cells; both ends at least."""
+    grid: Grid = {}
+    for levels in _LEVELS:
+        grid = {v: _levels(term.space.sizes[v], levels) for v in term.widths}
+        if math.prod(map(len, grid.values())) <= cells:
             break
     return grid
 
 
-def fill_unmeasured(terms: Sequence[Term], grid: Grid, measured: Mapping[Kernel, float]) -> dict[Kernel, float]:
+def fill_unmeasured(terms: Sequence[Term], found: Sequence[Grid], measured: Mapping[Kernel, float]) -> dict[Kernel, float]:
     """Seconds of every kernel; one that could not be measured takes its work times the median seconds per work of its kind.
 
     Falls back from (kind, precision) to the kind, to all that multiply or all that only move (as the kernel does), to everything
     measured, to a nanosecond per unit of work.
     """
     work: dict[Kernel, tuple[float, bool]] = {}
-    for term in terms:
+    for term, grid in zip(terms, found, strict=True):
         for _, kernel, amount, multiplies in term.entries(grid):
             if kernel is not None:
                 work[kernel] = (amount, multiplies)
