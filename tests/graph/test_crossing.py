@@ -227,3 +227,63 @@ def test_heads_and_places_of_a_state_that_the_caller_steps() -> None:
         assert parity.difference(found, expected) < parity.SURGERY
         state, absent = found[1], expected[1]
         assert int(state.count_nonzero()) == 3 * 3 * 4 * 5
+
+
+class Interleaved(nn.Module):
+    """Rotary positions that turn neighbours, as in GPT-J: every second place and the one behind it go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.k, self.v, self.out = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 32),
+            nn.Linear(8, 32),
+            nn.Linear(8, 32),
+            nn.Linear(32, 3),
+        )
+        angles = torch.arange(5)[:, None] * torch.rand(4)
+        self.register_buffer("cos", angles.cos().repeat_interleave(2, -1))
+        self.register_buffer("sin", angles.sin().repeat_interleave(2, -1))
+
+    def turned(self, x: Tensor) -> Tensor:
+        return x * self.cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * self.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(self.embed(x)).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(self.turned(q), self.turned(k), v).transpose(1, 2).flatten(2))
+
+
+def test_places_that_a_step_picks_can_go_again_and_again() -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 5, 6),)
+    graph = capture(Interleaved().eval(), example)
+    for left in (4, 3, 2):
+        analysis = analyse(graph)
+        assert analysis.groups["q.size"].units == left
+        smaller = prune(graph, analysis, {"q.size": [1]}).graph
+        assert not any("index_select" in str(node.target) for node in smaller.module.graph.nodes)
+        with torch.no_grad():
+            assert parity.difference(smaller.module(*example), masked_reference(graph, analysis, {"q.size": [1]}, list(example))) < 1e-5
+        graph = smaller
+
+
+def test_a_single_head_of_keys_is_read_by_all_and_its_queries_may_go() -> None:
+    class OneKey(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = nn.Linear(6, 32), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    example = (torch.randn(2, 5, 6),)
+    graph = capture(OneKey().eval(), example)
+    analysis = analyse(graph)
+    heads = next(name for name, group in analysis.groups.items() if group.units == 4 and ("q.weight", 0) in group.unit_of)
+    removed = {name: [0, 2] for name in analysis.groups}
+    assert len(analysis.groups) == 3, heads
+    with torch.no_grad():
+        smaller = prune(graph, analysis, removed).graph.module(*example)
+        assert parity.difference(smaller, masked_reference(graph, analysis, removed, list(example))) < 1e-5

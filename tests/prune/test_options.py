@@ -8,13 +8,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from pruning import calibration, captured, outputs
+from pruning import calibration, captured, material, outputs
 from torch import nn
+from torch.nn import functional as F
 
 import nets
 from planish.graph.divergence import divergence
 from planish.graph.graph import Analysis, Graph
 from planish.graph.groups import analyse
+from planish.graph.surgery import prune
 from planish.plan import Option, Plan
 from planish.prune.apply import apply
 from planish.prune.compensate import compensate
@@ -102,3 +104,36 @@ def test_little_time_means_fewer_samples_and_the_same_options() -> None:
     assert hurried != patient
     assert hurried == sensitivities(graph, analysis, order, split, 4, samples=24)
     assert patient == sensitivities(graph, analysis, order, split, 4)
+
+
+class LinearAttention(nn.Module):
+    """Places of queries and keys give 1 where their weights are zero, and no weight reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 16) for _ in range(3))
+        self.o = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        weighed = q @ (k.transpose(-1, -2) @ v) / (q * k.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+        return self.o(weighed.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_units_that_zeros_do_not_silence_are_judged_by_nets_that_lack_them() -> None:
+    torch.manual_seed(0)
+    graph, analysis = captured(LinearAttention(), (torch.randn(2, 5, 6),))
+    split = calibration(graph, 24)
+    order = orders("random", graph, analysis, material(graph, 24), 0)
+    found = {(o.subject, o.value): o.loss for o in sensitivities(graph, analysis, order, split, 1)}
+    inputs = [torch.from_numpy(value) for value in split.inputs]
+    original = list(graph.module(*inputs))
+    measure = divergence(original)
+    worst = 0.0
+    for width in (3, 2, 1):
+        gone = order["q.size"].going(4 - width).units.tolist()
+        smaller = list(prune(graph, analysis, {"q.size": gone}).graph.module(*inputs))
+        worst = max(worst, float(measure.per_sample(smaller, original).double().mean()))
+        assert found["q.size", width] == pytest.approx(worst, rel=1e-4)

@@ -278,3 +278,23 @@ def test_what_may_be_spent_is_what_the_budget_limits() -> None:
     at = {name: torch.tensor(6.0) for name in analysis.groups}
     assert soft_price(costs, plan, "macs")(at).item() == 4 * (6 * 6 + 6 * 6 + 3 * 6)
     assert soft_price(costs, plan)(at).item() == pytest.approx(1e-6 * len(costs.factors["latency"]), rel=0.5)
+
+
+class Picked(nn.Module):
+    """Every second channel is read: once some are gone, what is picked is named one by one, which nothing narrows again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x))[:, ::2])))
+
+
+def test_rounds_take_what_cannot_be_narrowed_again_at_once() -> None:
+    torch.manual_seed(0)
+    graph, analysis = pruning.captured(Picked().eval(), (torch.randn(4, 6),))
+    given = halved(graph, analysis)
+    assert {"first", "second"} <= analysis.groups.keys()
+    shaped = check_schedule(registry.get("schedule", "iterative"), given)
+    assert shaped.widths == given.widths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ from planish.prune.units import indices_of
 _STRENGTH = 1e-3
 _CHUNK = 64
 _LEAST_SAMPLES = 24
+_COMPARED, _ALIKE = 8, 1e-3
+"""Samples on which a masked net is compared with one that lacks the units, and how alike both must be."""
 _PASSES_PER_BLOCK = 3.0  # of the whole net: half a run without the block, and the refits behind it
 
 
@@ -41,6 +43,7 @@ class _Trial:
     first: int
     parameters: dict[str, Tensor]
     shifts: dict[Node, Tensor]
+    gone: list[int]
     total: float = 0.0
 
 
@@ -94,6 +97,10 @@ def sensitivities(
         trials.sort(key=lambda trial: trial.first)
         reference = [replay.run(replay.start(chunk)) for chunk in chunks]
         measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
+        by_surgery = {name for name, group in analysis.groups.items() if group.routed} | _not_masked(
+            replay, graph, analysis, trials, chunks[0]
+        )
+        trials = [trial for trial in trials if trial.group not in by_surgery]
         ticks = itertools.count(1)
         total = len(trials) * len(chunks) + len(analysis.blocks)
 
@@ -110,9 +117,9 @@ def sensitivities(
                 changed = replay.run(dict(environment), reached, trial.parameters, trial.shifts)
                 trial.total += float(measure.per_sample(changed, outputs).double().sum())
                 tick()
-        routed = _routed_losses(graph, analysis, orders, multiple, chunks, reference, measure)
+        cut = _losses_of_surgery(graph, analysis, orders, by_surgery, multiple, chunks, reference, measure)
         blocks = block_losses(replay, analysis, chunks, reference, measure, tick, is_adapted)
-    losses = {(trial.group, trial.width): trial.total / count for trial in trials} | routed
+    losses = {(trial.group, trial.width): trial.total / count for trial in trials} | cut
     found = []
     for name, group in analysis.groups.items():
         worst = 0.0
@@ -142,23 +149,38 @@ def _width_trials(
                 gone = indices_of(group.unit_of[weight, 1], going.units)
                 changed[weight], shift = _refit(changed[weight], parameters[weight], gone, moments[weight])
                 shifts[operator.node] = shift.reshape(-1, *[1] * len(operator.stride))
-            trials.append(_Trial(name, width, _first(replay, changed), changed, shifts))
+            trials.append(_Trial(name, width, _first(replay, changed), changed, shifts, going.units.tolist()))
     return trials
 
 
-def _routed_losses(
+def _not_masked(replay: Replay, graph: Graph, analysis: Analysis, trials: Sequence[_Trial], chunk: list[Tensor]) -> set[str]:
+    """Groups that only products read, and whose units give something even where all their weights are zero (`elu(x) + 1` in linear attention)."""
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    few, found = [value[:_COMPARED] for value in chunk], set[str]()
+    for name, trial in {trial.group: trial for trial in trials}.items():
+        if analysis.groups[name].exact and not readers(replay, analysis.groups[name], parameters):
+            masked = replay.run(dict(replay.start(few)), 0, trial.parameters, trial.shifts)
+            without = list(prune(graph, analysis, {name: trial.gone}).graph.module(*few))
+            if not all(torch.allclose(a, b, rtol=_ALIKE, atol=_ALIKE * float(b.abs().max())) for a, b in zip(masked, without, strict=True)):
+                found.add(name)
+    return found
+
+
+def _losses_of_surgery(
     graph: Graph,
     analysis: Analysis,
     orders: Mapping[str, Order],
+    names: Collection[str],
     multiple: int,
     chunks: list[list[Tensor]],
     reference: list[list[Tensor]],
     measure: Divergence,
 ) -> dict[tuple[str, int], float]:
-    """(group, width) -> the loss without the experts that go first, by nets that lack them: zeros in a router are scores like any other."""
+    """(group, width) -> the loss without the units that go first, by nets that lack them: zeros in a router are scores like any other."""
     found = {}
-    for name, group in analysis.groups.items():
-        for width in width_levels(group, multiple)[1:] if group.routed else ():
+    for name in names:
+        group = analysis.groups[name]
+        for width in width_levels(group, multiple)[1:]:
             going = orders[name].going(group.units - width)
             if len(going.units) == group.units - width:
                 module = prune(graph, analysis, {name: going.units.tolist()}).graph.module

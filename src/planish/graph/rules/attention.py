@@ -21,7 +21,7 @@ def attention(step: Step) -> Result | None:
     batch = [val.leading(rank - 2) for val in (query, key, value)]
     heads = rank - 3
     for val in batch[1:]:
-        if step.value("enable_gqa") and val.shape[heads] != query.shape[heads]:
+        if step.value("enable_gqa") and 1 < val.shape[heads] != query.shape[heads]:  # a single head is broadcast
             repeats = query.shape[heads] // val.shape[heads]
             if heads in val.ids:
                 val.ids[heads] = val.ids[heads].repeat_interleave(repeats)

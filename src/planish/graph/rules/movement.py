@@ -199,7 +199,7 @@ def edit_unflatten(edit: Edit) -> None:
 
 @edit("slice")
 def edit_slice(edit: Edit) -> None:
-    """Start and end count survivors; with a step, the survivors among the picked indices are selected one by one."""
+    """Start and end count survivors; with a step, where the picked survivors no longer lie a step apart, they are selected one by one."""
     val, dim = edit.val("self"), edit.dim()
     if not edit.survivors.changed(val, dim):
         return
@@ -209,9 +209,12 @@ def edit_slice(edit: Edit) -> None:
         edit.become(aten.slice.Tensor, edit.node.args[0], dim, int(stay[:start].sum()), int(stay[: max(start, end)].sum()))
         return
     position = np.cumsum(stay) - 1
-    picked = torch.tensor([int(position[i]) for i in range(start, end, step) if stay[i]], dtype=torch.long)
+    picked = [int(position[i]) for i in range(start, end, step) if stay[i]]
+    if picked == list(range(picked[0], picked[-1] + 1, step)):
+        edit.become(aten.slice.Tensor, edit.node.args[0], dim, picked[0], picked[-1] + 1, step)
+        return
     constant = f"{edit.node.name}_picked"
-    edit.module.register_buffer(constant, picked)
+    edit.module.register_buffer(constant, torch.tensor(picked, dtype=torch.long))
     with edit.node.graph.inserting_before(edit.node):
         edit.become(aten.index_select.default, edit.node.args[0], dim, edit.node.graph.get_attr(constant))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from planish.graph.groups import analyse
 from planish.graph.surgery import prune
 from planish.prune.shaping import Kept, Shaped, Shaping, Step, again, entrances, followed
 
@@ -24,7 +25,7 @@ class Iterative:
     def shape(self, shaping: Shaping) -> Shaped:
         """Trained in between; the last round's recovery is the run's own."""
         graph, analysis, orders = shaping.graph, shaping.analysis, shaping.orders
-        at_once = entrances(analysis)  # they have no second round
+        at_once = entrances(analysis) | _only_once(shaping)
         left = {name: analysis.groups[name].units for name in shaping.widths}
         names = {name: name for name in shaping.widths}
         total: Kept = {}
@@ -48,6 +49,15 @@ class Iterative:
                 analysis, orders = again(graph, shaping)
                 names = followed(shaping.analysis, analysis, total)
         return Shaped(graph, total, left, tuple(history))
+
+
+def _only_once(shaping: Shaping) -> set[str]:
+    """Groups that cannot be narrowed again once units have left: surgery selects what stays one by one somewhere."""
+    analysis = shaping.analysis
+    goals = {name: _width(shaping, name, 1, analysis.groups[name].multiple) for name in shaping.widths}
+    going = {name: shaping.orders[name].going(analysis.groups[name].units - goal).units.tolist() for name, goal in goals.items()}
+    pruned = prune(shaping.graph, analysis, {name: units for name, units in going.items() if units})
+    return shaping.widths.keys() - followed(analysis, analyse(pruned.graph), pruned.kept).keys()
 
 
 def _width(shaping: Shaping, name: str, number: int, multiple: int) -> int:
