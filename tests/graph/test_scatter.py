@@ -247,11 +247,16 @@ def geometric(kind: str) -> tuple[nn.Module, dict[str, int]]:
         "sage": lambda: (layers.SAGEConv(30, 16), layers.SAGEConv(16, 5), False, {"one.lin_l": 16}),
         "sage_max": lambda: (layers.SAGEConv(30, 16, aggr="max"), layers.SAGEConv(16, 5, aggr="max"), False, {"one.lin_l": 16}),
         "gin": lambda: (layers.GINConv(mlp(30, 16)), layers.GINConv(mlp(16, 5)), False, {"one.nn.0": 20, "one.nn.2": 16, "two.nn.0": 20}),
-        "gat": lambda: (layers.GATConv(30, 6, heads=4), layers.GATConv(24, 5), True, {"one.lin": 4}),  # heads
-        "gat_2": lambda: (layers.GATv2Conv(30, 6, heads=4), layers.GATv2Conv(24, 5), True, {"one.lin_l": 4}),
+        "gat": lambda: (
+            layers.GATConv(30, 6, heads=4),
+            layers.GATConv(24, 5),
+            True,
+            {"one.lin": 4, "one.lin.size": 6},
+        ),  # heads, and places in them
+        "gat_2": lambda: (layers.GATv2Conv(30, 6, heads=4), layers.GATv2Conv(24, 5), True, {"one.lin_l": 4, "one.lin_l.size": 6}),
         "transformer": lambda: (
             *(layers.TransformerConv(30, 6, heads=4), layers.TransformerConv(24, 5), True),
-            {"one.lin_query": 4, "two.lin_query": 5},
+            {"one.lin_query": 4, "one.lin_query.size": 6, "one.lin_value.size": 6, "two.lin_query": 5},
         ),
     }
     one, two, is_union, groups = nets_and_groups[kind]()
