@@ -15,7 +15,7 @@ from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
 from planish.plan import DEFAULT_SALIENCY, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 from planish.prune.masks.pattern import parse_masking
-from planish.prune.order import needs_labels
+from planish.prune.order import is_clustering, needs_labels
 from planish.prune.saliency.labelled import unlabelled
 from planish.target import parse_target
 
@@ -130,7 +130,7 @@ def checked(
         raise UsageError(
             f"schedule: {schedule!r} prunes while the net trains; it needs the techniques prune and distill; got {', '.join(chosen)}"
         )
-    if schedule != ONE_SHOT and saliency is not None and saliency.partition(":")[0] in registry.names("redundancy"):
+    if schedule != ONE_SHOT and saliency is not None and is_clustering(saliency):
         raise UsageError(f"schedule: a clustering merges units at once; with {schedule!r} give a saliency; got {saliency!r}")
     for what, number, least in (("trials", trials, 1), ("seed", seed, 0), ("threads", 1 if threads is None else threads, 1)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:

@@ -132,6 +132,11 @@ def merge_(tensors: Mapping[str, Tensor], group: Group, going: Going) -> None:
             tensors[name].index_add_(dim, place, tensors[name].index_select(dim, source) * factors.view(view))
 
 
+def is_clustering(name: str) -> bool:
+    """Whether a criterion is a clustering, of whatever behind a colon, and no saliency."""
+    return name.partition(":")[0] in registry.names("redundancy")
+
+
 def needs_labels(name: str) -> bool:
     """Whether a saliency, or one of several joined by "+", needs samples with labels; a clustering never does.
 
@@ -139,7 +144,7 @@ def needs_labels(name: str) -> bool:
         UnknownName: nobody registered such a name.
     """
     registry.check("saliency", name)
-    if name.partition(":")[0] in registry.names("redundancy"):
+    if is_clustering(name):
         return False
     return any("labels" in registry.get("saliency", part).needs for part in name.split("+"))
 
@@ -160,8 +165,8 @@ def orders(name: str, graph: Graph, analysis: Analysis, material: Material, seed
         DataError: it needs labels, and there are none.
     """
     registry.check("saliency", name)
-    method, _, of = name.partition(":")
-    if method in registry.names("redundancy"):
+    if is_clustering(name):
+        method, _, of = name.partition(":")
         clustered = _clustered(registry.get("redundancy", method)(), of or "weights", graph, analysis, material, seed)
         return {g: _idle_first(group) if group.idle else clustered[g] for g, group in analysis.groups.items()}
     methods: list[Saliency] = [registry.get("saliency", part)() for part in name.split("+")]
