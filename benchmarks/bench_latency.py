@@ -37,7 +37,8 @@ from planish.plan import Option, Plan
 from planish.prune.apply import apply
 from planish.prune.levels import width_levels
 from planish.quantize.apply import quantize
-from planish.quantize.placement import unsupported
+from planish.quantize.schemes.int8 import INT8
+from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import get_runtime
 from planish.search.costs import Costs, calibrated
 from planish.search.space import Space
@@ -94,7 +95,7 @@ def _bench(name: str, graph: Graph, split: Split, target: Target, count: int) ->
     ]
     options += [Option("block", block, 1, 0.0) for block in analysis.blocks]
     nodes = {node.name: node for node in graph.module.graph.nodes}
-    whole = {key: "int8" for key, operator in analysis.operators.items() if not unsupported(nodes[operator.node])}
+    whole = {key: "int8" for key, operator in analysis.operators.items() if not unsupported(nodes[operator.node], INT8)}
     if "int8" in runtime.schemes:
         options += [Option("precision", key, "int8", 0.0) for key in whole]
     space = Space(analysis, options, Plan(target.name))

@@ -18,7 +18,7 @@ import click
 import planish
 from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
-from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_OBSERVER, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 
 if TYPE_CHECKING:
     from planish.result import Result
@@ -27,7 +27,7 @@ INTERRUPTED = 130
 _DEMO, _DEMO_JOB = Path("out/demo.planish"), "digits"
 _PASSED_ON = (
     *("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest"),
-    *("saliency", "schedule", "masking"),
+    *("saliency", "schedule", "masking", "observer"),
 )
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -211,6 +211,19 @@ def _budget_options(function: F) -> F:
     help="Which weights become zero: sparsegpt (the default), wanda or magnitude; with the one pattern that is offered, as in wanda:2:4 or "
     "sparsegpt:60%, instead of 50%, 75% and 90%.",
 )
+@click.option(
+    "--schemes",
+    metavar="NAMES",
+    help="What operators may compute in besides fp32: int8 (static), int8-dynamic, int8-weights, int4-weights, w4a8; by default all but the last, "
+    "each where the runtime executes it and it was measured to pay.",
+)
+@click.option(
+    "--observer",
+    metavar="NAME",
+    default=DEFAULT_OBSERVER,
+    show_default=True,
+    help="How ranges are chosen on calibration data: mse, minmax, moving-average, percentile or entropy.",
+)
 @click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
@@ -228,6 +241,7 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     _check_target(options["target"])
     registry.check("search", options["search"])
     registry.check("schedule", options["schedule"])
+    registry.check("observer", options["observer"])
     if options["saliency"] is not None:
         registry.check("saliency", options["saliency"])
     if options["masking"] is not None:
@@ -235,6 +249,9 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
 
         registry.check("masking", parse_masking(options["masking"])[0])
     chosen = _techniques(techniques)
+    schemes = _listed(options["schemes"]) if options["schemes"] is not None else None
+    for name in schemes or ():
+        registry.check("scheme", name)
     out: Path | None = options["out"]
     if out is not None and not options["dry_run"]:
         check_output(out, options["overwrite"])
@@ -251,6 +268,7 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
         "out": out,
         "events": console,
         "techniques": chosen,
+        "schemes": schemes,
         **{name: options[name] for name in _PASSED_ON},
     }
     if options["dry_run"]:
@@ -406,13 +424,18 @@ def _check_target(target: str) -> None:
 
 
 def _techniques(text: str) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    chosen = _listed(text)
     for name in chosen:
         if name not in TECHNIQUES:
             raise UnknownName("technique", name, TECHNIQUES)
     if not chosen:
         raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}, separated by commas")
     return chosen
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The names between commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 class _Interrupted(PlanishError):

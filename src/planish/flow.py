@@ -53,6 +53,8 @@ def optimize(
     saliency: str | None = None,
     schedule: str = ONE_SHOT,
     masking: str | None = None,
+    schemes: Sequence[str] | None = None,
+    observer: str | None = None,
     events: Events | None = None,
 ) -> Result:
     """Make a trained net meet a budget in its target runtime, on this machine, and write it with the proof.
@@ -80,6 +82,9 @@ def optimize(
             decides on the widths). All but the first use half of the recovery's time.
         masking: who chooses which weights are zero, "sparsegpt" by default, "wanda" or "magnitude"; behind a colon the one pattern that is
             offered, as in "wanda:2:4" or "sparsegpt:60%".
+        schemes: what operators may compute in besides fp32: any of "int8" (static), "int8-dynamic", "int8-weights", "int4-weights", "w4a8"; by
+            default all but the last, of which each runtime is tried with those that it executes.
+        observer: how ranges are chosen on calibration data: "mse" by default, "minmax", "moving-average", "percentile" or "entropy".
         events: is told of the run's progress.
 
     Returns:
@@ -107,6 +112,8 @@ def optimize(
         saliency=saliency,
         schedule=schedule,
         masking=masking,
+        schemes=schemes,
+        observer=observer,
     )
     check_output(request.out, overwrite)
     return _run(job, request, events or Silent(), resuming=False)

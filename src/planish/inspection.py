@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from planish import registry
 from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
@@ -19,7 +20,8 @@ from planish.graph.members import Members, held, members, unit_name
 from planish.graph.replay import Replay
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.masks.subjects import subjects
-from planish.quantize.placement import unsupported
+from planish.quantize.schemes.int8 import INT8
+from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 
@@ -54,7 +56,7 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
                 "fused": list(operator.fused),
                 "reads": list(operator.reads),
                 "tensors": list(operator.tensors),
-                "int8": unsupported(nodes[operator.node]) or "can be quantized",
+                "int8": unsupported(nodes[operator.node], INT8) or "can be quantized",
                 "width": _width(operator, found, by_group),
             }
             for name, operator in found.operators.items()
@@ -156,15 +158,17 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     levels = sum(len(width_levels(group, multiple)) - 1 for group in found.groups.values()) if "prune" in request.techniques else 0
     blocks = len(found.blocks) if "prune" in request.techniques else 0
     nodes = {node.name: node for node in graph.module.graph.nodes}
-    int8 = sum(not unsupported(nodes[o.node]) for o in found.operators.values()) if "quantize" in request.techniques else 0
+    schemes = [registry.get("scheme", name) for name in request.schemes if any(name in get_runtime(t.runtime).schemes for t in targets)]
+    fits = [not unsupported(nodes[o.node], scheme) for o in found.operators.values() for scheme in schemes]
+    int8 = sum(fits) if "quantize" in request.techniques else 0
     limit = request.time_limit or math.inf
     masks = _masks(graph, found, request, targets[0])
     stages = {
         "capture and groups": capturing,
         "exporting and measuring the original": (capturing + 6.0) * (len(targets) + 1),
         "sensitivity of groups and blocks": min(0.6 * (levels + blocks) * 256 * sample, SENSITIVITY_SHARE * limit),
-        "int8 in each runtime": (capturing + 6.0) * len(targets) if int8 else 0.0,
-        "sensitivity of int8": min(0.6 * int8 * 256 * sample, SENSITIVITY_SHARE * limit),
+        "schemes in each runtime": 1.5 * (capturing + 6.0) * len(targets) if int8 else 0.0,
+        "sensitivity of schemes": min(0.6 * int8 * 256 * sample, SENSITIVITY_SHARE * limit),
         "sensitivity of masks": min(0.6 * masks * 256 * sample, SENSITIVITY_SHARE * limit),
         "latency tables": min(0.3 * (levels * 4 + int8), TABLES_SHARE * limit),
         "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),

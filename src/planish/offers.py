@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planish import registry
 from planish.clock import SENSITIVITY_SHARE, TABLES_SHARE
+from planish.graph.graph import Operator
+from planish.graph.macs import operator_macs
 from planish.measure.machine import machine
 from planish.measure.tables import Table
-from planish.plan import Option, Plan
+from planish.measurement import Estimate
+from planish.plan import DEFAULT_SCHEMES, Option, Plan
 from planish.prune.masks.options import mask_options
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.options import sensitivities
 from planish.prune.order import orders, remarks
 from planish.quantize.options import precision_options
-from planish.quantize.placement import unsupported
+from planish.quantize.subjects import FULL_PRECISION, unsupported
 from planish.runtimes.contract import Runtime
 from planish.search.costs import Lookup
 from planish.study.store import Study
@@ -31,10 +35,18 @@ if TYPE_CHECKING:
 
 _SENSITIVITY_S = 180.0
 _CLEAR_GAIN = 1.1
+_FAIR_SHARE = 0.2
+"""A scheme that is about less than this share of the multiply-accumulates (of the weights, under a limit on size or memory) is not tried."""
+_FOR_SIZE = ("int4-weights",)
+"""Schemes that lose too much to be tried where no limit on size or memory asks for them."""
 _KERNELS, _OPTIONS = "kernels", "options for"
 """Events of the study: what the clock, or the machine as it was then, decided. A run that is carried on decides the same."""
 _KERNEL_S, _FEWEST_KERNELS, _MOST_KERNELS = 0.3, 60, 600
 """Seconds that the visits of a small kernel take, and between what bounds about so many kernels are measured as time allows."""
+
+
+def _weights(operator: Operator) -> int:
+    return sum(math.prod(size.full for size in shape) for shape in operator.weights if len(shape) > 1)
 
 
 class Offers:
@@ -55,7 +67,14 @@ class Offers:
         """What all plans of this run have in common."""
         request = self.request
         masking, _ = parse_masking(request.masking)
-        return Plan(target, saliency=request.saliency, schedule=request.schedule, masking=masking, seed=request.seed)
+        return Plan(
+            target,
+            saliency=request.saliency,
+            schedule=request.schedule,
+            masking=masking,
+            observer=request.observer,
+            seed=request.seed,
+        )
 
     def pruning(self) -> list[Option]:
         """Widths of every group, and blocks that may go."""
@@ -125,7 +144,7 @@ class Offers:
         return SENSITIVITY_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else _SENSITIVITY_S
 
     def runtime(self, options: list[Option]) -> tuple[Baseline, list[Option]]:
-        """The runtime in which the original, or its int8 form, is quickest; and the options with that runtime's precisions.
+        """The runtime in which the original, or the original in one scheme, is quickest; and the options with that runtime's precisions.
 
         The one in which the original is quickest is left only for a clear gain: there both nets feel the machine's slow states alike,
         while a ratio of two runtimes changes with them.
@@ -133,48 +152,76 @@ class Offers:
         bench = self.bench
         if "quantize" not in self.request.techniques:
             return bench.best, options
-        ratios = {bench.best.target.runtime: 1.0}
+        ratios = {(bench.best.target.runtime, FULL_PRECISION): 1.0}
         wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
-        nodes = {node.name: node for node in bench.graph.module.graph.nodes}
-        whole = {name: "int8" for name, operator in bench.analysis.operators.items() if not unsupported(nodes[operator.node])}
-        with self.clock.stage("int8 in each runtime"):
-            for done, (name, baseline) in enumerate(bench.baselines.items()):
-                self.events.progress(done, len(bench.baselines))
-                if "int8" not in baseline.runtime.schemes or not whole:
-                    continue
-                plan = self.template(baseline.target.name).replace(precisions=whole)
-                ratio = self.trials.trial(plan).ratio
-                is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
-                if ratio is not None and not is_sure and self.trials.visits(plan) == 1:  # one noisy figure rules no runtime out
-                    again = self.trials.visit(plan)
-                    ratio = again.ratio if again is not None else ratio
+        tried = [(name, scheme) for name, baseline in bench.baselines.items() for scheme in self._schemes(baseline.runtime, wants_small)]
+        with self.clock.stage("schemes in each runtime"):
+            for done, (name, scheme) in enumerate(tried):
+                self.events.progress(done, len(tried))
+                ratio = self._ratio(self.template(bench.baselines[name].target.name).replace(precisions=self._whole(scheme)))
                 if ratio is not None:
-                    ratios[name] = min(ratio.median, ratios.get(name, 1.0))
-                if ratio is not None and ratio.median >= 1.0:
-                    unused = "" if wants_small else ", so it is not used there"
-                    bench.notes.append(f"int8 is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32){unused}")
-        chosen = min(ratios, key=lambda name: ratios[name])
-        if ratios[bench.best.target.runtime] <= _CLEAR_GAIN * ratios[chosen]:
+                    ratios[name, scheme] = ratio.median
+                if ratio is not None and ratio.median >= 1.0 and not wants_small:
+                    bench.notes.append(
+                        f"{scheme} is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32), so it is not used there"
+                    )
+        chosen = min(ratios, key=ratios.__getitem__)[0]
+        if self._best_of(bench.best.target.runtime, ratios) <= _CLEAR_GAIN * self._best_of(chosen, ratios):
             chosen = bench.best.target.runtime
-        baseline, is_faster = bench.baselines[chosen], ratios[chosen] < 1.0
-        if not (is_faster or wants_small) or "int8" not in baseline.runtime.schemes:
+        baseline = bench.baselines[chosen]
+        worth = [scheme for name, scheme in tried if name == chosen and (wants_small or ratios.get((name, scheme), math.inf) < 1.0)]
+        if not worth:
             return baseline, options
-        with self.clock.stage("sensitivity of int8"):
+        with self.clock.stage("sensitivity of schemes"):
             self.bench.threads.settle()
             found = self._kept_options(
-                f"{baseline.target.name} with {machine().isa}",
+                f"{baseline.target.name} in {'+'.join(worth)} by {self.request.observer} with {machine().isa}",
                 lambda: precision_options(
                     bench.graph,
                     bench.analysis,
                     baseline.runtime,
                     baseline.target,
                     bench.data.calibration,
+                    worth,
+                    self.request.observer,
                     progress=self.events.progress,
                     kind=bench.output_kind,
                     seconds=self._sensitivity_s,
                 ),
             )
         return baseline, [*options, *found]
+
+    @staticmethod
+    def _best_of(runtime: str, ratios: Mapping[tuple[str, str], float]) -> float:
+        return min(ratio for (name, _), ratio in ratios.items() if name == runtime) if any(n == runtime for n, _ in ratios) else math.inf
+
+    def _schemes(self, runtime: Runtime, wants_small: bool) -> list[str]:
+        """The schemes that a runtime is tried with: those that it executes and that are about a fair share of the net's work, or of its weights."""
+        found = []
+        operators = self.bench.analysis.operators
+        for name in self.request.schemes:
+            if name in runtime.schemes and (whole := self._whole(name)):
+                of = operator_macs if not wants_small else _weights
+                share = sum(of(operators[o]) for o in whole) / max(sum(of(o) for o in operators.values()), 1)
+                is_asked = wants_small or self.request.schemes != DEFAULT_SCHEMES
+                if share >= _FAIR_SHARE and (is_asked or name not in _FOR_SIZE):
+                    found.append(name)
+        return found
+
+    def _whole(self, scheme: str) -> dict[str, str]:
+        """The precisions that put every operator that has such a form into a scheme."""
+        nodes = {node.name: node for node in self.bench.graph.module.graph.nodes}
+        known = registry.get("scheme", scheme)
+        return {name: scheme for name, operator in self.bench.analysis.operators.items() if not unsupported(nodes[operator.node], known)}
+
+    def _ratio(self, plan: Plan) -> Estimate | None:
+        """The latency of a plan against the quickest original; visited once more where one noisy figure would rule a runtime out."""
+        ratio = self.trials.trial(plan).ratio
+        is_sure = ratio is not None and ratio.trustworthy and ratio.median < 1.0
+        if ratio is not None and not is_sure and self.trials.visits(plan) == 1:
+            again = self.trials.visit(plan)
+            ratio = again.ratio if again is not None else ratio
+        return ratio
 
     @property
     def affordable_kernels(self) -> int:

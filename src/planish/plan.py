@@ -16,6 +16,10 @@ WHOLE_MAP = "1x1"
 """The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
 DEFAULT_SALIENCY = "auto"
 """The criterion that says which units go first, where no other is asked for."""
+DEFAULT_SCHEMES = ("int8", "int8-dynamic", "int8-weights", "int4-weights")
+"""What operators may compute in besides fp32, where no schemes are asked for."""
+DEFAULT_OBSERVER = "mse"
+"""How the ranges of tensors are chosen, where no other way is asked for."""
 ONE_SHOT = "one-shot"
 """The schedule by which all units leave at once, before recovery."""
 
@@ -93,7 +97,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     masking: str = "sparsegpt"
     saliency: str = "magnitude"
     schedule: str = ONE_SHOT
-    observer: str = "mse"
+    observer: str = DEFAULT_OBSERVER
     recovery: Recovery = Recovery()
     seed: int = 0
 

@@ -1,5 +1,5 @@
-"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, masks, observers, search methods, and other packages' entry
-points.
+"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, masks, observers, schemes, search methods, and other
+packages' entry points.
 
 A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
 the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
@@ -56,8 +56,19 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "wanda": "planish.prune.masks.wanda:Wanda",
     },
     "observer": {
+        "entropy": "planish.quantize.observers.entropy:Entropy",
         "minmax": "planish.quantize.observers.minmax:MinMax",
+        "moving-average": "planish.quantize.observers.moving_average:MovingAverage",
         "mse": "planish.quantize.observers.mse:MeanSquaredError",
+        "percentile": "planish.quantize.observers.percentile:Percentile",
+    },
+    "scheme": {
+        "fp8": "planish.quantize.schemes.fp8:FP8",
+        "int4-weights": "planish.quantize.schemes.int4_weights:INT4_WEIGHTS",
+        "int8": "planish.quantize.schemes.int8:INT8",
+        "int8-dynamic": "planish.quantize.schemes.int8_dynamic:INT8_DYNAMIC",
+        "int8-weights": "planish.quantize.schemes.int8_weights:INT8_WEIGHTS",
+        "w4a8": "planish.quantize.schemes.w4a8:W4A8",
     },
     "search": {
         "solver": "planish.search.solver:Solver",
@@ -95,7 +106,7 @@ def check(kind: str, name: str) -> None:
 
 
 def get(kind: str, name: str) -> Any:
-    """The class registered as `name`.
+    """What is registered as `name`: a class, or a `Scheme`.
 
     Raises:
         UnknownName: nobody registered that name; the message shows the nearest ones.

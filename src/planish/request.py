@@ -13,10 +13,11 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
-from planish.plan import DEFAULT_SALIENCY, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_OBSERVER, DEFAULT_SALIENCY, DEFAULT_SCHEMES, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.order import is_clustering, needs_labels
 from planish.prune.saliency.labelled import unlabelled
+from planish.runtimes.contract import get_runtime
 from planish.target import parse_target
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Request:
         out: where the artifact goes.
         search, saliency, schedule: registered names.
         masking: a registered name, perhaps with a pattern behind a colon.
+        schemes: what operators may compute in.
+        observer: a registered name.
         trials: candidates at most.
         time_limit: seconds of the whole call; None: as long as the default recovery takes.
         seed: of everything random.
@@ -49,6 +52,8 @@ class Request:
     saliency: str
     schedule: str
     masking: str
+    schemes: tuple[str, ...]
+    observer: str
     trials: int
     time_limit: float | None
     seed: int
@@ -77,12 +82,30 @@ class Request:
             "saliency": self.saliency,
             "schedule": self.schedule,
             "masking": self.masking if "mask" in self.techniques else None,
+            "schemes": list(self.schemes) if self.schemes != DEFAULT_SCHEMES else None,
+            "observer": self.observer if self.observer != DEFAULT_OBSERVER else None,
             "trials": self.trials,
             "techniques": list(self.techniques),
             "keep": list(self.keep),
             "threads": self.threads,
             "control": self.control,
         }
+
+
+def _schemes(target: str, schemes: Sequence[str] | None) -> tuple[str, ...]:
+    """What operators may compute in: what was named, checked against the target; else the usual ones, of which each runtime takes its own."""
+    if schemes is None:
+        return DEFAULT_SCHEMES
+    named = (schemes,) if isinstance(schemes, str) else tuple(schemes)
+    if not named:
+        raise UsageError(f"schemes: give at least one of {', '.join(registry.names('scheme'))}")
+    runtimes = [name for name in registry.names("runtime") if target in ("cpu", name) or target.startswith(f"{name}:")]
+    for name in named:
+        registry.check("scheme", name)
+        if not any(name in get_runtime(runtime, require=False).schemes for runtime in runtimes):
+            reason = registry.get("scheme", name).refusal or f"{', '.join(runtimes)} cannot execute it"
+            raise UsageError(f"schemes: {name!r} cannot run on {target!r}: {reason}")
+    return named
 
 
 def checked(
@@ -104,6 +127,8 @@ def checked(
     saliency: str | None = None,
     schedule: str = ONE_SHOT,
     masking: str | None = None,
+    schemes: Sequence[str] | None = None,
+    observer: str | None = None,
 ) -> Request:
     """The arguments of `optimize`, checked without touching data, model or disk.
 
@@ -112,7 +137,14 @@ def checked(
     """
     parse_target(target, registry.names("runtime"))
     masking_name = parse_masking(masking or "sparsegpt")[0]
-    for kind, name in (("search", search), ("saliency", saliency or DEFAULT_SALIENCY), ("schedule", schedule), ("masking", masking_name)):
+    named = {
+        "search": search,
+        "saliency": saliency or DEFAULT_SALIENCY,
+        "schedule": schedule,
+        "masking": masking_name,
+        "observer": observer or DEFAULT_OBSERVER,
+    }
+    for kind, name in named.items():
         registry.check(kind, name)
     chosen = (techniques,) if isinstance(techniques, str) else tuple(techniques)
     for technique in chosen:
@@ -122,6 +154,9 @@ def checked(
         raise UsageError(f"techniques: give at least one of {', '.join(TECHNIQUES)}")
     if masking is not None and "mask" not in chosen:
         raise UsageError(f"masking: {masking!r} says which weights become zero; it needs the technique mask; got {', '.join(chosen)}")
+    if schemes is not None and "quantize" not in chosen:
+        raise UsageError(f"schemes: they say what operators compute in; that needs the technique quantize; got {', '.join(chosen)}")
+    wanted_schemes = _schemes(target, schemes)
     if "adapt" in chosen and "prune" not in chosen:
         raise UsageError(f"techniques: adapt leaves a map where a block goes; it needs prune as well; got {', '.join(chosen)}")
     if "prune" in chosen and job.train is None and job.validation is None and needs_labels(saliency or DEFAULT_SALIENCY):
@@ -161,6 +196,8 @@ def checked(
         saliency or DEFAULT_SALIENCY,
         schedule,
         masking or "sparsegpt",
+        wanted_schemes,
+        observer or DEFAULT_OBSERVER,
         trials,
         time_limit,
         seed,

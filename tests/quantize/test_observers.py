@@ -7,9 +7,10 @@ import torch
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
 from planish import registry
-from planish.quantize.arithmetic import UINT8, fake_quantize, int8_weights
+from planish.quantize.arithmetic import UINT8, Grid, fake_quantize, int8_weights
+from planish.quantize.observers.histogram import BINS
 from planish.quantize.observers.minmax import MinMax
-from planish.quantize.observers.mse import BINS, CLOSE, MeanSquaredError
+from planish.quantize.observers.mse import CLOSE, MeanSquaredError
 from planish.testing.observers import check_observer
 
 
@@ -101,15 +102,16 @@ def test_histogram_of_many_batches_equals_that_of_one() -> None:
         in_turn.update(batch)
     # the bins of the second were doubled several times: they are at most twice as wide
     assert float(in_turn.quantizer().scale) == pytest.approx(float(at_once.quantizer().scale), rel=0.05)
-    assert float(in_turn._count.sum()) == len(values)
-    assert float(in_turn._sum.sum()) == pytest.approx(float(values.double().sum()), rel=1e-9)
+    means, count = in_turn._histogram.points()
+    assert float(count.sum()) == len(values)
+    assert float((means.double() * count).sum()) == pytest.approx(float(values.double().sum()), rel=1e-5)
 
 
 def test_memory_does_not_grow_with_the_batches() -> None:
     observer = MeanSquaredError(UINT8)
     for seed in range(50):
         observer.update(normal(1000, seed=seed) * (seed + 1))
-    assert len(observer._count) == 2 * BINS and not observer._channels
+    assert len(observer._histogram.points()[0]) <= 2 * BINS and not observer._channels
 
 
 def test_zeros_before_values_are_kept_at_zero() -> None:
@@ -126,3 +128,44 @@ def test_a_thinned_out_tensor_gives_nearly_the_same_range() -> None:
     few = MeanSquaredError(UINT8)
     few.update(values.flatten()[: 1 << 18])
     assert float(observer.quantizer().scale) == pytest.approx(float(few.quantizer().scale), rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("percentile", 20.0), ("entropy", 20.0), ("moving-average", 20.0)])
+def test_one_rare_value_does_not_take_the_range(name: str, kept: float) -> None:
+    """Of 100,000 rectified normal values one is 40 times as large as the rest: these clip it, and none clips the rest."""
+    observer, widest = registry.get("observer", name)(Grid(0, 63)), MinMax(Grid(0, 63))
+    for seed in range(40):
+        values = normal(2500, seed=seed).abs()
+        if seed == 7:
+            values[0] = 160.0
+        for one in (observer, widest):
+            one.update(values)
+    assert float(widest.quantizer().high) == pytest.approx(160.0, rel=1e-3)
+    assert 2.0 < float(observer.quantizer().high) < kept
+
+
+def test_the_percentile_is_of_the_values() -> None:
+    """Of 0 to 9,999 one in ten thousand lies at either end: the first and the last."""
+    observer = registry.get("observer", "percentile")(UINT8)
+    observer.update(torch.arange(-5000.0, 5000.0))
+    found = observer.quantizer()
+    assert float(found.high) == pytest.approx(4999.0, rel=0.01) and float(found.low) == pytest.approx(-5000.0, rel=0.01)
+
+
+def test_the_average_moves_like_torchs_own_once_it_has_settled() -> None:
+    from torch.ao.quantization.observer import MovingAverageMinMaxObserver
+
+    theirs = MovingAverageMinMaxObserver(averaging_constant=0.1, dtype=torch.quint8, eps=1e-30)
+    ours = registry.get("observer", "moving-average")(UINT8)
+    for seed in range(200):
+        values = normal(50, seed=seed)
+        theirs(values)
+        ours.update(values)
+    scale, _ = theirs.calculate_qparams()
+    assert float(ours.quantizer().scale) == pytest.approx(float(scale), rel=1e-4)
+
+
+def test_entropy_keeps_uniform_values_whole() -> None:
+    observer = registry.get("observer", "entropy")(UINT8)
+    observer.update(torch.linspace(0.0, 3.0, 100_000))
+    assert float(observer.quantizer().high) == pytest.approx(3.0, rel=0.02)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
+from planish.graph.modes import short_name
 
 aten = torch.ops.aten
 _decomposed = torch.ops.quantized_decomposed
@@ -23,7 +24,7 @@ _FULL_RANGES = {(0, 255): torch.uint8, (-128, 127): torch.int8}
 
 def is_quantized(graph: Graph) -> bool:
     """Whether the program holds a fake-quantized node."""
-    return any(node.target in (*_PER_TENSOR, _PER_CHANNEL) for node in graph.module.graph.nodes)
+    return any(short_name(node).startswith("fake_quantize") for node in graph.module.graph.nodes)
 
 
 def to_qdq(graph: Graph) -> Graph:

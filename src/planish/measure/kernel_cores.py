@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
+from planish import registry
 from planish.errors import UsageError
 from planish.measure.kernels import Kernel, Shape
 from planish.measure.model_writer import BINARY, Model
@@ -67,9 +69,15 @@ def _conv(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
 
 def _linear(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
     out, inner = kernel.weights[0]
-    if len(kernel.inputs[0]) == 2 and len(kernel.weights) > 1 and not int8:
+    has_bias = len(kernel.weights) > 1
+    scheme = registry.get("scheme", kernel.precision) if kernel.precision not in ("fp32", "int8") else None
+    if scheme is not None and scheme.activations == "dynamic":
+        return model.dynamic_linear(xs[0], out, inner, has_bias)
+    if scheme is not None:
+        return model.grouped_linear(xs[0], out, inner, has_bias, scheme.weight_bits, scheme.group)
+    if len(kernel.inputs[0]) == 2 and has_bias and not int8:
         return model.op("Gemm", [xs[0], model.weight((out, inner)), model.weight((out,))], transB=1)
-    return model.linear(xs[0], len(kernel.inputs[0]), (out, inner), len(kernel.weights) > 1, int8)
+    return model.linear(xs[0], len(kernel.inputs[0]), (out, inner), has_bias, int8)
 
 
 def _matmul(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
@@ -105,6 +113,10 @@ def _recurrent(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
 
 
 def _embedding(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
+    if kernel.precision != "fp32":
+        rows, width = kernel.weights[0]
+        values = model.op("Cast", [model.op("Gather", [model.integers((rows, width), np.int8), xs[0]], axis=0)], to=TensorProto.FLOAT)
+        return model.op("Mul", [values, model.op("Gather", [model.weight((rows, 1)), xs[0]], axis=0)])
     return model.op("Gather", [model.weight(kernel.weights[0]), xs[0]], axis=0)
 
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from planish import registry
 from planish.errors import UsageError
 from planish.measure.kernel_cores import CORES, integers, operation
 from planish.measure.kernels import Kernel, Shape
 from planish.measure.model_writer import BINARY, PROBE_CHANNELS, Model
 from planish.signature import Signature
 
-_INT8_KINDS = ("conv", "linear", "matmul", "attention", "pool", "other")
+FULL_PRECISION, STATIC = "fp32", "int8"
+_STATIC_KINDS = ("conv", "linear", "matmul", "attention", "pool", "other")
 
 
 def recipe(kernel: Kernel) -> list[tuple[int, Kernel]]:
@@ -36,19 +38,27 @@ def recipe(kernel: Kernel) -> list[tuple[int, Kernel]]:
         shape = kernel.inputs[0]
         pair = [Kernel(kind, (shape,), shape, attributes=(("layout", layout),)) for kind in ("quantize", "dequantize")]
         return [(1, pair[0]), (1, pair[1]), (-1, _base(shape, layout, "fp32")), (-1, _base(shape, layout, "int8"))]
-    if kernel.precision == "int8" and not (kernel.kind in _INT8_KINDS or (kernel.kind == "elementwise" and operation(kernel) == "add")):
-        raise UsageError(f"kernel: {kernel.kind} {operation(kernel)} is not run in int8")
+    if not _is_run(kernel):
+        raise UsageError(f"kernel: {kernel.kind} {operation(kernel)} is not run in {kernel.precision}")
     if kernel.kind not in CORES:
         raise UsageError(f"kernel: there is no kind {kernel.kind!r}")
     at_end = _consumer_layout(kernel)
-    empty = Kernel("empty", (), _smallest(kernel.output, at_end), attributes=(("layout", at_end),), precision=kernel.precision)
+    around = STATIC if kernel.precision == STATIC else FULL_PRECISION
+    empty = Kernel("empty", (), _smallest(kernel.output, at_end), attributes=(("layout", at_end),), precision=around)
     plain_inputs = [(shape, _is_barred(kernel)) for shape in _produced(kernel)]
     plain_inputs += [(kernel.output, False) for op in kernel.fused if op in BINARY]
-    bases = [_base(shape, layout, kernel.precision, barred) for shape, barred in plain_inputs]
+    bases = [_base(shape, layout, around, barred) for shape, barred in plain_inputs]
     terms = [(1, kernel), *((-1, base) for base in bases)]
     if len(bases) != 1:
         terms.append((len(bases) - 1, empty))
     return terms
+
+
+def _is_run(kernel: Kernel) -> bool:
+    """Whether there is a kernel of this kind in its precision. All precisions but static int8 take floats and give floats."""
+    if kernel.precision == STATIC:
+        return kernel.kind in _STATIC_KINDS or (kernel.kind == "elementwise" and operation(kernel) == "add")
+    return kernel.precision == FULL_PRECISION or kernel.kind in registry.get("scheme", kernel.precision).kinds
 
 
 def as_product(kernel: Kernel, most: int) -> Kernel:
@@ -101,7 +111,7 @@ def build(
         UsageError: a kernel that no model can be built for.
     """
     model = Model(quantized_inputs, weight_range)
-    layout, int8 = layout_of(kernel), kernel.precision == "int8"
+    layout, int8 = layout_of(kernel), kernel.precision == STATIC
     if kernel.kind in ("base", "quantize", "dequantize"):
         first, last = (int8, int8) if kernel.kind == "base" else (kernel.kind == "dequantize", kernel.kind == "quantize")
         y = model.producer(kernel.inputs[0], layout, first, barred=bool(dict(kernel.attributes).get("barrier")))

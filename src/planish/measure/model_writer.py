@@ -10,6 +10,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from planish.measure.kernels import Shape
+from planish.quantize.contract import group_size
 from planish.signature import Signature, TensorSpec
 
 PROBE_CHANNELS = 8
@@ -94,6 +95,29 @@ class Model:
         y = self.op("MatMul", [x, self.weight((inner, out), int8, axis=1)])
         return self.op("Add", [y, self.weight((*(1 for _ in range(rank - 1)), out) if rank > 2 else (out,))]) if has_bias else y
 
+    def integers(self, shape: Shape, dtype: type[np.generic], largest: int = 127) -> str:
+        """A constant of random integers from 0 to `largest`."""
+        return self.constant(self._rng.integers(0, largest + 1, shape).astype(dtype))
+
+    def dynamic_linear(self, x: str, out: int, inner: int, has_bias: bool) -> str:
+        """x @ W.T + b in int8, x in the range that it has."""
+        integers = self.op("DynamicQuantizeLinear", [x], outputs=3)
+        sums = self.op("MatMulInteger", [integers, self.integers((inner, out), np.int8, self._range), f"{integers}_2"])
+        scales = self.op("Mul", [f"{integers}_1", self.constant(np.full(out, 0.001, np.float32))])
+        y = self.op("Mul", [self.op("Cast", [sums], to=TensorProto.FLOAT), scales])
+        return self.op("Add", [y, self.weight((out,))]) if has_bias else y
+
+    def grouped_linear(self, x: str, out: int, inner: int, has_bias: bool, bits: int, group: int) -> str:
+        """x @ W.T + b with W in `bits` bits, a scale for each `group` inputs."""
+        group = group_size(group, inner)
+        groups = -(-inner // group)
+        packed = self.integers((out, groups, group * bits // 8), np.uint8, 255)
+        zeros = self.integers((out, -(-groups * bits // 8)), np.uint8, 255)
+        scales = self.constant(np.full((out, groups), 0.001, np.float32))
+        shape = {"K": inner, "N": out, "bits": bits, "block_size": group, "accuracy_level": 0}
+        y = self.op("MatMulNBits", [x, packed, scales, zeros], domain="com.microsoft", **shape)
+        return self.op("Add", [y, self.weight((out,))]) if has_bias else y
+
     def producer(self, shape: Shape, layout: str, int8: bool, barred: bool = False) -> str:
         """A fresh input, and what makes a tensor of `shape` of it; `barred`: two halves, concatenated."""
         axis = 1 if layout == "channels" else len(shape) - 1
@@ -149,6 +173,8 @@ class Model:
         graph = helper.make_graph(
             self._nodes, "kernel", inputs, [helper.make_tensor_value_info(y, TensorProto.FLOAT, shape)], self._tensors
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9, producer_name="planish")
+        domains = {node.domain for node in self._nodes if node.domain}
+        opsets = [helper.make_opsetid("", 20), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="planish")
         signature = Signature(tuple(self._inputs), (TensorSpec(y, "float32", tuple(shape)),), "tuple", "tensor")
         return model.SerializeToString(), signature

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
+from planish.graph.parts import bias_of
 from planish.graph.replay import Replay
-from planish.quantize.insert import bias_of
 
 
 def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequence[str], flat: list[Tensor]) -> None:

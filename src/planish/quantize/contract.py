@@ -1,12 +1,59 @@
-"""What an observer is: it watches the values of one tensor and then chooses the quantizer that the tensor gets."""
+"""What a scheme is (how an operator computes), and what an observer is (it chooses the quantizer of a tensor from its values)."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from planish.quantize.arithmetic import Grid, Quantizer
+    from planish.quantize.arithmetic import Grid, Quantizer
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How an operator computes, and what its weight is kept in. Found by name in the registry's kind "scheme".
+
+    Args:
+        name: as plans and users write it.
+        kinds: the kinds of operators that have a form in it: "conv", "linear", "matmul", "embedding".
+        weight_bits: of the grid that weights are rounded to.
+        activations: "static" (int8, in ranges from calibration data), "dynamic" (int8, in the range of each call), or "float".
+        group: how many weights along the inputs share a scale (fewer where that does not divide them); 0: all of one output.
+        activation_bits: of the grid that activations are rounded to, unless they stay in float.
+        refusal: why no target that planish knows executes it; "" where some do.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    weight_bits: int
+    activations: Literal["static", "dynamic", "float"]
+    group: int = 0
+    activation_bits: int = 8
+    refusal: str = ""
+
+    @property
+    def executed(self) -> str:
+        """The scheme whose kernel runs: whatever the grid of a static scheme, runtimes compute in int8."""
+        return "int8" if self.activations == "static" else self.name
+
+    @property
+    def activation_bytes(self) -> float:
+        """Bytes of each value of its output while it is alive."""
+        return 1.0 if self.activations == "static" else 4.0
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a weight in a file, its share of scales and zero points included."""
+        if self.activations != "float":
+            return 1.0  # runtimes read these as int8, whatever the grid
+        return (self.weight_bits + (32 + self.weight_bits) / self.group) / 8 if self.group else self.weight_bits / 8
+
+
+def group_size(wanted: int, columns: int) -> int:
+    """The largest power of two from 16 to `wanted` that divides the columns; `wanted` itself where none does (the last group is shorter)."""
+    return next((size for size in (wanted >> step for step in range(8)) if size >= 16 and columns % size == 0), wanted)
 
 
 @runtime_checkable

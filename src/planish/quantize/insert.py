@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
+from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
 from planish.quantize.contract import Observer
-from planish.quantize.placement import Placement, Read, activation_positions, source_among
+from planish.quantize.placement import Placement, Read, source_among
 
 aten = torch.ops.aten
 BATCH = 50  # calibration samples that are run at once
@@ -73,7 +74,8 @@ def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str],
         bias = bias_of(node) if weight is not None else None
         if bias is not None and not bool(torch.isfinite(tensor_of(module, bias)).all()):
             unfit.setdefault(name, "its bias is not finite")
-        for position in activation_positions(node):
+        parts = parts_of(node)
+        for position in parts.activations if isinstance(parts, Parts) else ():
             source = source_among(node, position, placement)
             reason = watched[source] if source is not None else "its input has no place for a quantizer"
             if isinstance(reason, str):
@@ -109,7 +111,8 @@ def weight_quantizer(
     for reader in readers:
         node = by_name[reader.node]
         bias = bias_of(node)
-        source = source_among(node, 0, placement)
+        parts = parts_of(node)
+        source = source_among(node, parts.activations[0], placement) if isinstance(parts, Parts) else None
         if bias is not None and source is not None and source in activations:
             needed = tensor_of(module, bias).abs().double() / (LARGEST_BIAS * activations[source].scale.double())
             scale = torch.maximum(scale, needed.float())
@@ -146,19 +149,12 @@ def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: 
             target = aten.fake_quantize_per_channel_affine.default
             arguments = (source, scale, zero_point, grid.axis, grid.low, grid.high)
         node = graph.call_function(target, arguments)
-    node.meta = {key: source.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in source.meta}
+    node.meta = own_values(source)
     for read in readers:
         by_name[read.node].update_arg(read.position, node)
     return node
 
 
-def bias_of(node: Node) -> Node | None:
-    """The node of an operator's bias parameter, or None."""
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return bias if isinstance(bias, Node) and bias.op == "get_attr" else None
-
-
-def tensor_of(module: GraphModule, node: Node) -> Tensor:
-    """The parameter or buffer that a node fetches, detached."""
-    found: Tensor = operator.attrgetter(str(node.target))(module)
-    return found.detach()
+def own_values(source: Node) -> dict[str, Any]:
+    """What is known of a node that another of the same shape and type may say of itself."""
+    return {key: source.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in source.meta}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -10,9 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
+from planish.graph.parts import Parts, parts_of
 
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
-MATMULS = frozenset({"matmul", "bmm", "mm"})
 ADDITIONS = frozenset({"add", "add_"})
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
@@ -74,28 +72,6 @@ class Placement:
     repeats: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """The arguments of an int8 operator."""
-
-    kind: str
-    activations: tuple[int, ...]
-    weight: int | None = None
-    axis: int = 0
-
-
-def unsupported(node: Node) -> str:
-    """Why an operator has no int8 form, or "" where it has one."""
-    found = _inputs(node)
-    return found if isinstance(found, str) else ""
-
-
-def activation_positions(node: Node) -> tuple[int, ...]:
-    """The positions of the arguments of an operator that get activation quantizers; none where it has no int8 form."""
-    found = _inputs(node)
-    return () if isinstance(found, str) else found.activations
-
-
 def source_among(node: Node, position: int, placement: Placement) -> str | None:
     """The value with a quantizer of its own that an operator's argument comes from, through movements; None if there is none."""
     value = _argument(node, position)
@@ -104,46 +80,6 @@ def source_among(node: Node, position: int, placement: Placement) -> str | None:
             return None
         value = _argument(value, 0)
     return value.name
-
-
-def _inputs(node: Node) -> _Inputs | str:
-    """The arguments that are quantized, or why there are none."""
-    name = short_name(node)
-    if name in CONVOLUTIONS:
-        if name == "convolution" and node.args[6]:
-            return "transposed convolutions have no int8 kernel"
-        return _weighted(node, "conv", 0)
-    if name.startswith("conv_transpose"):
-        return "transposed convolutions have no int8 kernel"
-    if name == "linear":
-        return _weighted(node, "linear", 0)
-    if name in MATMULS:
-        left, right = node.args[0], node.args[1]
-        if _is_parameter(left):
-            return "its left operand is a parameter"
-        if _is_parameter(right):
-            axis = _rank(right) - 1
-            return _Inputs("matmul", (0,), 1, axis) if axis > 0 else "its right operand is a vector"
-        return _Inputs("matmul", (0, 1))
-    if name == "scaled_dot_product_attention":
-        return "attention is one operator in the program, whose products cannot be quantized one by one"
-    return f"{name or node.op} has no int8 kernel"
-
-
-def _weighted(node: Node, kind: str, axis: int) -> _Inputs | str:
-    if not _is_parameter(node.args[1]):
-        return "its weight is computed by the program, not a parameter"
-    return _Inputs(kind, (0,), 1, axis)
-
-
-def _is_parameter(value: object) -> bool:
-    return isinstance(value, Node) and value.op == "get_attr"
-
-
-def _rank(value: object) -> int:
-    assert isinstance(value, Node) and value.op == "get_attr"
-    tensor = operator.attrgetter(str(value.target))(value.graph.owning_module)
-    return int(tensor.dim())
 
 
 def _is_residual(node: Node) -> bool:
@@ -173,6 +109,7 @@ def place(
     operators: Mapping[str, str],
     inputs_of: Collection[str],
     outputs_of: Collection[str] = (),
+    matrices: Collection[str] = (),
 ) -> Placement:
     """Quantizers for the chosen operators, and for what lies between them where the runtime executes that in int8 as well.
 
@@ -188,17 +125,18 @@ def place(
         module: the program, with batch norm folded; it is only read.
         operators: operator name -> fx node name, of those that are to be int8.
         inputs_of: operator kinds whose activation inputs the runtime wants quantized.
-        outputs_of: operator kinds that the runtime executes in int8 only with a quantized output.
+        outputs_of: operator kinds that the runtime executes in int8 only with a quantized output; "gemm" is a linear map of a matrix.
+        matrices: fx names of the operators that issue a matrix, of two axes.
     """
     nodes = {node.name: node for node in module.graph.nodes}
     order = {node: index for index, node in enumerate(module.graph.nodes)}
-    chosen: dict[Node, _Inputs] = {}
+    chosen: dict[Node, Parts] = {}
     issued: dict[str, str | None] = {}
     skipped: dict[str, str] = {}
     for name, node_name in operators.items():
         node = nodes[node_name]
-        found = _inputs(node)
-        if isinstance(found, _Inputs) and found.kind not in inputs_of:
+        found = parts_of(node)
+        if isinstance(found, Parts) and found.kind not in inputs_of:
             found = f"the runtime executes no {found.kind} in int8"
         if isinstance(found, str):
             skipped[name] = found
@@ -220,10 +158,9 @@ def place(
     for node, kind in carried.items():
         for position in (0, 1) if kind == "add" else (0,):
             reads.setdefault(_argument(node, position), set()).add((node, position))
-    for node, kind in [*((n, i.kind) for n, i in chosen.items()), *carried.items()]:
-        value = after_activation(node)
+    for node, kind in [*((n, _issuer(n, i, matrices)) for n, i in chosen.items()), *carried.items()]:
         if kind in outputs_of:
-            _read_by_all(value, reads)
+            _read_by_all(after_activation(node), reads)
     repeats = _lift_over_movements(reads, order)
     return Placement(
         {
@@ -235,6 +172,11 @@ def place(
         skipped,
         repeats,
     )
+
+
+def _issuer(node: Node, parts: Parts, matrices: Collection[str]) -> str:
+    """The kind of operator that issues a value: "gemm" for a linear map of a matrix, else the operator's own."""
+    return "gemm" if parts.kind == "linear" and node.name in matrices else parts.kind
 
 
 def _argument(node: Node, position: int) -> Node:
@@ -298,7 +240,7 @@ def _moves(node: Node) -> bool:
     return True
 
 
-def _carried(module: GraphModule, chosen: Mapping[Node, _Inputs], inputs_of: Collection[str]) -> dict[Node, str]:
+def _carried(module: GraphModule, chosen: Mapping[Node, Parts], inputs_of: Collection[str]) -> dict[Node, str]:
     """Additions and averaging pools that lie between int8 operators -> "add" or "pool"."""
     kinds = {}
     for node in module.graph.nodes:

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch.fx import Node
+
+from planish import registry
 from planish.errors import PlanError, UnknownName
 from planish.graph.graph import Analysis
+from planish.graph.parts import parts_of
+from planish.quantize.contract import Scheme
 
-SCHEMES = ("fp32", "int8")
+FULL_PRECISION = "fp32"
 
 
-def chosen_nodes(analysis: Analysis, precisions: Mapping[str, str]) -> dict[str, str]:
-    """Operator name -> fx node name, in the order of the program, of the operators that are to be int8.
+def chosen_nodes(analysis: Analysis, precisions: Mapping[str, str]) -> dict[str, tuple[str, Scheme]]:
+    """Operator name -> (fx node name, scheme), in the order of the program, of the operators that leave fp32.
 
     Raises:
         UnknownName: an operator that the analysis has not.
-        PlanError: a precision that is neither "int8" nor "fp32".
+        PlanError: a scheme that nobody registered.
     """
     for name, scheme in precisions.items():
         if name not in analysis.operators:
             raise UnknownName("operator", name, analysis.operators)
-        if scheme not in SCHEMES:
-            raise PlanError(f"precisions: the scheme of {name!r} must be 'fp32' or 'int8'; got {str(scheme)[:40]!r}")
-    return {name: found.node for name, found in analysis.operators.items() if precisions.get(name) == "int8"}
+        if scheme != FULL_PRECISION and scheme not in registry.names("scheme"):
+            known = ", ".join([FULL_PRECISION, *registry.names("scheme")])
+            raise PlanError(f"precisions: the scheme of {name!r} must be one of {known}; got {str(scheme)[:40]!r}")
+    wanted = {name: scheme for name, scheme in precisions.items() if scheme != FULL_PRECISION}
+    return {name: (found.node, registry.get("scheme", wanted[name])) for name, found in analysis.operators.items() if name in wanted}
+
+
+def unsupported(node: Node, scheme: Scheme) -> str:
+    """Why an operator has no form in a scheme, or "" where it has one."""
+    parts = parts_of(node)
+    if isinstance(parts, str):
+        return parts
+    if parts.kind not in scheme.kinds:
+        return f"{parts.kind} has no form in {scheme.name}"
+    return "" if parts.weight is not None or scheme.activations == "static" else f"it has no weight, which {scheme.name} is about"

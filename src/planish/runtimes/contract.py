@@ -59,11 +59,12 @@ class Runtime(Protocol):
     model_file: str
     """The file name of an exported model: "model.onnx" or "model.safetensors"."""
     schemes: tuple[str, ...]
-    """Precisions of an operator that it executes: always "fp32", and "int8" where QDQ models run on int8 kernels."""
+    """Precisions of an operator that it executes: always "fp32", and names of the registry's kind "scheme"."""
     quantize_inputs_of: frozenset[str]
     """Operator kinds (and "add") whose activation inputs want a quantizer around an int8 operator; empty without "int8"."""
     quantize_outputs_of: frozenset[str]
-    """Operator kinds that run in int8 only when their output is quantized too, whoever reads it (after a fused activation)."""
+    """Operator kinds that run in int8 only when their output is quantized too, whoever reads it (after a fused activation); "gemm" is a
+    linear map of a matrix, of two axes."""
     short_convolution: int
     """A convolution along one axis with at most so many positions of output is exported as a matrix product; 0: none is."""
     stores_sparse: bool

@@ -29,8 +29,8 @@ class OnnxRuntime:
     An int8 convolution is fused (`QLinearConv`) only when its output is quantized too; then additions and pools between
     convolutions must be quantized as well, or each pays for two conversions. Unsigned activations, or little is fused. A linear map
     of a matrix (rank 2) becomes `Gemm`, which falls back to fp32 (3 times slower than the fp32 model) unless its output is
-    quantized as well. On three axes with a dynamic batch it runs as `MatMulIntegerToFloat`, which would do without: 5 % quicker and
-    9 dB cleaner on a feed-forward block, but this contract does not tell ranks apart.
+    quantized as well. On more axes it runs as `MatMulIntegerToFloat`, which does without: 5 % quicker and 9 dB cleaner on a
+    feed-forward block.
 
     A convolution along one axis with few positions is exported as a matrix product, which is quicker here (`graph/windows.py`).
     """
@@ -40,9 +40,9 @@ class OnnxRuntime:
     extra = ""
     devices = ("cpu",)
     model_file = "model.onnx"
-    schemes = ("fp32", "int8")
+    schemes = ("fp32", "int8", "int8-dynamic", "int8-weights", "int4-weights", "w4a8")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
-    quantize_outputs_of = frozenset({"conv", "linear"})
+    quantize_outputs_of = frozenset({"conv", "gemm"})
     short_convolution = 8
     stores_sparse = True
 

@@ -28,6 +28,7 @@ from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
 from planish.graph.quiet import silenced
 from planish.runtimes.onnx_operators import scatter_slices, translations
+from planish.runtimes.onnx_schemes import to_onnx_schemes
 from planish.runtimes.packing import pack_zeros
 from planish.signature import Signature
 
@@ -58,7 +59,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
     if rewrite is not None:
         prepared = rewrite(prepared)
     if is_quantized(prepared):
-        prepared = to_qdq(prepared)
+        prepared = to_qdq(to_onnx_schemes(prepared))
     set_mode(prepared, training=False)
     _pack_recurrent(prepared.module)
     _drop_dropout(prepared.module)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from planish import registry
 from planish.graph.graph import Operator, Size
 from planish.graph.macs import operator_macs
 from planish.measure.kernels import Kernel
@@ -32,7 +33,7 @@ _CELLS = tuple(round(4096 / 1.4**step) for step in range(24))
 
 
 def kernel_of(operator: Operator, widths: Mapping[str, int], precision: str) -> Kernel:
-    """The kernel that an operator becomes when groups keep `widths` units and it runs in `precision`."""
+    """The kernel that an operator becomes when groups keep `widths` units and it runs in `precision` ("fp32", or a scheme)."""
 
     def shape(sizes: Sequence[Size]) -> tuple[int, ...]:
         return tuple(size.at(widths) for size in sizes)
@@ -50,7 +51,11 @@ def kernel_of(operator: Operator, widths: Mapping[str, int], precision: str) -> 
         attributes["groups"] = max(1, channels // (weights or inputs[1:])[0][1])
     if not operator.reads and operator.kind != "embedding":
         attributes["from_input"] = 1
-    return Kernel(operator.kind, inputs, output, weights, tuple(sorted(attributes.items())), operator.fused, precision)
+    kind, executed = operator.kind, precision if precision == FULL_PRECISION else registry.get("scheme", precision).executed
+    if kind == "matmul" and (matrix := next((shape for shape in weights if len(shape) == 2), None)) is not None:
+        kind, inputs = "linear", inputs[:1]  # `addmm` and products with a parameter: weights are (inputs, outputs) there
+        weights = (matrix[::-1], *(shape for shape in weights if len(shape) == 1))
+    return Kernel(kind, inputs, output, weights, tuple(sorted(attributes.items())), operator.fused, executed)
 
 
 def _plain(value: Any) -> int | str | tuple[int, ...] | None:
@@ -111,7 +116,8 @@ class Term:
     def _kernel(self, kept: Mapping[str, int], precisions: Sequence[str]) -> Kernel | None:
         if self.operator is not None:
             return kernel_of(self.operator, kept, precisions[0] if precisions else FULL_PRECISION)
-        if len(set(precisions)) == 1 and (len(precisions) == 2 or precisions[0] == FULL_PRECISION):
+        is_static = [p != FULL_PRECISION and registry.get("scheme", p).activations == "static" for p in precisions]
+        if len(set(is_static)) == 1 and (len(is_static) == 2 or not is_static[0]):
             return None
         shape = tuple(size.at(kept) for size in self.shape)
         return Kernel("conversion", (shape,), shape)

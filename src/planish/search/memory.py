@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from planish import registry
 from planish.prune.masks.pattern import parse_pattern
 from planish.runtimes.storage import packed_bytes
 from planish.search.factor import Table
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from planish.graph.graph import Operator, Size
 
 Factors = list[tuple[tuple[int, ...], Table]]
-_BYTES = {FULL_PRECISION: 4.0, "int8": 1.0, "bf16": 2.0, "fp16": 2.0}
 _MOMENTS = 4
 
 
@@ -34,14 +35,24 @@ def _elements(space: Space, shape: tuple[Size, ...], variables: tuple[int, ...])
     return total
 
 
-def _bytes(space: Space, operator: Operator, shape: tuple[Size, ...], narrows: bool) -> tuple[tuple[int, ...], Table]:
-    """Bytes of a tensor of an operator: by its precision where `narrows`, else four for each element."""
+def _weight_bytes(scheme: str) -> float:
+    return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).weight_bytes)
+
+
+def _activation_bytes(scheme: str) -> float:
+    return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).activation_bytes)
+
+
+def _bytes(
+    space: Space, operator: Operator, shape: tuple[Size, ...], of_scheme: Callable[[str], float] | None
+) -> tuple[tuple[int, ...], Table]:
+    """Bytes of a tensor of an operator: so many of each element by its precision, or four."""
     widths = width_variables(space, shape)
     table = _elements(space, shape, widths)
-    own = space.index.get(("precision", operator.name)) if narrows else None
-    if own is None:
+    own = space.index.get(("precision", operator.name)) if of_scheme is not None else None
+    if own is None or of_scheme is None:
         return spread(space, 4.0 * table, widths, space.bits_of(operator.name))
-    each = np.asarray([_BYTES.get(str(scheme), 4.0) for scheme in space.variables[own].values])
+    each = np.asarray([of_scheme(str(scheme)) for scheme in space.variables[own].values])
     return spread(space, table[..., None] * each, (*widths, own), space.bits_of(operator.name))
 
 
@@ -57,7 +68,7 @@ def _stored(space: Space, operator: Operator, shape: tuple[Size, ...]) -> tuple[
     table = np.zeros((*count.shape, len(schemes), space.sizes[mask]))
     for cell in np.ndindex(*table.shape):
         total, lines = float(count[cell[:-2]]), float(rows[cell[:-2]])
-        pattern, each = space.variables[mask].values[cell[-1]], _BYTES.get(schemes[cell[-2]], 4.0)
+        pattern, each = space.variables[mask].values[cell[-1]], _weight_bytes(schemes[cell[-2]])
         gone = 0.0 if pattern == UNMASKED else lines * parse_pattern(str(pattern)).gone(round(total / lines))
         table[cell] = packed_bytes(total, total - gone, each) if gone else total * each
     if own is None:
@@ -81,7 +92,7 @@ def size_rows(space: Space, is_packed: bool = True) -> Factors:
         seen.add(operator.weight or operator.name)
         for number, shape in enumerate(weights):
             stored = _stored(space, operator, shape) if is_packed and number == 0 and len(shape) > 1 else None
-            out.append(stored or _bytes(space, operator, shape, narrows=len(shape) > 1))
+            out.append(stored or _bytes(space, operator, shape, _weight_bytes if len(shape) > 1 else None))
     for term in adaptor_terms(space):
         assert term.operator is not None
         for shape in term.operator.weights:
@@ -110,5 +121,5 @@ def memory_rows(space: Space, weights: Factors) -> dict[str, Factors]:
         names = {o.name for o in alive[number]}
         if len(chosen) < _MOMENTS and not any(names <= other for other in chosen):
             chosen.append(names)
-            out[operators[number].name] = [*weights, *(_bytes(space, o, o.output, narrows=True) for o in alive[number])]
+            out[operators[number].name] = [*weights, *(_bytes(space, o, o.output, _activation_bytes) for o in alive[number])]
     return out or {"start": list(weights)}

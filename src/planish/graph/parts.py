@@ -1,0 +1,104 @@
+"""The parts of an operator that quantization speaks of: its activations, its weight and the dimension of its outputs, its bias."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from planish.graph.modes import short_name
+
+aten = torch.ops.aten
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+MATMULS = frozenset({"matmul", "bmm", "mm"})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Positions among `node.args`.
+
+    Args:
+        kind: "conv", "linear", "matmul" or "embedding".
+        activations: what gets activation quantizers.
+        weight: the parameter; None where both operands are activations.
+        axis: the weight's dimension that has a scale per index: outputs, or rows of an embedding.
+        bias: position of the bias, where there may be one.
+    """
+
+    kind: str
+    activations: tuple[int, ...]
+    weight: int | None = None
+    axis: int = 0
+    bias: int | None = None
+
+
+def parts_of(node: Node) -> Parts | str:
+    """The parts of an operator, or why it has no form but floating point."""
+    name = short_name(node)
+    if name in CONVOLUTIONS:
+        if name == "convolution" and node.args[6]:
+            return "transposed convolutions have no int8 kernel"
+        return _weighted(node, Parts("conv", (0,), 1, 0, 2))
+    if name.startswith("conv_transpose"):
+        return "transposed convolutions have no int8 kernel"
+    if name == "linear":
+        return _weighted(node, Parts("linear", (0,), 1, 0, 2))
+    if name == "addmm" and node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1:
+        return _weighted(node, Parts("linear", (1,), 2, 1, 0))
+    if name == "embedding":
+        return _weighted(node, Parts("embedding", (), 0, 0))
+    if name in MATMULS:
+        left, right = node.args[0], node.args[1]
+        if is_parameter(left):
+            return "its left operand is a parameter"
+        if is_parameter(right):
+            assert isinstance(right, Node)
+            held = parameter_of(right)
+            assert held is not None and held.graph.owning_module is not None
+            axis = tensor_of(held.graph.owning_module, held).dim() - 1
+            return Parts("matmul", (0,), 1, axis) if axis > 0 else "its right operand is a vector"
+        return Parts("matmul", (0, 1))
+    if name == "scaled_dot_product_attention":
+        return "attention is one operator in the program, whose products cannot be quantized one by one"
+    return f"{name or node.op} has no int8 kernel"
+
+
+def _weighted(node: Node, parts: Parts) -> Parts | str:
+    assert parts.weight is not None
+    return parts if is_parameter(node.args[parts.weight]) else "its weight is computed by the program, not a parameter"
+
+
+def is_parameter(value: object) -> bool:
+    """Whether an argument is a parameter or a buffer, read as it is or rounded."""
+    return isinstance(value, Node) and parameter_of(value) is not None
+
+
+def parameter_of(value: Node) -> Node | None:
+    """The parameter or buffer that a value is, rounded or not; None for a value that the program computes."""
+    is_turned = (
+        value.target is aten.t.default and isinstance(value.args[0], Node) and short_name(value.args[0]) == "fake_quantize_per_group"
+    )
+    if is_turned or short_name(value).startswith("fake_quantize"):
+        source = value.args[0]
+        assert isinstance(source, Node), value.format_node()
+        if source.target is aten.t.default and isinstance(source.args[0], Node):
+            source = source.args[0]
+        return parameter_of(source)
+    return value if value.op == "get_attr" else None
+
+
+def bias_of(node: Node) -> Node | None:
+    """The node of an operator's bias parameter, or None."""
+    parts = parts_of(node)
+    position = parts.bias if isinstance(parts, Parts) else 2
+    bias = node.args[position] if position is not None and len(node.args) > position else node.kwargs.get("bias")
+    return bias if isinstance(bias, Node) and bias.op == "get_attr" else None
+
+
+def tensor_of(module: GraphModule, node: Node) -> Tensor:
+    """The parameter or buffer that a node fetches, detached."""
+    found: Tensor = operator.attrgetter(str(node.target))(module)
+    return found.detach()
