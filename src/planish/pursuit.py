@@ -246,7 +246,7 @@ class Pursuit:
         request, clock = self.request, self.clock
         assert self.search is not None
         end = clock.elapsed_s + SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
-        for plan in self.known_trials():  # however little time there is: int8 everywhere is often the best that there is
+        for plan in self.known_trials():  # however little time there is: one scheme everywhere is often the best that there is
             self.tell(plan, self.trials.candidate(plan))
             self.try_plan(plan)
         for plan in self._left_over():
@@ -375,11 +375,11 @@ class Pursuit:
         )
 
     def known_trials(self) -> list[Plan]:
-        """Plans of this space that were tried before the search began: int8 everywhere, as far as it is offered."""
+        """Plans of this space that were tried before the search began: one scheme everywhere, as far as it is offered."""
         out = []
         for trial in self.trials.all:
             if trial.plan.target == self.template.target and trial.stage == "trial" and trial.plan.is_dense:
-                offered = {n: s for n, s in trial.plan.precisions.items() if ("precision", n) in self.space.index}
+                offered = {n: s for n, s in trial.plan.precisions.items() if self.space.offers("precision", n, s)}
                 if offered:
                     out.append(trial.plan.replace(precisions=offered))
         return list(dict.fromkeys(out))

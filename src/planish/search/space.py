@@ -137,6 +137,11 @@ class Space:
         )
         return plan.replace(**changes) if changes else plan
 
+    def offers(self, technique: str, subject: str, value: int | str) -> bool:
+        """Whether a choice is one of this space."""
+        number = self.index.get((technique, subject))
+        return number is not None and value in self.variables[number].values
+
     def assignment(self, plan: Plan) -> Assignment:
         """The canonical assignment of a plan.
 
@@ -150,7 +155,7 @@ class Space:
         wanted += [("mask", name, pattern) for name, pattern in plan.masks.items()]
         for technique, subject, value in wanted:
             number = self.index.get((technique, subject))
-            if number is None or value not in self.variables[number].values:
+            if number is None or not self.offers(technique, subject, value):
                 offered = "nothing" if number is None else ", ".join(map(str, self.variables[number].values))
                 raise PlanError(f"plan: {technique} {value!r} of {subject[:120]!r} is not an option of this graph; offered: {offered}")
             chosen[number] = self.variables[number].values.index(value)
