@@ -12,6 +12,7 @@ from planish.errors import RuntimeFailed
 from planish.measure.memory import size_bytes
 from planish.prune.masks.subjects import masked_weights
 from planish.pursuit import Pursuit
+from planish.quantize.subjects import FULL_PRECISION
 from planish.report import figures
 from planish.result import OperatorRow, Search, Trial
 from planish.trial import measure_beside
@@ -52,11 +53,11 @@ def operator_rows(bench: Workbench, pursuit: Pursuit, winner: Winner | None, bef
     for name, operator in bench.analysis.operators.items():
         after = winner.analysis.operators.get(name) if winner else operator
         width = _width(operator)
-        precision = "fp32"
+        precision = winner.plan.floats if winner is not None else FULL_PRECISION
         if winner is not None and after is None:
             precision = "removed"
         elif winner is not None and name not in winner.skipped:
-            precision = winner.plan.precisions.get(name, "fp32")
+            precision = winner.plan.precisions.get(name, winner.plan.floats)
         new_width = None if after is None else _width(after)
         rows.append(
             OperatorRow(
@@ -96,7 +97,7 @@ def _why(
     offered = {(o.technique, o.subject) for o in pursuit.options}
     if winner is not None and name in winner.skipped:
         reasons.append(f"int8: {winner.skipped[name]}")
-    elif precision == "fp32" and operator.kind in ("conv", "linear", "matmul", "attention"):
+    elif precision in (FULL_PRECISION, "bf16") and operator.kind in ("conv", "linear", "matmul", "attention"):
         if ("precision", name) not in offered:
             reasons.append("int8 is not offered here")
         else:

@@ -27,6 +27,7 @@ from planish.measurement import Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
+from planish.quantize.subjects import computes_in_int8
 from planish.recovery import usual_samples
 from planish.report import figures
 from planish.result import Result, Summary
@@ -115,6 +116,10 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
     return Result(summary, module, artifact)
 
 
+_BF16_SPEED = 2.0
+"""How many multiply-accumulates in bf16 stand for one in fp32: a register holds twice as many."""
+
+
 def _said(summary: Summary) -> list[str]:
     """What must be known of an optimized net beside its figures."""
     out = []
@@ -125,7 +130,7 @@ def _said(summary: Summary) -> list[str]:
         out.append("selection-biased: there is no test split, so the drop is judged on the validation split that guided the search")
     if summary.split == EVALUATE:
         out.append("selection-biased: `evaluate` judges the result, and guided the search too")
-    planned = sum(row.precision == "int8" for row in summary.operators)
+    planned = sum(computes_in_int8(row.precision) for row in summary.operators)
     proof = summary.optimized.proof if summary.optimized else None
     if proof is not None and proof.int8_kernels < planned:
         out.append(f"{planned} operators were to run in int8, and the runtime says that {proof.int8_kernels} kernels do")
@@ -220,7 +225,7 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     if winner is None or winner.exported.path is None:
         return _compare(bench, request, pursuit, originals, [], None)
     home = bench.home(winner.plan)
-    int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
+    int8 = frozenset(n for n, s in winner.plan.precisions.items() if n not in winner.skipped and computes_in_int8(s))
     with opened(bench, home.target.thread_counts, winner.exported.path) as probes:
         sides = [
             _Side(replace(home, target=target), winner.exported.path, probe, winner.final, winner.analysis, int8)
@@ -396,7 +401,7 @@ def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str, outpu
         split=name,
         sqnr_db=_finite(worst_sqnr_db(module_outputs_of_example(graph), side.probe.outputs(bench.example))),
         proof=side.probe.proof(),
-        roofline_s=roofline_s(target, total - int8, moved, int8),
+        roofline_s=roofline_s(target, (total - int8) / (_BF16_SPEED if graph.floats == "bf16" else 1.0), moved, int8),
         versions=side.baseline.runtime.versions(),
         warm_up=timing.warm_up,
     )

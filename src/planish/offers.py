@@ -11,6 +11,7 @@ import numpy as np
 
 from planish import registry
 from planish.clock import SENSITIVITY_SHARE, TABLES_SHARE
+from planish.errors import RuntimeFailed
 from planish.graph.graph import Operator
 from planish.graph.macs import operator_macs
 from planish.measure.machine import machine
@@ -22,6 +23,7 @@ from planish.prune.masks.pattern import parse_masking
 from planish.prune.options import sensitivities
 from planish.prune.order import orders, remarks
 from planish.quantize.options import precision_options
+from planish.quantize.schemes.bf16 import BF16
 from planish.quantize.subjects import FULL_PRECISION, unsupported
 from planish.runtimes.contract import Runtime
 from planish.search.costs import Lookup
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
 
 _SENSITIVITY_S = 180.0
 _CLEAR_GAIN = 1.1
+_WORTH_BF16 = 0.95
+"""Floats of a net are in bf16 where it takes less than this of its time in fp32."""
+_FAITHFUL_DB = 25.0
+"""Below so many decibels bf16 is no rounding of the same outputs any more (int8 has 30 to 40, bf16 40 to 50)."""
 _FAIR_SHARE = 0.2
 """A scheme that is about less than this share of the multiply-accumulates (of the weights, under a limit on size or memory) is not tried."""
 _FOR_SIZE = ("int4-weights",)
@@ -62,6 +68,8 @@ class Offers:
     def __init__(self, bench: Workbench, request: Request, study: Study, trials: Trials) -> None:
         self.bench, self.request, self.study, self.trials = bench, request, study, trials
         self.clock, self.events = bench.clock, bench.events
+        self.floats = FULL_PRECISION
+        self.plain: dict[Plan, float] = {}
 
     def template(self, target: str) -> Plan:
         """What all plans of this run have in common."""
@@ -73,6 +81,7 @@ class Offers:
             schedule=request.schedule,
             masking=masking,
             observer=request.observer,
+            floats=self.floats,
             seed=request.seed,
         )
 
@@ -153,14 +162,21 @@ class Offers:
         if "quantize" not in self.request.techniques:
             return bench.best, options
         ratios = {(bench.best.target.runtime, FULL_PRECISION): 1.0}
+        floats: dict[str, str] = {}
         wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)
-        tried = [(name, scheme) for name, baseline in bench.baselines.items() for scheme in self._schemes(baseline.runtime, wants_small)]
+        tried = [(name, scheme) for name, baseline in bench.baselines.items() for scheme in self._schemes(baseline, wants_small)]
         with self.clock.stage("schemes in each runtime"):
             for done, (name, scheme) in enumerate(tried):
                 self.events.progress(done, len(tried))
-                ratio = self._ratio(self.template(bench.baselines[name].target.name).replace(precisions=self._whole(scheme)))
+                plan = self.template(bench.baselines[name].target.name).replace(floats=floats.get(name, FULL_PRECISION))
+                if scheme == BF16.name:
+                    plan = plan.replace(floats=scheme)
+                ratio = self._ratio(plan.replace(precisions=self._whole(scheme)))
                 if ratio is not None:
                     ratios[name, scheme] = ratio.median
+                if ratio is not None and scheme == BF16.name and ratio.median < _WORTH_BF16 * self._own(name) and self._is_faithful(plan):
+                    floats[name] = scheme
+                    self.plain[plan] = ratio.median
                 if ratio is not None and ratio.median >= 1.0 and not wants_small:
                     bench.notes.append(
                         f"{scheme} is not faster in {name}:cpu here ({ratio.median:.2f}x of the quickest fp32), so it is not used there"
@@ -169,7 +185,9 @@ class Offers:
         if self._best_of(bench.best.target.runtime, ratios) <= _CLEAR_GAIN * self._best_of(chosen, ratios):
             chosen = bench.best.target.runtime
         baseline = bench.baselines[chosen]
+        self.floats = floats.get(chosen, FULL_PRECISION)
         worth = [scheme for name, scheme in tried if name == chosen and (wants_small or ratios.get((name, scheme), math.inf) < 1.0)]
+        worth = [scheme for scheme in worth if scheme != BF16.name]
         if not worth:
             return baseline, options
         with self.clock.stage("sensitivity of schemes"):
@@ -195,12 +213,27 @@ class Offers:
     def _best_of(runtime: str, ratios: Mapping[tuple[str, str], float]) -> float:
         return min(ratio for (name, _), ratio in ratios.items() if name == runtime) if any(n == runtime for n, _ in ratios) else math.inf
 
-    def _schemes(self, runtime: Runtime, wants_small: bool) -> list[str]:
+    def _own(self, runtime: str) -> float:
+        """What the original takes in a runtime, against the quickest."""
+        own, best = self.bench.baselines[runtime].timing, self.bench.best.timing
+        return own.latency_s.median / best.latency_s.median if own is not None and best is not None else 1.0
+
+    def _is_faithful(self, plan: Plan) -> bool:
+        """Whether a net in bf16 gives on the example what the original gives, to less than quantization would change."""
+        try:
+            return self.trials.sqnr_db(plan) >= _FAITHFUL_DB
+        except RuntimeFailed:
+            return False
+
+    def _schemes(self, baseline: Baseline, wants_small: bool) -> list[str]:
         """The schemes that a runtime is tried with: those that it executes and that are about a fair share of the net's work, or of its weights."""
         found = []
         operators = self.bench.analysis.operators
-        for name in self.request.schemes:
-            if name in runtime.schemes and (whole := self._whole(name)):
+        schemes = [name for name in self.request.schemes if name in baseline.runtime.schemes]
+        if BF16.name in schemes and baseline.target.facts.has_bf16:
+            found.append(BF16.name)
+        for name in schemes:
+            if whole := self._whole(name):
                 of = operator_macs if not wants_small else _weights
                 share = sum(of(operators[o]) for o in whole) / max(sum(of(o) for o in operators.values()), 1)
                 is_asked = wants_small or self.request.schemes != DEFAULT_SCHEMES
@@ -239,7 +272,7 @@ class Offers:
         """What a target's kernels take, measured where it is not known; None where the target has no tables."""
         if target.runtime.startswith("torch"):
             return None
-        table = Table(target, is_sized=self.bench.graph.signature.is_sized)
+        table = Table(target, is_sized=self.bench.graph.signature.is_sized, floats=self.floats)
         deadline = time.monotonic() + TABLES_SHARE * self.clock.left_s if math.isfinite(self.clock.left_s) else None
 
         def seconds(kernels: Any) -> Any:

@@ -16,7 +16,7 @@ WHOLE_MAP = "1x1"
 """The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
 DEFAULT_SALIENCY = "auto"
 """The criterion that says which units go first, where no other is asked for."""
-DEFAULT_SCHEMES = ("int8", "int8-dynamic", "int8-weights", "int4-weights")
+DEFAULT_SCHEMES = ("bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 """What operators may compute in besides fp32, where no schemes are asked for."""
 DEFAULT_OBSERVER = "mse"
 """How the ranges of tensors are chosen, where no other way is asked for."""
@@ -79,6 +79,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         blocks: residual blocks that are bypassed.
         adaptors: those of them that leave a linear map of the stream behind -> its kind, "1x1" or "rank-R".
         precisions: scheme per operator; an operator that is not named stays in fp32.
+        floats: what operators that stay in floating point are computed in: "fp32", or "bf16" in a runtime that executes it.
         masks: pattern of zeros per operator; an operator that is not named keeps all its weights.
         masking: who chooses the zeros, and changes the weights that stay.
         saliency: which units of a group go first.
@@ -93,6 +94,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     blocks: tuple[str, ...] = ()
     adaptors: dict[str, str] = {}
     precisions: dict[str, str] = {}
+    floats: str = "fp32"
     masks: dict[str, str] = {}
     masking: str = "sparsegpt"
     saliency: str = "magnitude"
@@ -117,7 +119,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     @property
     def is_identity(self) -> bool:
         """Whether the plan changes nothing."""
-        return not (self.widths or self.blocks or self.precisions or self.masks)
+        return not (self.widths or self.blocks or self.precisions or self.masks or self.floats != "fp32")
 
     @property
     def is_dense(self) -> bool:

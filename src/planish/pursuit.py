@@ -85,7 +85,7 @@ class Pursuit:
         self.options += offers.masking(self.baseline.runtime)
         self.template = offers.template(self.baseline.target.name)
         self.space = Space(bench.analysis, self.options, self.template)
-        if not self.space.variables:
+        if not self.space.variables and self.template.is_identity:
             bench.notes.append("nothing can be pruned, masked or quantized in this model and target; see `planish inspect`")
             return False
         with self.clock.stage("latency tables"):
@@ -98,7 +98,9 @@ class Pursuit:
             self._level = 0
         own = self.baseline.timing
         assert own is not None
-        self.beliefs.note(self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": own.latency_s.median}))
+        latency = offers.plain.get(self.template, math.nan) * self.original["latency"]
+        latency = latency if math.isfinite(latency) else own.latency_s.median
+        self.beliefs.note(self.template, Evidence("trial", 0.0, 0.0, {**self.original, "latency": latency}))
         self._aim()
         self._search()
         return True
@@ -380,7 +382,7 @@ class Pursuit:
         for trial in self.trials.all:
             if trial.plan.target == self.template.target and trial.stage == "trial" and trial.plan.is_dense:
                 offered = {n: s for n, s in trial.plan.precisions.items() if self.space.offers("precision", n, s)}
-                if offered:
+                if (offered or not trial.plan.precisions) and trial.plan.floats == self.template.floats:
                     out.append(trial.plan.replace(precisions=offered))
         return list(dict.fromkeys(out))
 

@@ -63,6 +63,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "percentile": "planish.quantize.observers.percentile:Percentile",
     },
     "scheme": {
+        "bf16": "planish.quantize.schemes.bf16:BF16",
         "fp8": "planish.quantize.schemes.fp8:FP8",
         "int4-weights": "planish.quantize.schemes.int4_weights:INT4_WEIGHTS",
         "int8": "planish.quantize.schemes.int8:INT8",

@@ -104,6 +104,7 @@ def compress(bench: Workbench, plan: Plan, orders: Orders) -> tuple[Graph, Analy
 
 def quantized(bench: Workbench, graph: Graph, analysis: Analysis, plan: Plan) -> tuple[Graph, Mapping[str, str]]:
     """`graph` with the plan's precisions as fake quantization, and what had to stay in float; `graph` itself without any."""
+    graph.floats = plan.floats
     wanted = {name: scheme for name, scheme in plan.precisions.items() if name in analysis.operators and scheme != "fp32"}
     if not wanted:
         return graph, {}

@@ -21,8 +21,8 @@ from planish.prune.order import Orders
 from planish.result import Trial
 from planish.search.contract import Evidence, Kind
 from planish.study.store import Study
-from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge, measure_again
-from planish.workbench import Workbench
+from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge, measure_again, module_outputs_of_example, opened
+from planish.workbench import Workbench, worst_sqnr_db
 
 _CARRIED = 3
 _QUIET_NOISE = 0.03
@@ -157,6 +157,18 @@ class Trials:
         else:
             self.record(plan, "trial", Outcome("measured"), evidence, max(time.monotonic() - began, old.seconds), ratio, again=True)
         return Kept(evidence, ratio)
+
+    def sqnr_db(self, plan: Plan) -> float:
+        """The outputs on the example of what a plan was exported to, against the original module's.
+
+        Raises:
+            RuntimeFailed: it cannot be run.
+        """
+        if plan.digest not in self._paths:
+            self._exported(plan)
+        with opened(self.bench, self.bench.home(plan).target.thread_counts[:1], self._paths[plan.digest]) as probes:
+            (probe,) = probes.values()
+            return worst_sqnr_db(module_outputs_of_example(self.bench.graph), probe.outputs(self.bench.example))
 
     def _measured_again(self, plan: Plan) -> Estimate | None:
         """The ratio of what this run exported for a plan, else of a new export; None where it cannot be measured."""

@@ -22,7 +22,7 @@ _OPENVINO = '''\
 from pathlib import Path
 import numpy as np
 import openvino as ov
-settings = {{"INFERENCE_NUM_THREADS": {threads}, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}}
+settings = {{"INFERENCE_NUM_THREADS": {threads}, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": {floats!r}}}
 model = ov.Core().compile_model(str(Path(__file__).with_name({model!r})), "CPU", settings)
 def predict(*arrays: np.ndarray) -> list[np.ndarray]:
     """Arrays in the order {inputs}: {shapes}."""
@@ -41,12 +41,13 @@ def predict(*arrays):
 _TEMPLATES = {"onnxruntime": _ONNXRUNTIME, "openvino": _OPENVINO}
 
 
-def deploy_script(target: Target, model: str, signature: Signature) -> str:
+def deploy_script(target: Target, model: str, signature: Signature, floats: str = "fp32") -> str:
     """The text of `deploy.py`; torch's program files are ours, so these, and a runtime from another package, go through `planish.load`."""
     shapes = ", ".join(f"{spec.dtype} {'x'.join(str(size) for size in spec.shape)}" for spec in signature.inputs)
     return _TEMPLATES.get(target.runtime, _ANY).format(
         runtime=target.runtime,
         threads=target.threads,
+        floats="f32" if floats == "fp32" else floats,
         model=model,
         inputs=", ".join(_plain(spec.name) for spec in signature.inputs),
         outputs=", ".join(_plain(spec.name) for spec in signature.outputs),

@@ -157,7 +157,7 @@ def write(
         PLAN: msgspec.json.format(msgspec.json.encode(plan, order="sorted"), indent=1),
         MEASUREMENTS: msgspec.json.format(msgspec.json.encode(dict(measurements)), indent=1),
         WEIGHTS: safetensors.numpy.save(arrays),
-        DEPLOY: deploy_script(target, model.name, signature).encode(),
+        DEPLOY: deploy_script(target, model.name, signature, plan.floats).encode(),
     }
     if result_json is not None:
         contents[RESULT] = result_json

@@ -28,6 +28,7 @@ class Graph:
         signature: names, dtypes, dynamic axes, and the structure that the caller sees.
         example: the flat example inputs, at the batch that latency is measured at.
         notes: sentences for the report ("the axis 'sequence' is static because ...").
+        floats: what its floating-point operators are computed in where it runs: "fp32", or "bf16" in a runtime that executes it.
         idle: input name -> (axis, its channels that never vary), see `planish.graph.idle`.
     """
 
@@ -36,10 +37,11 @@ class Graph:
     example: tuple[torch.Tensor, ...]
     notes: list[str] = field(default_factory=list)
     idle: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    floats: str = "fp32"
 
     def copy(self) -> Graph:
         """A deep copy of the module; signature and example are shared."""
-        return Graph(copy.deepcopy(self.module), self.signature, self.example, list(self.notes), self.idle)
+        return Graph(copy.deepcopy(self.module), self.signature, self.example, list(self.notes), self.idle, self.floats)
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs, in the original's structure, for inputs in the original's structure (torch tensors)."""

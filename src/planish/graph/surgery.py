@@ -102,7 +102,7 @@ def _copy_but_for(graph: Graph, program: Program, stay: Survivors) -> Graph:
         if any(stay.changed(val, d) for d in val.dims):
             tensor = attribute(graph.module, name)
             shared[id(tensor)] = tensor
-    return Graph(copy.deepcopy(graph.module, shared), graph.signature, graph.example, list(graph.notes), graph.idle)
+    return Graph(copy.deepcopy(graph.module, shared), graph.signature, graph.example, list(graph.notes), graph.idle, graph.floats)
 
 
 def _shrink_parameters(module: GraphModule, program: Program, stay: Survivors) -> dict[tuple[str, int], NDArray[np.int64]]:

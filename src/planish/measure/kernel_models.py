@@ -99,6 +99,7 @@ def build(
     quantized_inputs: frozenset[str] = frozenset(),
     quantized_outputs: frozenset[str] = frozenset(),
     weight_range: int = 63,
+    floats: str = "fp32",
 ) -> tuple[bytes, Signature]:
     """The ONNX model that a kernel (or a model of `recipe`) names, all shapes fixed, and its signature.
 
@@ -106,11 +107,12 @@ def build(
         quantized_inputs: the runtime's `quantize_inputs_of`: with "add", fused additions in an int8 sandwich get a quantizer too.
         quantized_outputs: the runtime's `quantize_outputs_of`.
         weight_range: largest magnitude of an int8 weight.
+        floats: what the model asks its floating-point operators to be computed in.
 
     Raises:
         UsageError: a kernel that no model can be built for.
     """
-    model = Model(quantized_inputs, weight_range)
+    model = Model(quantized_inputs, weight_range, floats)
     layout, int8 = layout_of(kernel), kernel.precision == STATIC
     if kernel.kind in ("base", "quantize", "dequantize"):
         first, last = (int8, int8) if kernel.kind == "base" else (kernel.kind == "dequantize", kernel.kind == "quantize")

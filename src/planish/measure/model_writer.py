@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from planish.measure.kernels import Shape
 from planish.quantize.contract import group_size
+from planish.runtimes.storage import FLOATS
 from planish.signature import Signature, TensorSpec
 
 PROBE_CHANNELS = 8
@@ -45,8 +46,8 @@ BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow", 
 class Model:
     """Nodes and initializers of one model of fixed shapes."""
 
-    def __init__(self, quantized_inputs: frozenset[str], weight_range: int) -> None:
-        self.quantized_inputs, self._range = quantized_inputs, weight_range
+    def __init__(self, quantized_inputs: frozenset[str], weight_range: int, floats: str = "fp32") -> None:
+        self.quantized_inputs, self._range, self._floats = quantized_inputs, weight_range, floats
         self._nodes: list[Any] = []
         self._tensors: list[Any] = []
         self._inputs: list[TensorSpec] = []
@@ -176,5 +177,7 @@ class Model:
         domains = {node.domain for node in self._nodes if node.domain}
         opsets = [helper.make_opsetid("", 20), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="planish")
+        if self._floats != "fp32":
+            helper.set_model_props(model, {FLOATS: self._floats})
         signature = Signature(tuple(self._inputs), (TensorSpec(y, "float32", tuple(shape)),), "tuple", "tensor")
         return model.SerializeToString(), signature

@@ -56,21 +56,23 @@ class Table:
     Args:
         target: an ONNX runtime; its threads count.
         cache_dir: where figures are kept; by default the user's.
+        floats: what floating-point operators are computed in: "fp32", or "bf16" where the runtime executes it.
         is_sized: whether no axis of the program's inputs but the batch may vary: only then may the runtime get convolutions as products.
 
     Raises:
         UsageError: a target that runs no ONNX models.
     """
 
-    def __init__(self, target: Target, cache_dir: Path | None = None, is_sized: bool = False) -> None:
+    def __init__(self, target: Target, cache_dir: Path | None = None, is_sized: bool = False, floats: str = "fp32") -> None:
         runtime = get_runtime(target.runtime)
         if runtime.model_file != "model.onnx":
             raise UsageError(f"latency table: {target.name} runs no ONNX models, so its kernels cannot be measured alone; use MACs")
-        self._target = target
+        self._target, self._floats = target, floats
         self._most_positions = runtime.short_convolution if is_sized else 0
         self._placement = runtime.quantize_inputs_of, runtime.quantize_outputs_of
+        suffix = "" if floats == "fp32" else f"-{floats}"
         versions = "-".join(runtime.versions().values())
-        name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}-{FORMAT}.json"
+        name = f"{machine().fingerprint}-{target.runtime}-{versions}-{target.device}-{target.threads}-{target.weight_range}{suffix}-{FORMAT}.json"
         self.path = (cache_dir or cache.cache_folder()) / "tables" / name
         self._known: dict[str, float] = {}
         self._models: dict[str, Kernel] = {}
@@ -172,7 +174,7 @@ class Table:
     def _measure(self, key: str, model: Kernel) -> float | None:
         """Seconds of one visit; None, and told in `failures`, where there can be none."""
         try:
-            blob, signature = build(model, *self._placement, self._target.weight_range)
+            blob, signature = build(model, *self._placement, self._target.weight_range, self._floats)
         except (UsageError, ValueError, IndexError) as err:
             self._failed[key] = f"{model.kind}: no model can be built for it ({err})"
             return None

@@ -22,6 +22,7 @@ class Scheme:
         activations: "static" (int8, in ranges from calibration data), "dynamic" (int8, in the range of each call), or "float".
         group: how many weights along the inputs share a scale (fewer where that does not divide them); 0: all of one output.
         activation_bits: of the grid that activations are rounded to, unless they stay in float.
+        needs: the field of a target's `Facts` that must hold; "" for none.
         refusal: why no target that planish knows executes it; "" where some do.
     """
 
@@ -31,6 +32,7 @@ class Scheme:
     activations: Literal["static", "dynamic", "float"]
     group: int = 0
     activation_bits: int = 8
+    needs: str = ""
     refusal: str = ""
 
     @property

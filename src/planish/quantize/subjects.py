@@ -32,6 +32,11 @@ def chosen_nodes(analysis: Analysis, precisions: Mapping[str, str]) -> dict[str,
     return {name: (found.node, registry.get("scheme", wanted[name])) for name, found in analysis.operators.items() if name in wanted}
 
 
+def computes_in_int8(scheme: str) -> bool:
+    """Whether operators of a scheme multiply integers; `scheme` may also be "fp32", "bf16" or "removed"."""
+    return scheme in registry.names("scheme") and registry.get("scheme", scheme).activations in ("static", "dynamic")
+
+
 def unsupported(node: Node, scheme: Scheme) -> str:
     """Why an operator has no form in a scheme, or "" where it has one."""
     parts = parts_of(node)

@@ -17,6 +17,7 @@ import numpy as np
 from planish.errors import RuntimeFailed
 from planish.measurement import Proof
 from planish.runtimes.contract import Array
+from planish.runtimes.storage import FLOATS
 from planish.signature import Signature
 from planish.target import Target
 
@@ -30,7 +31,8 @@ _BOOKKEEPING = {"Input", "Output", "Const", "Reshape"}
 class OpenVino:
     """Intel's OpenVINO, CPU plug-in, in fp32 where a model is not quantized.
 
-    On a machine with bf16 units OpenVINO would round an fp32 model to bf16 unasked; planish pins f32 and reads back what ran.
+    On a machine with bf16 units OpenVINO would round an fp32 model to bf16 unasked; planish pins f32, unless the model asks for
+    bf16, and reads back what ran. It is a matter of the whole net: operators that are not in int8 take it or leave it together.
     Additions are fused into the convolution before them only if both of their inputs are quantized: else each is a kernel of its
     own, which cost 1 to 6 % of the CPU time of int8 residual nets. Pools pass int8 on only if it is quantized before them.
     """
@@ -40,7 +42,7 @@ class OpenVino:
     extra = "openvino"
     devices = ("cpu",)
     model_file = "model.onnx"
-    schemes = ("fp32", "int8", "int8-weights", "int4-weights", "w4a8")
+    schemes = ("fp32", "int8", "int8-weights", "int4-weights", "w4a8", "bf16")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
     quantize_outputs_of: frozenset[str] = frozenset()
     short_convolution = 0
@@ -97,6 +99,8 @@ class OpenVinoSession:
             self._model = _get_core().read_model(str(path))
         except RuntimeError as err:
             raise RuntimeFailed("unsupported", f"openvino refuses {path.name}: {_last_line(err)}") from err
+        key = ["framework", FLOATS]
+        self._floats = str(self._model.get_rt_info(key).value) if self._model.has_rt_info(key) else "f32"
         named = {name: i for i, port in enumerate(self._model.inputs) for name in port.get_names()}
         given = {name: i for i, port in enumerate(self._model.outputs) for name in port.get_names()}
         wanted, gives = [s.name for s in signature.inputs], [s.name for s in signature.outputs]
@@ -120,7 +124,7 @@ class OpenVinoSession:
                 "PERFORMANCE_HINT": "LATENCY",
                 "NUM_STREAMS": "1",
                 "INFERENCE_NUM_THREADS": str(self._threads),
-                "INFERENCE_PRECISION_HINT": "f32",
+                "INFERENCE_PRECISION_HINT": self._floats,
             }
             return _get_core().compile_model(model, "CPU", settings).create_infer_request()
         except RuntimeError as err:

@@ -1,6 +1,9 @@
-"""Bytes of a weight that holds zeros, in a file that keeps a bit for every weight and the values of those that are not zero."""
+"""What a model file says and keeps beyond its format: the type of its floats, and weights that hold many zeros as bits and values."""
 
 from __future__ import annotations
+
+FLOATS = "floats"
+"""The key of the metadata that names the type in which floating-point operators are to be computed, where that is not fp32."""
 
 _WORTH = 0.75
 _LEAST_BYTES = 2048

@@ -30,6 +30,7 @@ from planish.graph.quiet import silenced
 from planish.runtimes.onnx_operators import scatter_slices, translations
 from planish.runtimes.onnx_schemes import to_onnx_schemes
 from planish.runtimes.packing import pack_zeros
+from planish.runtimes.storage import FLOATS
 from planish.signature import Signature
 
 aten = torch.ops.aten
@@ -86,6 +87,8 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
     assert exported is not None
     model = exported.model
     _finish(model, graph.signature)
+    if graph.floats != "fp32":
+        model.metadata_props[FLOATS] = graph.floats
     pack_zeros(model)
     _save(model, path)
 
