@@ -43,7 +43,7 @@ _FAITHFUL_DB = 25.0
 """Below so many decibels bf16 is no rounding of the same outputs any more (int8 has 30 to 40, bf16 40 to 50)."""
 _FAIR_SHARE = 0.2
 """A scheme that is about less than this share of the multiply-accumulates (of the weights, under a limit on size or memory) is not tried."""
-_FOR_SIZE = ("int4-weights",)
+_FOR_SIZE = ("int4-weights", "codebook")
 """Schemes that lose too much to be tried where no limit on size or memory asks for them."""
 _KERNELS, _OPTIONS = "kernels", "options for"
 """Events of the study: what the clock, or the machine as it was then, decided. A run that is carried on decides the same."""

@@ -16,7 +16,7 @@ WHOLE_MAP = "1x1"
 """The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
 DEFAULT_SALIENCY = "auto"
 """The criterion that says which units go first, where no other is asked for."""
-DEFAULT_SCHEMES = ("bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights")
+DEFAULT_SCHEMES = ("bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "codebook")
 """What operators may compute in besides fp32, where no schemes are asked for."""
 DEFAULT_OBSERVER = "mse"
 """How the ranges of tensors are chosen, where no other way is asked for."""

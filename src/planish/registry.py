@@ -64,6 +64,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "scheme": {
         "bf16": "planish.quantize.schemes.bf16:BF16",
+        "codebook": "planish.quantize.schemes.codebook:CODEBOOK",
+        "codebook-mixture": "planish.quantize.schemes.codebook_mixture:CODEBOOK_MIXTURE",
         "fp8": "planish.quantize.schemes.fp8:FP8",
         "int4-weights": "planish.quantize.schemes.int4_weights:INT4_WEIGHTS",
         "int8": "planish.quantize.schemes.int8:INT8",

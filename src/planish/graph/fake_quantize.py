@@ -39,6 +39,27 @@ def fake_quantize_per_tensor_affine(x: Tensor, scale: Tensor, zero_point: Tensor
     return found
 
 
+class _NearestStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2)]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def fake_codebook(x: Tensor, values: Tensor) -> Tensor:
+    """`x` with every number at the nearest of `values`.
+
+    Args:
+        x: float32, any shape.
+        values: float32, ascending, [count].
+    """
+    found: Tensor = _NearestStraightThrough.apply(x, values)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _DynamicStraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def parameter_of(value: Node) -> Node | None:
     is_turned = (
         value.target is aten.t.default and isinstance(value.args[0], Node) and short_name(value.args[0]) == "fake_quantize_per_group"
     )
-    if is_turned or short_name(value).startswith("fake_quantize"):
+    if is_turned or short_name(value).startswith("fake_"):
         source = value.args[0]
         assert isinstance(source, Node), value.format_node()
         if source.target is aten.t.default and isinstance(source.args[0], Node):

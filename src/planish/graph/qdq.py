@@ -6,7 +6,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
-from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
+from planish.graph.fake_quantize import fake_codebook, fake_quantize_per_tensor_affine
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 from planish.graph.modes import short_name
@@ -24,7 +24,7 @@ _FULL_RANGES = {(0, 255): torch.uint8, (-128, 127): torch.int8}
 
 def is_quantized(graph: Graph) -> bool:
     """Whether the program holds a fake-quantized node."""
-    return any(short_name(node).startswith("fake_quantize") for node in graph.module.graph.nodes)
+    return any(short_name(node).startswith("fake_") for node in graph.module.graph.nodes)
 
 
 def to_qdq(graph: Graph) -> Graph:
@@ -41,6 +41,8 @@ def to_qdq(graph: Graph) -> Graph:
     for node in list(module.graph.nodes):
         if node.target in _PER_TENSOR:
             _swap_per_tensor(module, node)
+        elif node.target is fake_codebook:
+            _swap_codebook(module, node)
         elif node.target is _PER_CHANNEL:
             _swap_per_channel(module, node)
     module.graph.eliminate_dead_code()
@@ -91,6 +93,15 @@ def _swap_per_tensor(module: fx.GraphModule, node: fx.Node) -> None:
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _swap_codebook(module: fx.GraphModule, node: fx.Node) -> None:
+    """A weight with few values is a constant; the file keeps it as what it is."""
+    x, values = (attribute(module, str(argument.target)).detach() for argument in node.args)  # type: ignore[union-attr]
+    with module.graph.inserting_before(node):
+        stored = _buffer(module, f"{node.args[0].target}_shared", fake_codebook(x, values))  # type: ignore[union-attr]
+    node.replace_all_uses_with(stored)
+    module.graph.erase_node(node)
 
 
 def _swap_per_channel(module: fx.GraphModule, node: fx.Node) -> None:

@@ -22,6 +22,7 @@ class Scheme:
         activations: "static" (int8, in ranges from calibration data), "dynamic" (int8, in the range of each call), or "float".
         group: how many weights along the inputs share a scale (fewer where that does not divide them); 0: all of one output.
         activation_bits: of the grid that activations are rounded to, unless they stay in float.
+        codebook: "kmeans" or "mixture": weights share 2 ** `weight_bits` values that are fitted to them, instead of even steps.
         needs: the field of a target's `Facts` that must hold; "" for none.
         refusal: why no target that planish knows executes it; "" where some do.
     """
@@ -32,13 +33,14 @@ class Scheme:
     activations: Literal["static", "dynamic", "float"]
     group: int = 0
     activation_bits: int = 8
+    codebook: str = ""
     needs: str = ""
     refusal: str = ""
 
     @property
     def executed(self) -> str:
-        """The scheme whose kernel runs: whatever the grid of a static scheme, runtimes compute in int8."""
-        return "int8" if self.activations == "static" else self.name
+        """The scheme whose kernel runs: whatever the grid of a static scheme, runtimes compute in int8; with a codebook, in fp32."""
+        return "int8" if self.activations == "static" else "fp32" if self.codebook else self.name
 
     @property
     def activation_bytes(self) -> float:
@@ -47,9 +49,7 @@ class Scheme:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of a weight in a file, its share of scales and zero points included."""
-        if self.activations != "float":
-            return 1.0  # runtimes read these as int8, whatever the grid
+        """Bytes of a weight in a file, its share of scales and zero points included; values that are few are kept by number."""
         return (self.weight_bits + (32 + self.weight_bits) / self.group) / 8 if self.group else self.weight_bits / 8
 
 

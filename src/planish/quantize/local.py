@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.functional import pad
 
-from planish.graph.fake_quantize import fake_quantize_dynamic, fake_quantize_per_group
+from planish.graph.fake_quantize import fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.quantize.arithmetic import TINY_RANGE, Grid, Quantizer, fake_quantize, int8_weights
+from planish.quantize.codebook import CodebookQuantizer, fit_codebook
 from planish.quantize.contract import Observer, Scheme, group_size
 from planish.quantize.insert import insert, own_values
 from planish.quantize.placement import Read
@@ -73,8 +74,10 @@ def weight_of(module: GraphModule, node: Node) -> Tensor:
 
 def local_quantizer(
     weight: Tensor, parts: Parts, scheme: Scheme, target: Target, make: Callable[[Grid], Observer]
-) -> Quantizer | GroupQuantizer:
+) -> Quantizer | GroupQuantizer | CodebookQuantizer:
     """The quantizer of a weight: grouped along its inputs where the scheme says so, else per output (per row of an embedding)."""
+    if scheme.codebook:
+        return fit_codebook(weight, scheme.codebook, 2**scheme.weight_bits)
     if scheme.group and parts.kind != "embedding":
         matrix = weight if parts.axis == 0 else weight.t()
         return group_quantizer(matrix, Grid(0, 2**scheme.weight_bits - 1), group_size(scheme.group, matrix.shape[1]), make)
@@ -85,10 +88,12 @@ def local_quantizer(
     return watcher.quantizer()
 
 
-def rounded(weight: Tensor, parts: Parts, quantizer: Quantizer | GroupQuantizer) -> Tensor:
+def rounded(weight: Tensor, parts: Parts, quantizer: Quantizer | GroupQuantizer | CodebookQuantizer) -> Tensor:
     """A weight on its grid, in float, in its own layout."""
     if isinstance(quantizer, Quantizer):
         return fake_quantize(weight, quantizer)
+    if isinstance(quantizer, CodebookQuantizer):
+        return quantizer.rounded(weight)
     return quantizer.rounded(weight) if parts.axis == 0 else quantizer.rounded(weight.t()).t()
 
 
@@ -124,11 +129,20 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: 
                 node.update_arg(position, rounded_value)
 
 
-def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantizer: Quantizer | GroupQuantizer) -> None:
+def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantizer: Quantizer | GroupQuantizer | CodebookQuantizer) -> None:
     parts = _parts(nodes[0])
     reads = [Read(node.name, position) for node in nodes if (position := _parts(node).weight) is not None]
     if isinstance(quantizer, Quantizer):
         insert(module, weight.name, reads, quantizer)
+        return
+    if isinstance(quantizer, CodebookQuantizer):
+        module.register_buffer(f"{weight.name}_codebook", quantizer.values.clone())
+        with module.graph.inserting_before(min(nodes)):
+            values = module.graph.get_attr(f"{weight.name}_codebook")
+            found = module.graph.call_function(fake_codebook, (weight, values))
+        found.meta = own_values(weight)
+        for read in reads:
+            next(node for node in nodes if node.name == read.node).update_arg(read.position, found)
         return
     names = [f"{weight.name}_group_scale", f"{weight.name}_group_zero_point"]
     for name, tensor in zip(names, (quantizer.scale, quantizer.zero_point), strict=True):

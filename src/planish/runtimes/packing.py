@@ -34,7 +34,7 @@ def pack_zeros(model: ir.Model) -> None:
         if not nonzero or value.dtype is None:
             continue
         saved[value.dtype] = (
-            saved.get(value.dtype, 0.0) + _array(value).nbytes - packed_bytes(_array(value).size, nonzero, value.dtype.itemsize)
+            saved.get(value.dtype, 0.0) + array_of(value).nbytes - packed_bytes(array_of(value).size, nonzero, value.dtype.itemsize)
         )
         lists = groups.setdefault(value.dtype, [])
         if not lists or counted[value.dtype] + nonzero > _MOST_COUNTED:
@@ -50,21 +50,28 @@ def pack_zeros(model: ir.Model) -> None:
 def _packable(graph: ir.Graph, value: ir.Value) -> int:
     """How many of a weight's values are not zero, where it is worth packing; else 0."""
     tensor = value.const_value
-    if tensor is None or tensor.dtype not in _TYPES or value in graph.inputs or value in graph.outputs:
+    if tensor is None or not is_weight(graph, value):
         return 0
-    readers = [use.node.op_type for use in value.uses()]
-    if not readers or not _READERS.issuperset(readers) or len(tensor.shape) < 2:
-        return 0
-    count, nonzero = math.prod(tensor.shape.numpy()), int(np.count_nonzero(_array(value)))
+    count, nonzero = math.prod(tensor.shape.numpy()), int(np.count_nonzero(array_of(value)))
     return nonzero if nonzero <= _MOST_COUNTED and is_worth_packing(count, nonzero, tensor.dtype.itemsize) else 0
 
 
-def _array(value: ir.Value) -> NDArray[np.generic]:
+def is_weight(graph: ir.Graph, value: ir.Value) -> bool:
+    """Whether a constant is a matrix or kernel that operators read which runtimes have ready before they run."""
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in _TYPES or value in graph.inputs or value in graph.outputs:
+        return False
+    readers = [use.node.op_type for use in value.uses()]
+    return bool(readers) and _READERS.issuperset(readers) and len(tensor.shape) >= 2
+
+
+def array_of(value: ir.Value) -> NDArray[np.generic]:
+    """The numbers of a constant."""
     assert value.const_value is not None
     return value.const_value.numpy()
 
 
-class _Chain:
+class Chain:
     """Nodes and constants at the start of a graph, with names of their own."""
 
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
@@ -72,6 +79,7 @@ class _Chain:
         self._names = (f"{prefix}_{number}" for number in itertools.count())
 
     def constant(self, array: NDArray[np.generic]) -> ir.Value:
+        """A new constant."""
         tensor = ir.tensor(np.ascontiguousarray(array))
         held = ir.Value(name=next(self._names), shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(held)
@@ -87,6 +95,7 @@ class _Chain:
         return made.outputs[0]
 
     def shaped(self, value: ir.Value, *shape: int) -> ir.Value:
+        """The same numbers in another shape."""
         return self.node("Reshape", value, self.constant(np.array(shape, np.int64)))
 
 
@@ -96,12 +105,12 @@ def _pack(graph: ir.Graph, values: list[ir.Value], prefix: str, dtype: ir.DataTy
     What can be done for a byte, or for each of the 256 that there are, is: every node's result is copied while ONNX Runtime loads. Bytes are
     counted down the columns of a matrix that is about square: a step of a running sum takes ONNX Runtime a microsecond, however wide it is.
     """
-    flat = np.concatenate([_array(value).reshape(-1) for value in values])
+    flat = np.concatenate([array_of(value).reshape(-1) for value in values])
     height = max(1, round(math.sqrt(len(flat) / 8)))
     width = -(-len(flat) // (8 * height))
     padded = np.pad(flat, (0, 8 * height * width - len(flat)))
     counted = padded.reshape(height, width, 8).swapaxes(0, 1)  # down the columns
-    chain = _Chain(graph, prefix)
+    chain = Chain(graph, prefix)
     node, real, whole = chain.node, int(ir.DataType.FLOAT), int(ir.DataType.INT32)
 
     # of each of 256 bytes [256, 8]: for a bit that is set the number of its value within the byte, from 1 on; far below zero for others
@@ -127,13 +136,13 @@ def _pack(graph: ir.Graph, values: list[ir.Value], prefix: str, dtype: ir.DataTy
     # of each weight: its value, which is the first of the table where its bit is not set
     number = node("Max", node("Add", node("Gather", places, stored), before), chain.constant(np.array(0, np.int32)))
     table = chain.constant(np.concatenate([np.zeros(1, flat.dtype), counted[counted != 0]]))
-    sizes = [_array(value).size for value in values]
+    sizes = [array_of(value).size for value in values]
     lengths = [*sizes, len(padded) - len(flat)] if len(padded) > len(flat) else sizes
     dense = chain.shaped(node("Gather", table, number), -1)
     pieces = node("Split", dense, chain.constant(np.array(lengths, np.int64)), outputs=len(lengths), axis=0).producer()
     assert pieces is not None
     for value, piece in zip(values, pieces.outputs, strict=False):
-        name, shape = value.name, _array(value).shape
+        name, shape = value.name, array_of(value).shape
         assert name is not None
         restored = chain.shaped(piece, *shape)
         ir.convenience.replace_all_uses_with(value, restored)

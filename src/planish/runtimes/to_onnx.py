@@ -27,6 +27,7 @@ from planish.graph.interpret import attribute
 from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
 from planish.graph.quiet import silenced
+from planish.runtimes.codebooks import pack_codebooks
 from planish.runtimes.onnx_operators import scatter_slices, translations
 from planish.runtimes.onnx_schemes import to_onnx_schemes
 from planish.runtimes.packing import pack_zeros
@@ -89,6 +90,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
     _finish(model, graph.signature)
     if graph.floats != "fp32":
         model.metadata_props[FLOATS] = graph.floats
+    pack_codebooks(model)
     pack_zeros(model)
     _save(model, path)
 

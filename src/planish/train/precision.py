@@ -56,7 +56,7 @@ def has_convolution(graph: Graph) -> bool:
 
 def has_fake_quantize(graph: Graph) -> bool:
     """Whether the program trains with quantization in place."""
-    return any(short_name(node).startswith("fake_quantize") for node in graph.module.graph.nodes)
+    return any(short_name(node).startswith("fake_") for node in graph.module.graph.nodes)
 
 
 def choose(graph: Graph, step: Callable[[Arithmetic], None], is_timed: bool) -> Arithmetic:
