@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from planish import registry
 from planish.account import group_widths, masks_note, nearest, operator_rows, search_account
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
@@ -23,10 +24,12 @@ from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.probe import Probe
 from planish.measure.roofline import roofline_s
-from planish.measurement import Estimate, Measurement
+from planish.measurement import Diagnosis, Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
+from planish.quantize.diagnosis import diagnose
+from planish.quantize.subjects import FULL_PRECISION
 from planish.recovery import usual_samples
 from planish.report import figures
 from planish.result import Result, Summary
@@ -52,6 +55,8 @@ _EXACT = 1
 _FEW = 4
 """With fewer plans than this that there was time for, it is said."""
 _NAMED_STAGES = 3
+_DIAGNOSIS_S, _LEAST_DIAGNOSIS_S, _DIAGNOSIS_SHARE = 30.0, 2.0, 0.5
+"""Seconds that the diagnosis of quantization may take, and of the time that is left; with less than so many left there is none."""
 _GROWN, _SMALL_BYTES = 2.0, 2**26
 
 
@@ -92,6 +97,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
             outputs = probe.outputs(bench.example)
     if winner is not None:
         bench.notes += [*_said(summary), *_seen_before(bench, summary), *filter(None, [masks_note(bench, winner)])]
+        summary = msgspec.structs.replace(summary, diagnosis=_diagnosis(bench, winner))
     if not summary.time_limited:  # else the verdict says so
         bench.notes += _short_of_time(bench, request, pursuit, winner, summary)
     summary = _timed(bench, summary)
@@ -125,7 +131,7 @@ def _said(summary: Summary) -> list[str]:
         out.append("selection-biased: there is no test split, so the drop is judged on the validation split that guided the search")
     if summary.split == EVALUATE:
         out.append("selection-biased: `evaluate` judges the result, and guided the search too")
-    planned = sum(row.precision == "int8" for row in summary.operators)
+    planned = sum(_multiplies_in_int8(row.precision) for row in summary.operators)
     proof = summary.optimized.proof if summary.optimized else None
     if proof is not None and proof.int8_kernels < planned:
         out.append(f"{planned} operators were to run in int8, and the runtime says that {proof.int8_kernels} kernels do")
@@ -134,6 +140,43 @@ def _said(summary: Summary) -> list[str]:
     if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
         out.append(f"it needs {needs / needed:.1f} times the memory of the original while it runs; `--memory 1x` forbids that")
     return out
+
+
+def _multiplies_in_int8(precision: str) -> bool:
+    """Whether an operator of that precision runs in an int8 kernel: weights alone are turned to float before they are multiplied."""
+    return precision in registry.names("scheme") and registry.get("scheme", precision).activations != "float"
+
+
+def _diagnosis(bench: Workbench, winner: Winner) -> Diagnosis | None:
+    """What each operator of the winner loses when it leaves fp32; None where the plan quantizes none, or no time is left."""
+    wanted = {
+        name: scheme
+        for name, scheme in winner.plan.precisions.items()
+        if name in winner.analysis.operators and scheme != FULL_PRECISION and name not in winner.skipped
+    }
+    if not wanted:
+        return None
+    if bench.clock.left_s < _LEAST_DIAGNOSIS_S:
+        bench.notes.append(
+            "no time was left for the diagnosis of quantization; `planish inspect JOB.PY --sensitivity` has one of the original"
+        )
+        return None
+    home, validation = bench.home(winner.plan), bench.data.validation
+    with bench.clock.stage("diagnosis of quantization"):
+        bench.threads.settle()
+        return diagnose(
+            winner.graph,
+            winner.analysis,
+            wanted,
+            home.runtime,
+            home.target,
+            bench.data.calibration,
+            ("validation", validation) if validation is not None else None,
+            bench.metric,
+            observer=winner.plan.observer,
+            seconds=min(_DIAGNOSIS_S, _DIAGNOSIS_SHARE * bench.clock.left_s),
+            progress=bench.events.progress,
+        )
 
 
 def _course(bench: Workbench, request: Request, pursuit: Pursuit) -> Course:
@@ -220,7 +263,7 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     if winner is None or winner.exported.path is None:
         return _compare(bench, request, pursuit, originals, [], None)
     home = bench.home(winner.plan)
-    int8 = frozenset(n for n, s in winner.plan.precisions.items() if s == "int8" and n not in winner.skipped)
+    int8 = frozenset(n for n, s in winner.plan.precisions.items() if _multiplies_in_int8(s) and n not in winner.skipped)
     with opened(bench, home.target.thread_counts, winner.exported.path) as probes:
         sides = [
             _Side(replace(home, target=target), winner.exported.path, probe, winner.final, winner.analysis, int8)
