@@ -67,7 +67,7 @@ def _sensitivity(data: dict[str, Any]) -> str:
     found = msgspec.convert(plain, Diagnosis)
     schemes = words.schemes_of(found.operators)
     qualities = any(row.quality_without is not None for row in found.operators)
-    columns = ["operator", *schemes, "all but it", *([found.metric] if qualities else []), "clipped"]
+    columns = ["operator", *schemes, "all but it", *([figures.plain(found.metric, 30)] if qualities else []), "clipped"]
     rows = [
         (
             row.name,

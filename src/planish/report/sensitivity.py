@@ -41,7 +41,8 @@ def now(row: Sensitivity) -> str:
 
 def summed_up(found: Diagnosis) -> str:
     """One sentence on the net with all operators as planned."""
-    text = f"{decibels(found.sqnr_db)} dB of the outputs are left with all of them so"
+    kept = "stay as they are" if found.sqnr_db >= EQUAL_DB else f"keep {decibels(found.sqnr_db)} dB"
+    text = f"with all as planned the outputs {kept}"
     if found.quality_all is not None and found.quality is not None:
         metric = figures.plain(found.metric, 40)
         text += f", {metric} {figures.quality(found.quality_all)} ({figures.quality(found.quality)} in float)"
