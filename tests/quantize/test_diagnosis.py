@@ -111,6 +111,9 @@ def test_a_plan_of_schemes_is_tried_in_its_own_and_in_static_int8() -> None:
     assert set(row_of(found, "middle").sqnr_alone_db) == {"int8", "int8-weights"}
     assert set(row_of(found, "last").sqnr_alone_db) == {"int8"}
     assert (row_of(found, "middle").tried, row_of(found, "last").tried) == ("int8-weights", "int8")
+    assert row_of(found, "first").sqnr_without_db == pytest.approx(built(graph, analysis, {"middle": "int8-weights"}, "minmax"), abs=0.01)
+    with_last = {"first": "int8", "middle": "int8-weights", "last": "int8"}
+    assert row_of(found, "last").sqnr_with_db == pytest.approx(built(graph, analysis, with_last, "minmax"), abs=0.01)
 
 
 def test_quality_is_the_job_s_metric_with_labels_and_agreement_without() -> None:

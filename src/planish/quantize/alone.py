@@ -19,7 +19,7 @@ from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Scheme
 from planish.quantize.ground import Ground
 from planish.quantize.insert import why_not
-from planish.quantize.local import local_quantizer, rounded, why_not_locally
+from planish.quantize.local import rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
 from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import Runtime
@@ -122,7 +122,7 @@ def _local(ground: Ground, analysis: Analysis, target: Target, scheme: Scheme) -
         weight = node.args[parts.weight]
         assert isinstance(weight, Node)
         values = tensor_of(module, weight)
-        stand_in = rounded(values, parts, local_quantizer(values, parts, scheme, target, ground.make))
+        stand_in = rounded(values, parts, ground.local_quantizer(weight.name, parts, scheme, target))
         positions = parts.activations if scheme.activations == "dynamic" else ()
         alone.append(Alone(name, scheme.name, node, {str(weight.target): stand_in}, dict.fromkeys(positions)))
     return alone

@@ -107,7 +107,8 @@ def quantize_on(
     for value, owner in owners.items():
         if isinstance(quantizer := ground.watched[owner], Quantizer):
             insert(module, value, placement.activations[value], quantizer, owner)
-    quantize_locally(module, {nodes[name]: scheme for name, scheme in local.items()}, target, ground.make)
+    by_node = {nodes[name]: scheme for name, scheme in local.items()}
+    quantize_locally(module, by_node, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()
     module.recompile()
     done = (*placement.operators, *local)

@@ -13,11 +13,14 @@ from planish.data import Split
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Graph
 from planish.graph.modes import set_mode
+from planish.graph.parts import Parts, tensor_of
 from planish.graph.replay import take
 from planish.quantize.arithmetic import Grid, Quantizer
-from planish.quantize.contract import Observer
+from planish.quantize.contract import Observer, Scheme
 from planish.quantize.insert import first_source, watch, weight_quantizer
+from planish.quantize.local import GroupQuantizer, local_quantizer
 from planish.quantize.placement import Placement, Read
+from planish.target import Target
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Ground:
     make: type[Observer]
     watched: dict[str, Quantizer | str] = field(default_factory=dict)
     _weights: dict[tuple[str, tuple[Read, ...], tuple[str | None, ...], Grid], Quantizer] = field(default_factory=dict)
+    _local: dict[tuple[str, Parts, str, int], Quantizer | GroupQuantizer] = field(default_factory=dict)
 
     @property
     def module(self) -> GraphModule:
@@ -59,6 +63,14 @@ class Ground:
         if key not in self._weights:
             self._weights[key] = weight_quantizer(self.module, weight, readers, grid, self.make, self.activations, placement)
         return self._weights[key]
+
+    def local_quantizer(self, weight: str, parts: Parts, scheme: Scheme, target: Target) -> Quantizer | GroupQuantizer:
+        """The quantizer of a weight for operators with these parts in a scheme without static activations."""
+        key = weight, parts, scheme.name, target.weight_range
+        if key not in self._local:
+            (node,) = (node for node in self.module.graph.nodes if node.name == weight)
+            self._local[key] = local_quantizer(tensor_of(self.module, node), parts, scheme, target, self.make)
+        return self._local[key]
 
 
 def folded(graph: Graph) -> Graph:

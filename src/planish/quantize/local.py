@@ -92,7 +92,9 @@ def rounded(weight: Tensor, parts: Parts, quantizer: Quantizer | GroupQuantizer)
     return quantizer.rounded(weight) if parts.axis == 0 else quantizer.rounded(weight.t()).t()
 
 
-def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: Target, make: Callable[[Grid], Observer]) -> None:
+def quantize_locally(
+    module: GraphModule, chosen: Mapping[str, Scheme], choose: Callable[[Node, Parts, Scheme], Quantizer | GroupQuantizer]
+) -> None:
     """Puts the quantizers of schemes without static activations into a program. The caller recompiles.
 
     A weight that several operators of one kind read in one scheme is rounded once; an activation likewise.
@@ -100,6 +102,7 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: 
     Args:
         module: changed in place.
         chosen: fx node name -> scheme, each of which `why_not_locally` allows.
+        choose: the quantizer of a weight (its node) for an operator with these parts in a scheme.
     """
     by_name = {node.name: node for node in module.graph.nodes}
     readers: dict[tuple[Node, str, str, int], list[Node]] = {}
@@ -113,8 +116,7 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: 
                 dynamic.setdefault(_argument(node, position), []).append(node)
     for (weight, *_), nodes in readers.items():
         parts = _parts(nodes[0])
-        quantizer = local_quantizer(tensor_of(module, weight), parts, chosen[nodes[0].name], target, make)
-        _insert_weight(module, weight, nodes, quantizer)
+        _insert_weight(module, weight, nodes, choose(weight, parts, chosen[nodes[0].name]))
     for value, nodes in dynamic.items():
         with module.graph.inserting_before(min(nodes)):
             rounded_value = module.graph.call_function(fake_quantize_dynamic, (value,))
