@@ -14,6 +14,7 @@ from planish import registry
 from planish.account import group_widths, masks_note, nearest, operator_rows, search_account
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
+from planish.clock import DIAGNOSIS_S
 from planish.distill.recover import recover
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
@@ -55,8 +56,8 @@ _EXACT = 1
 _FEW = 4
 """With fewer plans than this that there was time for, it is said."""
 _NAMED_STAGES = 3
-_DIAGNOSIS_S, _LEAST_DIAGNOSIS_S, _DIAGNOSIS_SHARE = 30.0, 2.0, 0.5
-"""Seconds that the diagnosis of quantization may take, and of the time that is left; with less than so many left there is none."""
+_LEAST_DIAGNOSIS_S, _DIAGNOSIS_SHARE = 2.0, 0.5
+"""With fewer seconds left than this there is no diagnosis of quantization; else it may take this share of them."""
 _GROWN, _SMALL_BYTES = 2.0, 2**26
 
 
@@ -174,7 +175,7 @@ def _diagnosis(bench: Workbench, winner: Winner) -> Diagnosis | None:
             ("validation", validation) if validation is not None else None,
             bench.metric,
             observer=winner.plan.observer,
-            seconds=min(_DIAGNOSIS_S, _DIAGNOSIS_SHARE * bench.clock.left_s),
+            seconds=min(DIAGNOSIS_S, _DIAGNOSIS_SHARE * bench.clock.left_s),
             progress=bench.events.progress,
         )
 

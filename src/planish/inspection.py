@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from planish import registry
-from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
+from planish.clock import DIAGNOSIS_S, FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.facts import Shape
@@ -230,6 +230,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "latency tables": min(0.3 * (levels * 4 + int8), TABLES_SHARE * limit),
         "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),
         "final measurement": FINAL_S,
+        "diagnosis of quantization": min(1.5 * int8 * 128 * sample, DIAGNOSIS_S, SENSITIVITY_SHARE * limit),
     }
     total = sum(stages.values())
     if "distill" in request.techniques:
