@@ -34,9 +34,9 @@ _CALIBRATED, _LEAST_CALIBRATED, _LEAST = 300, 16, 4
 _CALIBRATING_PASSES, _CALIBRATING_SHARE = 6, 0.25
 """Watching takes about so many runs of each sample, and may take this share of the time."""
 _SATURATED = 0.01
-_GAIN_DB, _AUDIBLE_DB = 6.0, 30.0
+_GAIN_DB, _AUDIBLE_DB, _LOST_DB = 6.0, 30.0, 10.0
 """An operator is named where leaving it out of int8 takes three quarters of the noise away (6 dB), and the noise matters at all: above 30 dB
-rounding is a thirtieth of the outputs, and labels hardly change."""
+rounding is a thirtieth of the outputs, and labels hardly change. Below 10 dB it is a third of them."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def diagnose(
         sqnr_db=everything.sqnr_db,
         quality_all=everything.quality,
         operators=operators,
-        findings=tuple(_findings(operators, list(rows), judge.metric.name, name)),
+        findings=(*_findings(operators, list(rows), judge.metric.name, name), *_shared_blame(operators, everything.sqnr_db)),
     )
 
 
@@ -260,6 +260,24 @@ def _findings(operators: Sequence[Sensitivity], order: Sequence[str], metric: st
         if said := _broken(row, metric):
             found.append(f"{row.name}{place} {said}")
     return found
+
+
+def _shared_blame(operators: Sequence[Sensitivity], all_db: float) -> list[str]:
+    """A sentence where the outputs are lost and no operator that is left out brings them back.
+
+    That is so where several lose much, and where a runtime wants the outputs of operators rounded too: what an operator in fp32 reads is
+    then rounded all the same.
+    """
+    measured = [row for row in operators if row.scheme != FULL_PRECISION and row.sqnr_without_db is not None]
+    best = max(measured, key=lambda row: row.sqnr_without_db or 0.0, default=None)
+    if best is None or best.sqnr_without_db is None or all_db > _LOST_DB or best.sqnr_without_db - all_db >= _GAIN_DB:
+        return []
+    said = (
+        f"the outputs keep {all_db:.0f} dB, and no operator is to blame alone: without {best.name}, the best to leave out, they keep "
+        f"{best.sqnr_without_db:.0f} dB; what helps is several operators in fp32, or schemes without calibrated ranges "
+        "(--schemes int8-dynamic,int8-weights)"
+    )
+    return [said]
 
 
 def _broken(row: Sensitivity, metric: str) -> str:
