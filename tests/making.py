@@ -20,7 +20,7 @@ from planish.artifact import Artifact, write
 from planish.artifact.manifest import MANIFEST
 from planish.budget import Budget
 from planish.measure.machine import facts, machine
-from planish.measurement import Estimate, Measurement, Outcome, Proof
+from planish.measurement import Diagnosis, Estimate, Measurement, Outcome, Proof, Sensitivity
 from planish.plan import Plan
 from planish.result import OperatorRow, Search, Summary, Trial
 from planish.runtimes.contract import get_runtime
@@ -124,6 +124,35 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
     (folder / MANIFEST).write_bytes(msgspec.structs.replace(manifest, **({"files": files} | changes)).encode())
 
 
+def diagnosis(**changes: Any) -> Diagnosis:
+    """Four operators, each with another cure."""
+
+    def row(name: str, scheme: str, int8: float, others: float, **more: Any) -> Sensitivity:
+        alone = {"int8": int8} | ({} if scheme in ("fp32", "int8") else {scheme: int8 + 20})
+        figures = {"sqnr_with_db": 24.0, "sqnr_without_db": others, "quality_with": 0.88, "quality_without": 0.893, "clipped": 0.002}
+        tried = "int8" if scheme == "fp32" else scheme
+        return Sensitivity(name=name, kind="linear", scheme=scheme, tried=tried, sqnr_alone_db=alone, **(figures | more))
+
+    figures: dict[str, Any] = {
+        "metric": "accuracy",
+        "split": "validation",
+        "samples": 64,
+        "quality": 0.8958,
+        "sqnr_db": 24.0,
+        "quality_all": 0.88,
+        "operators": (
+            row("head", "fp32", 3.1, 24.0, sqnr_with_db=2.9, quality_with=0.4),
+            row("layer3.0.fc", "int8-weights", 11.5, 24.4),
+            row("layer2.0.fc", "int8-dynamic", 14.0, 24.3, clipped=0.03),
+            row("layer1.0.conv1", "int8", 25.0, 31.5),
+            row("layer1.0.conv2", "int8", 36.0, 24.1, sqnr_without_db=None, quality_without=None),
+            row("layer1.1.conv1", "int8", 46.0, 24.1),
+        ),
+        "findings": ("head (the last operator) is kept in fp32: in int8 it would take the outputs from 24 to 3 dB",),
+    }
+    return Diagnosis(**(figures | changes))
+
+
 def summary(**changes: Any) -> Summary:
     """A result that met its budget: ten trials, three operators, two baselines."""
     plan = Plan("onnxruntime:cpu", widths={"layer1.0.conv1": 24}, blocks=("layer2.1",), precisions={"layer1.0.conv1": "int8"})
@@ -200,6 +229,7 @@ def summary(**changes: Any) -> Summary:
         "search": Search(method="solver", candidates=5, trials=5, gap=0.004, kkt_residual=1e-4, affine=(2e-5, 1.03)),
         "seconds": {"capture": 2.1, "options": 14.0, "search": 31.0, "recover": 88.0, "verify": 9.0, "total": 146.0},
         "notes": ("the drop was guided by validation and judged on test",),
+        "diagnosis": diagnosis(),
         "machine": machine(),
         "artifact": "out/net.planish",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -42,6 +43,18 @@ def tree(folder: Path) -> dict[str, str]:
 def folder(tmp_path: Path) -> Path:
     making.artifact(tmp_path / "net.planish", overwrite=True)
     return tmp_path / "net.planish"
+
+
+def test_a_result_from_before_there_were_diagnoses_is_read(tmp_path: Path) -> None:
+    old = json.loads(msgspec.json.encode(making.summary(name="net")))
+    del old["diagnosis"]
+    making.artifact(tmp_path / "net.planish", result_json=json.dumps(old).encode())
+    found = read_summary(tmp_path / "net.planish")
+    assert found.diagnosis is None and found == making.summary(name="net", diagnosis=None)
+
+
+def test_a_diagnosis_comes_back_as_it_was_written(folder: Path) -> None:
+    assert read_summary(folder).diagnosis == making.diagnosis()
 
 
 def test_what_was_written_comes_back(folder: Path) -> None:

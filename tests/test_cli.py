@@ -403,6 +403,23 @@ def test_inspect_draws_a_page_and_only_over_a_page(job: Path, tmp_path: Path, ca
     assert other.read_text() == "years of work"
 
 
+def test_inspect_says_what_each_operator_loses(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", str(job), "--target", "onnxruntime:cpu", "--sensitivity"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)["sensitivity"]
+    assert (found["target"], found["metric"], found["split"], found["samples"]) == ("onnxruntime:cpu", "agreement", "calibration", 8)
+    (row,) = found["operators"]
+    assert (row["name"], row["scheme"], row["sqnr_without_db"]) == ("0", "int8", 200.0)
+    assert row["sqnr_alone_db"]["int8"] == pytest.approx(found["sqnr_db"], abs=0.01) and row["sqnr_alone_db"]["int8-weights"] > 20
+    assert cli.main([*arguments, "--observer", "minmax"]) == 0
+    text = capfd.readouterr().out
+    assert "Sensitivity in onnxruntime:cpu" in text and "int8-dynamic" in text
+    assert cli.main(["inspect", str(job), "--json"]) == 0
+    assert "sensitivity" not in json.loads(capfd.readouterr().out)
+    assert cli.main(["inspect", str(job), "--sensitivity", "--observer", "minimax"]) == 2
+    assert "did you mean 'minmax'?" in capfd.readouterr().err
+
+
 def test_report_of_a_run_that_wrote_no_artifact(tmp_path: Path) -> None:
     import msgspec
 

@@ -138,6 +138,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "items with batch axis": ({"test": Items([(X[:1], 1)])}, "test: sample.*items of a Dataset are single samples"),
     "nan": ({"test": [(X[:2], Y[:2]), (nan, Y)]}, "test: batch 1, input '0': must be finite; sample 9 of this batch holds NaN"),
     "inf": ({"test": TensorDataset(inf, Y)}, "test: samples 0 to 22, input '0': must be finite; sample 1 .*infinity"),
+    "nan in calibration": (
+        {"calibration": [X, nan], "test": [(X, Y)]},
+        "calibration: batch 1, input '0': must be finite; sample 9 .* holds NaN",
+    ),
+    "inf in calibration": ({"calibration": inf, "test": [(X, Y)]}, "calibration: batch 0, input '0': must be finite; sample 1 .*infinity"),
     "nan target": ({"metric": "rmse", "test": [(X, nan[:, 1])]}, "test: batch 0, target: must be finite"),
     "target count": ({"test": [(X, Y[:5])]}, r"test: batch 0, target: must have one entry per sample \(23\)"),
     "target sometimes": ({"test": [(X, Y), (X, None)]}, "test: batch 1, target: either every batch"),

@@ -105,7 +105,13 @@ def doctor(console: Console, /, **_: Any) -> None:
     console.answer(data, terminal.doctor_text(data))
 
 
-@cli.command(epilog=_example("planish inspect job.py --target openvino:cpu", "planish inspect job.py -o groups.html"))
+@cli.command(
+    epilog=_example(
+        "planish inspect job.py --target openvino:cpu",
+        "planish inspect job.py -o groups.html",
+        "planish inspect job.py --target onnxruntime:cpu --sensitivity",
+    )
+)
 @job_argument
 @target_option
 @keep_option
@@ -115,20 +121,37 @@ def doctor(console: Console, /, **_: Any) -> None:
     type=click.Path(path_type=Path),
     help="Also draw the net: one offline page in which the members of a group light up together.",
 )
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also run each operator in each scheme on the job's data: what the outputs lose to it alone, and to all but it (two minutes at most, "
+    "as a rule).",
+)
+@click.option(
+    "--observer",
+    metavar="NAME",
+    default=DEFAULT_OBSERVER,
+    show_default=True,
+    help="How --sensitivity chooses ranges: mse, minmax, moving-average, percentile or entropy.",
+)
 @_common
 @click.pass_obj
-def inspect(console: Console, /, job: Path, target: str, keep: tuple[str, ...], output: Path | None, **_: Any) -> None:
+def inspect(
+    console: Console, /, job: Path, target: str, keep: tuple[str, ...], output: Path | None, sensitivity: bool, observer: str, **_: Any
+) -> None:
     """Operators, groups and costs; what can be pruned or quantized, what not, and why."""
+    from planish import registry
     from planish.report.file import check_page, write_page
     from planish.report.inspection_text import inspection_text
 
     _check_target(target)
+    registry.check("observer", observer)
     if output is not None:
         check_page(output, "inspect")
     workload = _load(console, job)
     from planish import flow
 
-    data = flow.inspect(workload, target=target, keep=keep, events=console).to_json()
+    data = flow.inspect(workload, target=target, keep=keep, events=console, sensitivity=sensitivity, observer=observer).to_json()
     text = inspection_text(data)
     if output is not None:
         from planish.report.groups_page import groups_page

@@ -12,6 +12,8 @@ SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE = 0.28, 0.1, 0.12
 """Of the time that is left, what the search, the sensitivities of one technique and the latency tables may take."""
 FINAL_S = 25.0
 """Seconds that the final measurement takes, as a rule."""
+DIAGNOSIS_S = 30.0
+"""Seconds that the diagnosis of quantization takes at most, once the winner is measured."""
 
 
 class Clock:

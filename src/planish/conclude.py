@@ -13,6 +13,7 @@ import msgspec
 from planish.account import group_widths, masks_note, nearest, operator_rows, search_account
 from planish.artifact import Artifact, write
 from planish.artifact.manifest import RESULT
+from planish.clock import DIAGNOSIS_S
 from planish.distill.recover import recover
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Analysis, Graph
@@ -23,11 +24,12 @@ from planish.measure.machine import machine
 from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.probe import Probe
 from planish.measure.roofline import roofline_s
-from planish.measurement import Estimate, Measurement
+from planish.measurement import Diagnosis, Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import Plan
 from planish.pursuit import Pursuit
-from planish.quantize.subjects import computes_in_int8
+from planish.quantize.diagnosis import diagnose
+from planish.quantize.subjects import FULL_PRECISION, computes_in_int8
 from planish.recovery import usual_samples
 from planish.report import figures
 from planish.result import Result, Summary
@@ -53,6 +55,8 @@ _EXACT = 1
 _FEW = 4
 """With fewer plans than this that there was time for, it is said."""
 _NAMED_STAGES = 3
+_LEAST_DIAGNOSIS_S, _DIAGNOSIS_SHARE = 2.0, 0.5
+"""With fewer seconds left than this there is no diagnosis of quantization; else it may take this share of them."""
 _GROWN, _SMALL_BYTES = 2.0, 2**26
 
 
@@ -93,6 +97,7 @@ def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit,
             outputs = probe.outputs(bench.example)
     if winner is not None:
         bench.notes += [*_said(summary), *_seen_before(bench, summary), *filter(None, [masks_note(bench, winner)])]
+        summary = msgspec.structs.replace(summary, diagnosis=_diagnosis(bench, winner))
     if not summary.time_limited:  # else the verdict says so
         bench.notes += _short_of_time(bench, request, pursuit, winner, summary)
     summary = _timed(bench, summary)
@@ -139,6 +144,38 @@ def _said(summary: Summary) -> list[str]:
     if needed and needs > max(_GROWN * needed, _SMALL_BYTES):
         out.append(f"it needs {needs / needed:.1f} times the memory of the original while it runs; `--memory 1x` forbids that")
     return out
+
+
+def _diagnosis(bench: Workbench, winner: Winner) -> Diagnosis | None:
+    """What each operator of the winner loses when it leaves fp32; None where the plan quantizes none, or no time is left."""
+    wanted = {
+        name: scheme
+        for name, scheme in winner.plan.precisions.items()
+        if name in winner.analysis.operators and scheme != FULL_PRECISION and name not in winner.skipped
+    }
+    if not wanted:
+        return None
+    if bench.clock.left_s < _LEAST_DIAGNOSIS_S:
+        bench.notes.append(
+            "no time was left for the diagnosis of quantization; `planish inspect JOB.PY --sensitivity` has one of the original"
+        )
+        return None
+    home, validation = bench.home(winner.plan), bench.data.validation
+    with bench.clock.stage("diagnosis of quantization"):
+        bench.threads.settle()
+        return diagnose(
+            winner.graph,
+            winner.analysis,
+            wanted,
+            home.runtime,
+            home.target,
+            bench.data.calibration,
+            ("validation", validation) if validation is not None else None,
+            bench.metric,
+            observer=winner.plan.observer,
+            seconds=min(DIAGNOSIS_S, _DIAGNOSIS_SHARE * bench.clock.left_s),
+            progress=bench.events.progress,
+        )
 
 
 def _course(bench: Workbench, request: Request, pursuit: Pursuit) -> Course:

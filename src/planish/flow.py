@@ -19,7 +19,7 @@ from planish.clock import FINAL_S, Clock
 from planish.errors import MissingFile, OutputExists, StudyError, UsageError
 from planish.events import Events, Silent
 from planish.measure.machine import machine
-from planish.plan import DEFAULT_TECHNIQUES, ONE_SHOT, Plan
+from planish.plan import DEFAULT_OBSERVER, DEFAULT_TECHNIQUES, ONE_SHOT, Plan
 from planish.request import Request, checked
 from planish.study.store import CONCLUDED, Meta, Study, lock_folder
 from planish.target import parse_target
@@ -268,9 +268,32 @@ class Inspection:
         return self.data
 
 
-def inspect(job: Workload, target: str = "cpu", keep: Sequence[str] = (), events: Events | None = None) -> Inspection:
-    """What could be done to a model, without doing any of it: operators, groups, blocks, and why the rest stays as it is."""
+def inspect(
+    job: Workload,
+    target: str = "cpu",
+    keep: Sequence[str] = (),
+    events: Events | None = None,
+    *,
+    sensitivity: bool = False,
+    observer: str = DEFAULT_OBSERVER,
+) -> Inspection:
+    """What could be done to a model, without doing any of it: operators, groups, blocks, and why the rest stays as it is.
+
+    Args:
+        job: the workload; its data is read for the sensitivity alone.
+        target: where it is to run; the first runtime of several is asked for its schemes.
+        keep: globs of parameters that must be left alone.
+        events: is told of the progress.
+        sensitivity: also what every operator costs the outputs in each scheme, alone and as the one that is left out of int8.
+        observer: how ranges are chosen for that.
+    """
     from planish.inspection import describe
 
     parse_target(target, registry.names("runtime"))
-    return Inspection(json.loads(msgspec.json.encode(describe(job, keep, events or Silent()))))
+    registry.check("observer", observer)
+    where = None
+    if sensitivity:
+        from planish.workbench import targets_for
+
+        where = targets_for(target, None)[0]
+    return Inspection(json.loads(msgspec.json.encode(describe(job, keep, events or Silent(), where, observer))))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from planish import registry
-from planish.clock import FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
+from planish.clock import DIAGNOSIS_S, FINAL_S, SEARCH_SHARE, SENSITIVITY_SHARE, TABLES_SHARE
 from planish.events import Events
 from planish.graph.capture import capture
 from planish.graph.facts import Shape
@@ -18,8 +21,11 @@ from planish.graph.groups import analyse
 from planish.graph.macs import macs, operator_macs
 from planish.graph.members import Members, held, members, unit_name
 from planish.graph.replay import Replay
+from planish.plan import DEFAULT_SCHEMES
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.masks.subjects import subjects
+from planish.quantize.diagnosis import diagnose
+from planish.quantize.ranges import calibration_warnings
 from planish.quantize.schemes.int8 import INT8
 from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import get_runtime
@@ -30,8 +36,21 @@ if TYPE_CHECKING:
     from planish.workload import Workload
 
 
-def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, Any]:
-    """Plain data: "operators", "groups", "blocks", "unknown", "reasons", "notes" and totals of the captured model."""
+_SENSITIVITY_S = 120.0
+
+
+def describe(
+    job: Workload, keep: Sequence[str], events: Events, sensitivity: Target | None = None, observer: str = "mse"
+) -> dict[str, Any]:
+    """Plain data: "operators", "groups", "blocks", "unknown", "reasons", "notes" and totals of the captured model.
+
+    Args:
+        job: the workload.
+        keep: globs of parameters that must be left alone.
+        events: is told of the progress.
+        sensitivity: where operators are tried in every scheme, one by one, which adds "sensitivity"; None: nowhere.
+        observer: the registered observer that chooses ranges for that.
+    """
     events.stage("capturing the model")
     graph = capture(job.model_module(), job.example_inputs, job.state or None)
     events.stage("finding groups")
@@ -40,7 +59,7 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
     total = macs(found)
     shapes = {name: tuple(value.shape) for name, value in graph.module.named_parameters()}
     by_group = members(found)
-    return {
+    data: dict[str, Any] = {
         "name": job.name,
         "parameters": sum(map(math.prod, shapes.values())),
         "macs": total,
@@ -74,6 +93,44 @@ def describe(job: Workload, keep: Sequence[str], events: Events) -> dict[str, An
         "reasons": dict(found.reasons),
         "notes": graph.notes,
     }
+    if sensitivity is not None:
+        data["sensitivity"] = _sensitivity(job, graph, found, sensitivity, observer, events)
+    return data
+
+
+def _sensitivity(job: Workload, graph: Graph, found: Analysis, target: Target, observer: str, events: Events) -> dict[str, Any]:
+    """The diagnosis of the net with all that can in static int8, as plain data, with "target" and "notes" on the data."""
+    from planish.workbench import check_batches
+
+    check_batches(graph)
+    runtime = get_runtime(target.runtime)
+    nodes = {node.name: node for node in graph.module.graph.nodes}
+    whole = {name: INT8.name for name, operator in found.operators.items() if not unsupported(nodes[operator.node], INT8)}
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        events.stage("reading the data")
+        data = job.materialize(Path(folder))
+        data.check(graph.signature)
+        with torch.inference_mode():
+            job.check_targets(data, graph.module(*graph.example))
+        events.stage("sensitivity of operators")
+        diagnosis = diagnose(
+            graph,
+            found,
+            whole if INT8.name in runtime.schemes else {},
+            runtime,
+            target,
+            data.calibration,
+            ("validation", data.validation) if data.validation is not None else None,
+            job.metric_object(graph.signature),
+            [name for name in DEFAULT_SCHEMES if name in runtime.schemes],
+            observer,
+            seconds=_SENSITIVITY_S,
+            progress=events.progress,
+        )
+        others = {name: split for name, split in data.splits().items() if name in ("validation", "test")}
+        warnings = calibration_warnings(data.calibration, others, [spec.name for spec in graph.signature.inputs])
+    plain: dict[str, Any] = msgspec.to_builtins(diagnosis)
+    return {"target": target.name, **plain, "notes": [*data.notes, *warnings]}
 
 
 def _width(operator: Operator, found: Analysis, by_group: Mapping[str, Members]) -> str:
@@ -173,6 +230,7 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
         "latency tables": min(0.3 * (levels * 4 + int8), TABLES_SHARE * limit),
         "candidates": min(request.trials * (8 * 512 * sample + capturing + 5.0), SEARCH_SHARE * limit),
         "final measurement": FINAL_S,
+        "diagnosis of quantization": min(1.5 * int8 * 128 * sample, DIAGNOSIS_S, SENSITIVITY_SHARE * limit),
     }
     total = sum(stages.values())
     if "distill" in request.techniques:

@@ -1,4 +1,4 @@
-"""What was measured, where, and how surely: estimates, measurements and the ways in which a trial can end."""
+"""What was measured, where, and how surely: estimates, measurements, diagnoses and the ways in which a trial can end."""
 
 from __future__ import annotations
 
@@ -97,6 +97,58 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     roofline_s: float | None = None
     versions: dict[str, str] = {}
     warm_up: int = 0
+
+
+class Sensitivity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one operator costs the outputs when it leaves fp32.
+
+    Signal to quantization noise ratios are of the net's outputs against those in float, in dB within ±200 (more is better; 200: equal).
+
+    Args:
+        name, kind: as in the graph.
+        scheme: what the plan has it compute in, or "fp32".
+        tried: the scheme of the figures `with`: `scheme`, or what it would have where it stays in fp32.
+        sqnr_alone_db: scheme -> with this operator alone in it.
+        quality_alone: likewise, by the metric of the diagnosis.
+        sqnr_with_db, quality_with: with the plan's others and this one in `tried`; None where there was no time.
+        sqnr_without_db, quality_without: with the plan's others, and this one in fp32.
+        clipped: the share of its activations outside the ranges that calibration gave them; None in schemes without such ranges.
+    """
+
+    name: str
+    kind: str
+    scheme: str
+    tried: str
+    sqnr_alone_db: dict[str, float] = {}
+    quality_alone: dict[str, float] = {}
+    sqnr_with_db: float | None = None
+    sqnr_without_db: float | None = None
+    quality_with: float | None = None
+    quality_without: float | None = None
+    clipped: float | None = None
+
+
+class Diagnosis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which operators lose what quantization loses: weights and activations rounded after training, without any recovery.
+
+    Args:
+        metric: of every quality here; "agreement" or "cosine" with the outputs in float where there are no labels.
+        split: that it was measured on.
+        samples: how many of it.
+        quality: of the net in float.
+        sqnr_db, quality_all: with all operators as planned.
+        operators: the one that loses most in static int8 first.
+        findings: sentences on what stands out.
+    """
+
+    metric: str
+    split: str
+    samples: int
+    quality: float | None
+    sqnr_db: float
+    quality_all: float | None
+    operators: tuple[Sensitivity, ...]
+    findings: tuple[str, ...] = ()
 
 
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,6 +23,7 @@ from planish.prune.masks.pattern import parse_masking
 from planish.prune.options import sensitivities
 from planish.prune.order import orders, remarks
 from planish.quantize.options import precision_options
+from planish.quantize.ranges import calibration_warnings
 from planish.quantize.schemes.bf16 import BF16
 from planish.quantize.subjects import FULL_PRECISION, unsupported
 from planish.runtimes.contract import Runtime
@@ -161,6 +162,8 @@ class Offers:
         bench = self.bench
         if "quantize" not in self.request.techniques:
             return bench.best, options
+        judged = {name: split for name, split in bench.data.splits().items() if name in ("validation", "test")}
+        bench.notes.extend(calibration_warnings(bench.data.calibration, judged, [spec.name for spec in bench.graph.signature.inputs]))
         ratios = {(bench.best.target.runtime, FULL_PRECISION): 1.0}
         floats: dict[str, str] = {}
         wants_small = any(limit.quantity in ("size", "memory") for limit in self.request.budget.limits)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from planish.budget import Budget
-from planish.measurement import Estimate, Machine, Measurement, Outcome
+from planish.measurement import Diagnosis, Estimate, Machine, Measurement, Outcome
 from planish.plan import Plan
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         seconds: stage -> wall seconds; "total" is the whole call.
         history: figures of the plan's schedule while units left, in order: the multiplier and KKT residual of constrained training, say.
         notes: sentences that a reader of the figures must know.
+        diagnosis: what each operator loses when it leaves fp32; None where the plan quantizes none.
         machine: where it was measured.
         artifact: path of what was written, or None.
         seed, threads: as used.
@@ -155,6 +156,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     seconds: dict[str, float] = {}
     history: tuple[dict[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    diagnosis: Diagnosis | None = None
     machine: Machine | None = None
     artifact: str | None = None
     seed: int = 0

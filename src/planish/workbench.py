@@ -395,9 +395,7 @@ def prepare(
                 f"input {name}: channels that have one value in all data, and that a plan may stop reading: {_listed(channels)}"
             )
         analysis = analyse(graph, keep)
-        if isinstance(graph.signature.inputs[0].shape[0], int):
-            why = next((note for note in graph.notes if "batch" in note), "its program works for one batch size only")
-            raise UsageError(f"model: it must take batches of any size, to be calibrated and trained; {why}; use -1 or x.shape[0] in views")
+        check_batches(graph)
         data.check(graph.signature)
     bench = Workbench(
         job, data, graph, analysis, job.metric_object(graph.signature), folder, seed, events, clock, notes=[*data.notes, *graph.notes]
@@ -414,6 +412,17 @@ def prepare(
     except BaseException:
         bench.close()
         raise
+
+
+def check_batches(graph: Graph) -> None:
+    """Refuse a graph that works for one batch size only.
+
+    Raises:
+        UsageError: says why it does.
+    """
+    if isinstance(graph.signature.inputs[0].shape[0], int):
+        why = next((note for note in graph.notes if "batch" in note), "its program works for one batch size only")
+        raise UsageError(f"model: it must take batches of any size, to be calibrated and trained; {why}; use -1 or x.shape[0] in views")
 
 
 def _listed(numbers: Sequence[int]) -> str:

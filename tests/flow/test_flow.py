@@ -93,6 +93,15 @@ def test_the_dense_control_is_another_net_judged_on_the_same_images(met: Result)
     assert met.summary.control_drop == pytest.approx(met.drop + gained)
 
 
+def test_the_diagnosis_speaks_of_every_operator_that_the_plan_quantizes(met: Result) -> None:
+    found = met.diagnosis
+    assert (found.metric, found.split, found.samples) == ("accuracy", "validation", 64)
+    schemes = {row.name: row.scheme for row in found.operators if row.scheme != "fp32"}
+    assert schemes == {name: scheme for name, scheme in met.plan.precisions.items() if scheme != "fp32"}
+    assert all("int8" in row.sqnr_alone_db and row.sqnr_without_db is not None for row in found.operators)
+    assert met.seconds["diagnosis of quantization"] < 60
+
+
 def test_the_json_object_has_the_design_s_keys(met: Result) -> None:
     data = json.loads(json.dumps(met.to_json(), allow_nan=False))
     assert set(data) >= set(KEYS)

@@ -17,7 +17,7 @@ import pytest
 import inspecting
 import making
 import pages
-from planish.measurement import Estimate, Outcome
+from planish.measurement import Estimate, Outcome, Sensitivity
 from planish.report.groups_page import groups_page
 from planish.report.page import MARK, page
 from planish.report.plots import front, trials_figure
@@ -45,6 +45,10 @@ def hostile() -> Summary:
     trials = tuple(
         msgspec.structs.replace(trial, outcome=Outcome("mismatch", name)) for trial, name in zip(good.trials, HOSTILE * 2, strict=False)
     )
+    losses = tuple(
+        Sensitivity(name=name, kind=name, scheme=name, tried=name, sqnr_alone_db={name: 5.0, "int8": -3.0}, sqnr_without_db=9.0)
+        for name in HOSTILE
+    )
     names = "".join(HOSTILE)
     return making.summary(
         name=names,
@@ -58,6 +62,7 @@ def hostile() -> Summary:
         baselines={name: making.measurement() for name in HOSTILE},
         artifact=names,
         seconds=dict.fromkeys(HOSTILE, 1.0),
+        diagnosis=making.diagnosis(operators=losses * 8, findings=tuple(HOSTILE), metric=HOSTILE[1], split=HOSTILE[2]),
     )
 
 
@@ -97,6 +102,25 @@ def test_every_kind_of_result_has_a_page(changes: dict[str, Any], wanted: str, u
     shown = " ".join(" ".join(pages.Reader(page(making.summary(**changes))).text).split())
     assert wanted in shown
     assert unwanted not in shown
+
+
+def test_what_quantization_loses_is_a_table_with_a_figure_of_the_worst() -> None:
+    text = page(making.summary())
+    reader = pages.Reader(text)
+    shown = " ".join(" ".join(reader.text).split())
+    section = shown.partition("What quantization loses")[2].partition("Where the run's time went")[0]
+    assert "with all as planned the outputs keep 24.0 dB, accuracy 0.8800 (0.8958 in float); 64 samples of validation" in section
+    assert re.search(r"head fp32 3\.1 equal 24\.0 0\.8930 0\.2 % kept in fp32", section)
+    assert re.search(r"layer3\. 0\. fc int8-weights 11\.5 31\.5 24\.4 0\.8930 0\.2 % weights alone, in int8", section)
+    assert re.search(r"conv2 int8 36\.0 36\.0 – – 0\.2 % stays in int8", section)
+    assert "head (the last operator) is kept in fp32" in section
+    inline = re.search(r'<script type="application/json" id="data-sensitivity">(.*?)</script>', text, re.DOTALL)
+    assert inline is not None
+    static, planned = json.loads(inline[1])["data"]
+    assert static["x"] == [3.1, 11.5, 14.0, 25.0, 36.0, 46.0]
+    assert planned["x"] == [None, 31.5, 34.0, None, None, None]
+    without = pages.Reader(page(making.summary(diagnosis=None)))
+    assert "What quantization loses" not in "".join(without.text)
 
 
 def test_a_limit_that_was_missed_is_marked() -> None:
@@ -219,14 +243,34 @@ def test_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> 
         drawn = browser.execute_async_script(
             "const done = arguments[0]; let n = 0;"
             "(function wait() { const k = document.querySelectorAll('.plot .main-svg').length;"
-            " if (k >= 2 || ++n > 100) done(k); else setTimeout(wait, 50); })();"
+            " if (k >= 3 || ++n > 100) done(k); else setTimeout(wait, 50); })();"
         )
-        assert drawn >= 2, "the plots were not drawn"
+        assert drawn >= 3, "the plots were not drawn"
         check_quiet(browser, file, width)
         assert browser.find_element("css selector", ".verdict h2").is_displayed()
         if name == "hostile":
             assert "<script>document.title='owned'</script>" in browser.execute_script("return document.body.innerText")
             assert browser.execute_script("return document.querySelectorAll('main script:not([type]), main img, main b').length") == 0
+
+
+def test_a_table_is_sorted_by_any_column_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "sorted.html"
+    file.write_text(page(making.summary()), encoding="utf-8")
+    load(browser, file, 1280, "light")
+
+    def order(column: int) -> list[str]:
+        browser.execute_script(f"document.querySelectorAll('table.sortable .sort')[{column}].click()")
+        found: list[str] = browser.execute_script(
+            "return Array.from(document.querySelectorAll('table.sortable tbody th')).map(cell => cell.textContent)"
+        )
+        return found
+
+    first = [row.name for row in making.diagnosis().operators]
+    assert order(0) == sorted(first) and order(0) == sorted(first, reverse=True)
+    assert order(2) == first and order(2) == first[::-1], "by value, where text would put 11.5 before 3.1"
+    assert order(4)[-1] == order(4)[-1] == "layer1.0.conv2", "what was not measured stays last, whichever way"
+    assert browser.execute_script("return document.querySelectorAll('[aria-sort]').length") == 1
+    check_quiet(browser, file, 1280)
 
 
 LIT = """return Array.from(document.querySelectorAll('.op.lit')).map(op =>

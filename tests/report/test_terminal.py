@@ -108,16 +108,54 @@ def test_plain_keeps_a_terminal_safe_and_both_ends_of_a_name() -> None:
     assert long.startswith("start") and long.endswith("end") and "…" in long
 
 
+def test_the_five_worst_operators_are_named_with_their_cures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    text = terminal.result_text(making.summary())
+    table = text.partition("the 5 operators that lose most in int8")[2]
+    assert "with all as planned the outputs keep 24.0 dB, accuracy 0.8800 (0.8958 in float); 64 samples of validation" in " ".join(
+        table.split()
+    )
+    cures = {
+        "head": "3.1 +equal +24.0 +kept in fp32",
+        "layer3.0.fc": "11.5 +31.5 +24.4 +weights alone, in int8",
+        "layer2.0.fc": "14.0 +34.0 +24.3 +int8-dynamic instead of int8",
+        "layer1.0.conv1": "25.0 +25.0 +31.5 +stays in int8",
+        "layer1.0.conv2": "36.0 +36.0 +– +stays in int8",
+    }
+    for name, wanted in cures.items():
+        assert re.search(rf"^{re.escape(name)} +{wanted}$", table, re.MULTILINE), name
+    assert "layer1.1.conv1" not in table
+    assert "- head (the last operator) is kept in fp32" in table
+    assert "operators that lose" not in terminal.result_text(making.summary(diagnosis=None))
+
+
+def sensitivity(**changes: Any) -> dict[str, Any]:
+    """What `inspect --sensitivity` adds."""
+    return {"target": "onnxruntime:cpu", **msgspec.to_builtins(making.diagnosis(**changes)), "notes": ["calibration: one sample only"]}
+
+
+def test_inspect_lists_every_operator_in_every_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = inspection_text(inspecting.found() | {"sensitivity": sensitivity()})
+    table = text.partition("Sensitivity in onnxruntime:cpu")[2]
+    assert re.search(r"^operator +int8 +int8-weights +int8-dynamic +all but it +accuracy +clipped$", table, re.MULTILINE)
+    assert re.search(r"^layer2\.0\.fc +14\.0 +– +34\.0 +24\.3 +0\.8930 +3 %$", table, re.MULTILINE)
+    assert "layer1.1.conv1" in table and "- calibration: one sample only" in table
+
+
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_every_table_fits_and_loses_nothing(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     name = "layer." * 20 + "conv\x1b[31m"
-    summary = making.summary(name=name, verdict="infeasible", nearest=(0, 6), artifact=None)
+    named = tuple(msgspec.structs.replace(row, name=f"{name}{row.name}") for row in making.diagnosis().operators)
+    found = making.diagnosis(operators=named, findings=(name,), metric=name)
+    summary = making.summary(name=name, verdict="infeasible", nearest=(0, 6), artifact=None, diagnosis=found)
     texts = [
         terminal.result_text(summary),
         terminal.trials_text(summary.trials),
         inspection_text(inspecting.hostile()),
         inspection_text(inspecting.found()),
+        inspection_text(inspecting.found() | {"sensitivity": sensitivity(operators=named, findings=(name,), metric=name)}),
     ]
     for text in texts:
         assert max(map(len, text.splitlines())) <= columns

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from planish import registry
 from planish.data import Split
 from planish.errors import PlanError
-from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
-from planish.graph.modes import set_mode
-from planish.graph.replay import Replay, affordable, take
+from planish.graph.replay import Replay, affordable
 from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
-from planish.quantize.contract import Observer
-from planish.quantize.insert import insert, watch, weight_quantizer, why_not
+from planish.quantize.ground import Ground, ground_of
+from planish.quantize.insert import insert, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
-from planish.quantize.placement import place
+from planish.quantize.placement import Placement, place
 from planish.quantize.subjects import chosen_nodes
 from planish.runtimes.contract import Runtime
 from planish.target import Target
@@ -75,7 +71,18 @@ def quantize(
     References:
         Nagel et al., A White Paper on Neural Network Quantization, 2021.
     """
-    make: type[Observer] = registry.get("observer", observer)
+    return quantize_on(ground_of(graph, split, observer, samples), analysis, precisions, runtime, target, bias_correction)
+
+
+def quantize_on(
+    ground: Ground,
+    analysis: Analysis,
+    precisions: Mapping[str, str],
+    runtime: Runtime,
+    target: Target,
+    bias_correction: bool = True,
+) -> Quantized:
+    """What `quantize` gives, on a ground that other plans of the same graph may stand on too."""
     chosen = chosen_nodes(analysis, precisions)
     nodes = {name: node for name, (node, _) in chosen.items()}
     for name, (_, scheme) in chosen.items():
@@ -84,41 +91,44 @@ def quantize(
             raise PlanError(f"precisions: {scheme.name!r} of {name!r} cannot run in {runtime.name}: {reason}")
     bits = {node: scheme.weight_bits for node, scheme in chosen.values()}
     static = {name: node for name, (node, scheme) in chosen.items() if scheme.activations == "static"}
-    folded = fold_batch_norm(graph)
-    set_mode(folded, False)
-    module = folded.module
-    flat = take(split, samples)
-    skipped: dict[str, str] = {}
-    matrices = {found.node for found in analysis.operators.values() if len(found.output) == 2}
-    watched: dict[str, Quantizer | str] = {}
-    while True:
-        left = {name: node for name, node in static.items() if name not in skipped}
-        placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of, matrices)
-        skipped.update(placement.skipped)
-        new = [value for value in placement.activations if value not in watched and value not in placement.repeats]
-        watched.update(watch(module, flat, new, make))
-        unfit = why_not(module, placement, static, watched)
-        if not unfit:
-            break
-        skipped.update(unfit)
-    by_name = {node.name: node for node in module.graph.nodes}
+    reference = ground.module
+    placement, skipped = _placed(ground, analysis, static, runtime)
+    by_name = {node.name: node for node in reference.graph.nodes}
     local = {name: scheme for name, (_, scheme) in chosen.items() if name not in static}
-    unfit = {name: reason for name, scheme in local.items() if (reason := why_not_locally(module, by_name[nodes[name]], scheme))}
+    unfit = {name: reason for name, scheme in local.items() if (reason := why_not_locally(reference, by_name[nodes[name]], scheme))}
     skipped.update(unfit)
     local = {name: scheme for name, scheme in local.items() if name not in unfit}
-    reference = copy.deepcopy(module)
+    product = ground.graph.copy()
+    module = product.module
     owners = {value: placement.repeats.get(value, value) for value in placement.activations}
-    activations = {value: found for value, owner in owners.items() if isinstance(found := watched[owner], Quantizer)}
     for name, (readers, axis) in placement.weights.items():
         grid = int8_weights(min(target.weight_range, *(2 ** (bits[reader.node] - 1) - 1 for reader in readers)), axis)
-        insert(module, name, readers, weight_quantizer(module, name, readers, grid, make, activations, placement))
-    for value, quantizer in activations.items():
-        insert(module, value, placement.activations[value], quantizer, owners[value])
-    quantize_locally(module, {nodes[name]: scheme for name, scheme in local.items()}, target, make)
+        insert(module, name, readers, ground.weight_quantizer(name, readers, grid, placement))
+    for value, owner in owners.items():
+        if isinstance(quantizer := ground.watched[owner], Quantizer):
+            insert(module, value, placement.activations[value], quantizer, owner)
+    by_node = {nodes[name]: scheme for name, scheme in local.items()}
+    quantize_locally(module, by_node, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()
     module.recompile()
     done = (*placement.operators, *local)
     if bias_correction:
-        enough = affordable(Replay(reference), folded, samples)
-        correct_biases(reference, module, [nodes[name] for name in done], [value[:enough] for value in flat])
-    return Quantized(folded, done, skipped)
+        enough = affordable(Replay(reference), ground.graph, len(ground.flat[0]))
+        correct_biases(reference, module, [nodes[name] for name in done], [value[:enough] for value in ground.flat])
+    return Quantized(product, done, skipped)
+
+
+def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runtime: Runtime) -> tuple[Placement, dict[str, str]]:
+    """Where the quantizers of static schemes go once all operators that cannot have them are out, and why those cannot."""
+    module = ground.module
+    matrices = {found.node for found in analysis.operators.values() if len(found.output) == 2}
+    skipped: dict[str, str] = {}
+    while True:
+        left = {name: node for name, node in static.items() if name not in skipped}
+        placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of, matrices)
+        skipped.update(placement.skipped)
+        ground.watch(value for value in placement.activations if value not in placement.repeats)
+        unfit = why_not(module, placement, static, ground.watched)
+        if not unfit:
+            return placement, skipped
+        skipped.update(unfit)

@@ -111,12 +111,18 @@ def weight_quantizer(
     for reader in readers:
         node = by_name[reader.node]
         bias = bias_of(node)
-        parts = parts_of(node)
-        source = source_among(node, parts.activations[0], placement) if isinstance(parts, Parts) else None
+        source = first_source(module, reader, placement)
         if bias is not None and source is not None and source in activations:
             needed = tensor_of(module, bias).abs().double() / (LARGEST_BIAS * activations[source].scale.double())
             scale = torch.maximum(scale, needed.float())
     return Quantizer(grid, scale, quantizer.zero_point)
+
+
+def first_source(module: GraphModule, reader: Read, placement: Placement) -> str | None:
+    """The value with a quantizer that the first activation of an operator comes from; None where there is none."""
+    node = next(node for node in module.graph.nodes if node.name == reader.node)
+    parts = parts_of(node)
+    return source_among(node, parts.activations[0], placement) if isinstance(parts, Parts) else None
 
 
 def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: Quantizer, owner: str = "") -> Node:

@@ -44,6 +44,9 @@ class GroupQuantizer:
         return fake_quantize_per_group(matrix, self.scale, self.zero_point, self.group, self.grid.low, self.grid.high)
 
 
+WeightQuantizer = Quantizer | GroupQuantizer | CodebookQuantizer
+
+
 def group_quantizer(matrix: Tensor, grid: Grid, group: int, make: Callable[[Grid], Observer]) -> GroupQuantizer:
     """The quantizer of a matrix `[rows, columns]` whose groups each get the scale that an observer chooses."""
     rows, columns = matrix.shape
@@ -72,9 +75,7 @@ def weight_of(module: GraphModule, node: Node) -> Tensor:
     return tensor_of(module, _argument(node, _parts(node).weight))
 
 
-def local_quantizer(
-    weight: Tensor, parts: Parts, scheme: Scheme, target: Target, make: Callable[[Grid], Observer]
-) -> Quantizer | GroupQuantizer | CodebookQuantizer:
+def local_quantizer(weight: Tensor, parts: Parts, scheme: Scheme, target: Target, make: Callable[[Grid], Observer]) -> WeightQuantizer:
     """The quantizer of a weight: grouped along its inputs where the scheme says so, else per output (per row of an embedding)."""
     if scheme.codebook:
         return fit_codebook(weight, scheme.codebook, 2**scheme.weight_bits)
@@ -88,7 +89,7 @@ def local_quantizer(
     return watcher.quantizer()
 
 
-def rounded(weight: Tensor, parts: Parts, quantizer: Quantizer | GroupQuantizer | CodebookQuantizer) -> Tensor:
+def rounded(weight: Tensor, parts: Parts, quantizer: WeightQuantizer) -> Tensor:
     """A weight on its grid, in float, in its own layout."""
     if isinstance(quantizer, Quantizer):
         return fake_quantize(weight, quantizer)
@@ -97,7 +98,7 @@ def rounded(weight: Tensor, parts: Parts, quantizer: Quantizer | GroupQuantizer 
     return quantizer.rounded(weight) if parts.axis == 0 else quantizer.rounded(weight.t()).t()
 
 
-def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: Target, make: Callable[[Grid], Observer]) -> None:
+def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], choose: Callable[[Node, Parts, Scheme], WeightQuantizer]) -> None:
     """Puts the quantizers of schemes without static activations into a program. The caller recompiles.
 
     A weight that several operators of one kind read in one scheme is rounded once; an activation likewise.
@@ -105,6 +106,7 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: 
     Args:
         module: changed in place.
         chosen: fx node name -> scheme, each of which `why_not_locally` allows.
+        choose: the quantizer of a weight (its node) for an operator with these parts in a scheme.
     """
     by_name = {node.name: node for node in module.graph.nodes}
     readers: dict[tuple[Node, str, str, int], list[Node]] = {}
@@ -118,8 +120,7 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: 
                 dynamic.setdefault(_argument(node, position), []).append(node)
     for (weight, *_), nodes in readers.items():
         parts = _parts(nodes[0])
-        quantizer = local_quantizer(tensor_of(module, weight), parts, chosen[nodes[0].name], target, make)
-        _insert_weight(module, weight, nodes, quantizer)
+        _insert_weight(module, weight, nodes, choose(weight, parts, chosen[nodes[0].name]))
     for value, nodes in dynamic.items():
         with module.graph.inserting_before(min(nodes)):
             rounded_value = module.graph.call_function(fake_quantize_dynamic, (value,))
@@ -129,7 +130,7 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], target: 
                 node.update_arg(position, rounded_value)
 
 
-def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantizer: Quantizer | GroupQuantizer | CodebookQuantizer) -> None:
+def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantizer: WeightQuantizer) -> None:
     parts = _parts(nodes[0])
     reads = [Read(node.name, position) for node in nodes if (position := _parts(node).weight) is not None]
     if isinstance(quantizer, Quantizer):

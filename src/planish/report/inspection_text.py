@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
+from planish.measurement import Diagnosis
 from planish.report import figures
+from planish.report import sensitivity as words
 from planish.report.groups_text import dense, listed, member_names, share, state
 from planish.report.terminal import folded, table
 
@@ -52,7 +56,32 @@ def inspection_text(data: dict[str, Any]) -> str:
         folded(f"unknown operator {name}: what it touches stays dense ({listed(where)})", "- ") for name, where in data["unknown"].items()
     ]
     parts += [folded(note, "- ") for note in data["notes"]]
+    if "sensitivity" in data:
+        parts.append(_sensitivity(data["sensitivity"]))
     return "\n".join(parts)
+
+
+def _sensitivity(data: dict[str, Any]) -> str:
+    """What `planish inspect --sensitivity` adds: every operator alone in each scheme, and all in int8 but it."""
+    plain = {name: value for name, value in data.items() if name not in ("target", "notes")}
+    found = msgspec.convert(plain, Diagnosis)
+    schemes = words.schemes_of(found.operators)
+    qualities = any(row.quality_without is not None for row in found.operators)
+    columns = ["operator", *schemes, "all but it", *([figures.plain(found.metric, 30)] if qualities else []), "clipped"]
+    rows = [
+        (
+            row.name,
+            *(words.alone(row, scheme) for scheme in schemes),
+            words.decibels(row.sqnr_without_db),
+            *([figures.quality(row.quality_without)] if qualities else []),
+            words.clipped(row),
+        )
+        for row in found.operators
+    ]
+    text = f"Sensitivity in {data['target']}, the worst first: signal to noise of the outputs in dB (more is better) with an operator alone in a scheme"
+    parts = [folded(f"{text}, and with all in int8 but it; {words.summed_up(found)}.")]
+    parts.append(table(columns, rows, right=range(1, len(columns)), fold=(0,), spare=(len(columns) - 1,)))
+    return "".join([*parts, *(folded(said, "- ") for said in (*found.findings, *data["notes"]))])
 
 
 def _members(named: Iterable[tuple[str, Mapping[str, Sequence[str]]]]) -> str:

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 import planish
 from planish.report import figures, rows
-from planish.report.plots import history_figure, runtimes_figure, trials_figure
+from planish.report.plots import history_figure, runtimes_figure, sensitivity_figure, trials_figure
+from planish.report.sensitivity import summed_up
 from planish.report.templating import asset, environment
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ def page(summary: Summary) -> str:
         summary: of a run; every name in it is escaped, wherever it came from.
     """
     template = environment().get_template("page.html.j2")
-    plots = {"trials": trials_figure(summary), "runtimes": runtimes_figure(summary), "history": history_figure(summary)}
+    plots = {
+        "trials": trials_figure(summary),
+        "runtimes": runtimes_figure(summary),
+        "history": history_figure(summary),
+        "sensitivity": sensitivity_figure(summary),
+    }
     shown = {name: figures.finite(figure) for name, figure in plots.items() if figure is not None}
     return template.render(
         s=summary,
@@ -41,6 +47,8 @@ def page(summary: Summary) -> str:
         on_front=rows.on_front(summary),
         operators=rows.operators(summary),
         groups=rows.groups(summary),
+        sensitivity=rows.sensitivity(summary),
+        summed_up=summed_up(summary.diagnosis) if summary.diagnosis is not None else "",
         stages=rows.stages(summary),
         search=rows.search(summary),
         facts=rows.facts(summary),

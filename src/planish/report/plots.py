@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planish.report import figures
+from planish.report import sensitivity as words
 from planish.report.figures import plain
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from planish.result import Summary, Trial
 
 Figure = dict[str, Any]
+_NAMED, _MOST_DB = 10, 80.0
+"""Operators in the figure of what quantization loses, and where its bars end: beyond, nobody tells the outputs apart."""
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -169,6 +172,41 @@ def runtimes_figure(summary: Summary) -> Figure | None:
             "height": 90 + 40 * len(rows),
         },
         "label": "Latency of the original in every runtime, and of the optimized net.",
+    }
+
+
+def sensitivity_figure(summary: Summary) -> Figure | None:
+    """The operators that lose most: what is left of the outputs with one alone in int8, and in what was chosen for it."""
+    found = summary.diagnosis
+    rows = found.operators[:_NAMED] if found is not None else ()
+    if not rows:
+        return None
+    labels = [html.escape(plain(row.name, 40)) for row in rows]
+    static = [row.sqnr_alone_db.get(words.STATIC) for row in rows]
+    planned = [None if row.scheme in ("fp32", words.STATIC) else row.sqnr_alone_db.get(row.scheme) for row in rows]
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "y": labels,
+            "x": [None if value is None else max(0.0, min(value, _MOST_DB)) for value in values],
+            "text": [words.decibels(value) if value is not None else "" for value in values],
+            "hovertemplate": "%{y}: %{text} dB<extra></extra>",
+            "marker": {"color": color},
+        }
+        for name, values, color in (("alone in int8", static, "bar"), ("alone as planned", planned, "accent"))
+        if any(value is not None for value in values)
+    ]
+    return {
+        "data": traces,
+        "layout": {
+            "xaxis": {"title": {"text": "signal to noise of the outputs, dB"}, "rangemode": "tozero"},
+            "yaxis": {"autorange": "reversed"},
+            "barmode": "group",
+            "height": 110 + 32 * len(rows),
+        },
+        "label": "The operators that lose most in int8, and what the outputs keep with each alone; longer is better.",
     }
 
 

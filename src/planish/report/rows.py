@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from planish.report import figures
+from planish.report import sensitivity as words
 from planish.report.figures import NOTHING, plain
 from planish.report.plots import front, relative_latency
 from planish.verdict import held
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table on the page, every cell as it is shown; `state` is "good", "bad", "muted" or ""."""
+    """One row of a table on the page, every cell as it is shown; `state` is "good", "bad", "muted" or ""; `values` are what columns are sorted by."""
 
     cells: tuple[str, ...]
     state: str = ""
     full: str = ""
     share_before: float = 0.0
     share_after: float = 0.0
+    values: tuple[float | None, ...] = ()
 
 
 def tiles(summary: Summary) -> list[tuple[str, str, str]]:
@@ -219,7 +222,7 @@ def _changes(trial: Trial) -> str:
         (len(plan.widths), "width", "widths"),
         (len(plan.blocks), "block", "blocks"),
         (len(plan.adaptors), "adaptor", "adaptors"),
-        (sum(scheme != "fp32" for scheme in plan.precisions.values()), "int8", "int8"),
+        *((n, scheme, scheme) for scheme, n in sorted(Counter(plan.precisions.values()).items()) if scheme != "fp32"),
         (len(plan.masks), "mask", "masks"),
     ]
     return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in parts if n) or "nothing changed"
@@ -245,6 +248,35 @@ def operators(summary: Summary) -> list[Line]:
             share_after=100 * min(1.0, (row.time_after_s or 0.0) / longest),
         )
         for row in summary.operators
+    ]
+
+
+def sensitivity(summary: Summary) -> list[Line]:
+    """Operators by what they lose: name, scheme, alone in int8, as planned, all but it, quality of all but it, clipped, cure."""
+    if summary.diagnosis is None:
+        return []
+    return [
+        Line(
+            (
+                plain(row.name),
+                row.scheme,
+                words.alone(row, words.STATIC),
+                words.now(row),
+                words.decibels(row.sqnr_without_db),
+                figures.quality(row.quality_without),
+                words.clipped(row),
+                plain(words.cure(row)),
+            ),
+            full=plain(row.name, 4000),
+            values=(
+                row.sqnr_alone_db.get(words.STATIC),
+                words.EQUAL_DB if row.scheme == "fp32" else row.sqnr_alone_db.get(row.scheme),
+                row.sqnr_without_db,
+                row.quality_without,
+                row.clipped,
+            ),
+        )
+        for row in summary.diagnosis.operators
     ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from planish.measurement import Estimate
 from planish.report import figures
+from planish.report import sensitivity as words
 from planish.report.figures import NOTHING, plain
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _LEAST_FOLDED = 16
+_NAMED = 5
 
 
 def _columns() -> int | None:
@@ -144,6 +146,7 @@ def result_text(summary: Summary) -> str:
                 "(`planish resume` takes it too, as it takes more time, and goes on from what was tried)"
             )
         )
+    parts.append(_worst(summary))
     parts += [folded(note, "- ") for note in summary.notes]
     seconds = summary.seconds.get("total")
     if summary.artifact is not None:
@@ -189,6 +192,24 @@ def _others(summary: Summary) -> str:
         return ""
     rows = [(name, figures.seconds(other.latency_s.median), figures.gained(summary, name)) for name, other in summary.baselines.items()]
     return table(("the original elsewhere", "latency at first", "optimized is"), rows, right=(1, 2))
+
+
+def _worst(summary: Summary) -> str:
+    """The operators that lose most in static int8, each with what was chosen for it, and what stands out; "" without a diagnosis."""
+    found = summary.diagnosis
+    if found is None or not found.operators:
+        return ""
+    worst = found.operators[:_NAMED]
+    rows = [
+        (row.name, words.alone(row, words.STATIC), words.now(row), words.decibels(row.sqnr_without_db), words.cure(row)) for row in worst
+    ]
+    many = "the operator that loses" if len(worst) == 1 else f"the {len(worst)} operators that lose"
+    parts = [
+        folded(f"{many} most in int8 (signal to noise of the outputs in dB, more is better): {words.summed_up(found)}"),
+        table(("operator", "alone in int8", "as planned", "all but it", "cure"), rows, right=(1, 2, 3), fold=(0, 4)),
+        *(folded(said, "- ") for said in found.findings),
+    ]
+    return "".join(parts)
 
 
 def trials_text(trials: Sequence[Trial], limited: Collection[str] = ()) -> str:

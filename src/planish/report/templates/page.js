@@ -48,8 +48,30 @@
     Plotly.react(element, themed(figure.data), layout, { responsive: true, displayModeBar: false });
   }
   function all() {
-    ["runtimes", "trials", "history"].forEach(function (name) { if (document.getElementById("plot-" + name)) { draw(name); } });
+    ["runtimes", "trials", "history", "sensitivity"].forEach(function (name) { if (document.getElementById("plot-" + name)) { draw(name); } });
   }
+  function key(cell) {
+    var value = cell.getAttribute("data-value");
+    return value === null ? cell.textContent : value === "" ? null : Number(value);
+  }
+  function sort(table, column) {
+    var heads = Array.prototype.slice.call(table.tHead.rows[0].cells);
+    var up = heads[column].getAttribute("aria-sort") !== "ascending";
+    var body = table.tBodies[0];
+    var rows = Array.prototype.map.call(body.rows, function (row) { return { row: row, key: key(row.cells[column]) }; });
+    rows.sort(function (a, b) {
+      if (a.key === null || b.key === null) { return (a.key === null) - (b.key === null); }
+      var order = typeof a.key === "number" ? a.key - b.key : a.key.localeCompare(b.key);
+      return up ? order : -order;
+    });
+    rows.forEach(function (one) { body.appendChild(one.row); });
+    heads.forEach(function (head, i) { if (i === column) { head.setAttribute("aria-sort", up ? "ascending" : "descending"); } else { head.removeAttribute("aria-sort"); } });
+  }
+  Array.prototype.forEach.call(document.querySelectorAll("table.sortable"), function (table) {
+    Array.prototype.forEach.call(table.tHead.rows[0].cells, function (head, column) {
+      head.querySelector("button").addEventListener("click", function () { sort(table, column); });
+    });
+  });
   all();
   dark.addEventListener("change", all);
 })();

@@ -1,0 +1,175 @@
+"""Each operator alone in a scheme: the nodes before it are run once for all operators, those after it once for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from planish import registry
+from planish.graph.fake_quantize import fake_quantize_dynamic
+from planish.graph.graph import Analysis
+from planish.graph.parts import Parts, parts_of, tensor_of
+from planish.graph.replay import Environment, Replay
+from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
+from planish.quantize.contract import Scheme
+from planish.quantize.ground import Ground
+from planish.quantize.insert import why_not
+from planish.quantize.local import rounded, why_not_locally
+from planish.quantize.placement import Placement, place, source_among
+from planish.quantize.subjects import unsupported
+from planish.runtimes.contract import Runtime
+from planish.target import Target
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One operator on its own in a scheme.
+
+    Args:
+        name: of the operator.
+        scheme: its name.
+        node: of the folded program.
+        weights: parameter -> what stands in for it.
+        activations: position among the node's arguments -> the quantizer that rounds it; None: in the range of each call.
+    """
+
+    name: str
+    scheme: str
+    node: Node
+    weights: Mapping[str, Tensor]
+    activations: Mapping[int, Quantizer | None]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of one operator on its own.
+
+    Args:
+        operator: which.
+        inputs: position among the node's arguments -> the activation in float, before it was rounded.
+        outputs: the flat outputs of the whole program.
+    """
+
+    operator: Alone
+    inputs: Mapping[int, Tensor]
+    outputs: list[Any]
+
+
+def candidates(
+    ground: Ground, analysis: Analysis, runtime: Runtime, target: Target, schemes: Sequence[str]
+) -> tuple[list[Alone], dict[str, str]]:
+    """The operators that can be quantized, in the order of the program, and why the other contractions have no static form."""
+    order = {node: index for index, node in enumerate(ground.module.graph.nodes)}
+    alone: list[Alone] = []
+    reasons: dict[str, str] = {}
+    known = [registry.get("scheme", name) for name in schemes]
+    if static := [scheme for scheme in known if scheme.activations == "static"]:
+        found, reasons = _static(ground, analysis, runtime, target, static)
+        alone += found
+    for scheme in known:
+        if scheme.activations != "static":
+            alone += _local(ground, analysis, target, scheme)
+    return sorted(alone, key=lambda operator: order[operator.node]), reasons
+
+
+def _static(
+    ground: Ground, analysis: Analysis, runtime: Runtime, target: Target, schemes: Sequence[Scheme]
+) -> tuple[list[Alone], dict[str, str]]:
+    module = ground.module
+    by_name = {node.name: node for node in module.graph.nodes}
+    reasons = {}
+    nodes = {}
+    for name, operator in analysis.operators.items():
+        if not (reason := unsupported(by_name[operator.node], schemes[0])):
+            nodes[name] = operator.node
+        elif operator.kind in ("conv", "linear", "matmul", "attention", "lstm", "gru"):
+            reasons[name] = reason
+    placement = place(module, nodes, runtime.quantize_inputs_of, ())
+    reasons.update(placement.skipped)
+    ground.watch(value for value in placement.activations if value not in placement.repeats)
+    reasons.update(why_not(module, placement, nodes, ground.watched))
+    alone = []
+    for scheme in schemes:
+        for name, weight in placement.operators.items():
+            if name in reasons:
+                continue
+            node = by_name[nodes[name]]
+            weights = {}
+            if weight is not None:
+                readers, axis = placement.weights[weight]
+                grid = int8_weights(min(target.weight_range, 2 ** (scheme.weight_bits - 1) - 1), axis)
+                quantizer = ground.weight_quantizer(weight, readers, grid, placement)
+                parameter = str(by_name[weight].target)
+                weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
+            alone.append(Alone(name, scheme.name, node, weights, _argument_quantizers(node, placement, ground.activations)))
+    return alone, reasons
+
+
+def _local(ground: Ground, analysis: Analysis, target: Target, scheme: Scheme) -> list[Alone]:
+    module = ground.module
+    by_name = {node.name: node for node in module.graph.nodes}
+    alone = []
+    for name, operator in analysis.operators.items():
+        node = by_name[operator.node]
+        parts = parts_of(node)
+        if not isinstance(parts, Parts) or parts.weight is None or why_not_locally(module, node, scheme):
+            continue
+        weight = node.args[parts.weight]
+        assert isinstance(weight, Node)
+        values = tensor_of(module, weight)
+        stand_in = rounded(values, parts, ground.local_quantizer(weight.name, parts, scheme, target))
+        positions = parts.activations if scheme.activations == "dynamic" else ()
+        alone.append(Alone(name, scheme.name, node, {str(weight.target): stand_in}, dict.fromkeys(positions)))
+    return alone
+
+
+def _argument_quantizers(node: Node, placement: Placement, activations: Mapping[str, Quantizer]) -> dict[int, Quantizer | None]:
+    parts = parts_of(node)
+    assert isinstance(parts, Parts), parts
+    found: dict[int, Quantizer | None] = {}
+    for position in parts.activations:
+        source = source_among(node, position, placement)
+        assert source is not None, node.format_node()
+        found[position] = activations[source]
+    return found
+
+
+def runs_alone(replay: Replay, operators: Sequence[Alone], flat: list[Tensor]) -> Iterator[Ran]:
+    """One run for each operator, from an environment that is carried on to it once.
+
+    Args:
+        replay: of the folded program.
+        operators: in the order of the program.
+        flat: inputs of some samples, run at once.
+    """
+    environment, reached = replay.start(flat), 0
+    for operator in operators:
+        first = replay.position[operator.node]
+        while reached < first:
+            replay.step(replay.nodes[reached], environment)
+            reached += 1
+        arguments = replay.arguments(operator.node, environment)
+        inputs = {position: arguments[position] for position in operator.activations}
+        yield Ran(operator, inputs, _run_alone(replay, operator, dict(environment)))
+
+
+def _run_alone(replay: Replay, operator: Alone, environment: Environment) -> list[Any]:
+    """The flat outputs when one operator is in its scheme, from an environment that holds everything before it; it is consumed."""
+    node = operator.node
+    assert callable(node.target)
+    arguments = list(replay.arguments(node, environment))
+    for position, quantizer in operator.activations.items():
+        value = arguments[position]
+        arguments[position] = fake_quantize_dynamic(value) if quantizer is None else fake_quantize(value, quantizer)
+    for position, argument in enumerate(node.args):
+        if isinstance(argument, Node) and argument.op == "get_attr" and str(argument.target) in operator.weights:
+            arguments[position] = operator.weights[str(argument.target)]
+    kwargs = torch.fx.node.map_arg(node.kwargs, environment.__getitem__)
+    environment[node] = node.target(*arguments, **kwargs)
+    replay.release(node, environment)
+    return replay.run(environment, replay.position[node] + 1)
