@@ -19,13 +19,13 @@ from planish.graph.fake_quantize import fake_quantize_dynamic
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
-from planish.graph.parts import Parts, parts_of, tensor_of
+from planish.graph.parts import Parts, parts_of, tensor_of, weights_of
 from planish.graph.replay import Environment, Replay, affordable, in_batches, samples_within, take
 from planish.plan import Option
 from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Observer, Scheme
 from planish.quantize.insert import watch, weight_quantizer, why_not
-from planish.quantize.local import local_quantizer, rounded, why_not_locally
+from planish.quantize.local import form_of, local_quantizer, rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
 from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import Runtime
@@ -37,11 +37,12 @@ _LEAST_SAMPLES = 16
 
 @dataclass(frozen=True)
 class _Alone:
-    """One operator on its own in a scheme: what stands in for its weight, and how its activation arguments are rounded."""
+    """One operator on its own in a scheme: what computes it, what stands in for its weights, how its activation arguments are rounded."""
 
     name: str
     scheme: str
     node: Node
+    form: Callable[..., Any]
     weights: Mapping[str, Tensor]
     arguments: Mapping[int, Callable[[Tensor], Tensor]]
 
@@ -174,7 +175,7 @@ def _static(
                 quantizer = weight_quantizer(module, weight, readers, grid, make, activations, placement)
                 parameter = str(by_name[weight].target)
                 weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
-            alone.append(_Alone(name, scheme.name, node, weights, _argument_quantizers(node, placement, activations)))
+            alone.append(_Alone(name, scheme.name, node, form_of(node, scheme), weights, _argument_quantizers(node, placement, activations)))
     return alone, reasons
 
 
@@ -186,12 +187,12 @@ def _local(module: GraphModule, analysis: Analysis, target: Target, scheme: Sche
         parts = parts_of(node)
         if not isinstance(parts, Parts) or parts.weight is None or why_not_locally(module, node, scheme):
             continue
-        weight = node.args[parts.weight]
-        assert isinstance(weight, Node)
-        values = tensor_of(module, weight)
-        stand_in = rounded(values, parts, local_quantizer(values, parts, scheme, target, make))
+        stand_ins = {}
+        for weight in weights_of(node, parts):
+            values = tensor_of(module, weight)
+            stand_ins[str(weight.target)] = rounded(values, parts, local_quantizer(values, parts, scheme, target, make))
         arguments = dict.fromkeys(parts.activations if scheme.activations == "dynamic" else (), fake_quantize_dynamic)
-        alone.append(_Alone(name, scheme.name, node, {str(weight.target): stand_in}, arguments))
+        alone.append(_Alone(name, scheme.name, node, form_of(node, scheme), stand_ins, arguments))
     return alone
 
 
@@ -209,14 +210,11 @@ def _argument_quantizers(node: Node, placement: Placement, activations: Mapping[
 def _run_alone(replay: Replay, operator: _Alone, environment: Environment) -> list[Any]:
     """The flat outputs when one operator is in its scheme, from an environment that holds everything before it; it is consumed."""
     node = operator.node
-    assert callable(node.target)
-    arguments = list(replay.arguments(node, environment))
+    stand_ins = {value: operator.weights[str(value.target)] for value in node.all_input_nodes if str(value.target) in operator.weights}
+    arguments = list(replay.arguments(node, {**environment, **stand_ins}))
     for position, rounding in operator.arguments.items():
         arguments[position] = rounding(arguments[position])
-    for position, argument in enumerate(node.args):
-        if isinstance(argument, Node) and argument.op == "get_attr" and str(argument.target) in operator.weights:
-            arguments[position] = operator.weights[str(argument.target)]
     kwargs = torch.fx.node.map_arg(node.kwargs, environment.__getitem__)
-    environment[node] = node.target(*arguments, **kwargs)
+    environment[node] = operator.form(*arguments, **kwargs)
     replay.release(node, environment)
     return replay.run(environment, replay.position[node] + 1)
