@@ -27,7 +27,7 @@ from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
 from planish.graph.quiet import silenced
 from planish.runtimes.onnx_operators import scatter_slices, translations
-from planish.runtimes.onnx_recurrent import pack_recurrent
+from planish.runtimes.onnx_recurrent import pack_recurrent, write_dequantized
 from planish.runtimes.onnx_schemes import to_onnx_schemes
 from planish.runtimes.packing import pack_zeros
 from planish.signature import Signature
@@ -83,6 +83,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
             ) from error
     assert exported is not None
     model = exported.model
+    write_dequantized(model)
     _finish(model, graph.signature)
     pack_zeros(model)
     _save(model, path)
