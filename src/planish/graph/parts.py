@@ -81,7 +81,7 @@ def weights_of(node: Node, parts: Parts) -> tuple[Node, ...]:
     value = node.args[parts.weight] if parts.weight is not None else ()
     found = tuple(value[:2]) if isinstance(value, (list, tuple)) else (value,)
     assert all(isinstance(weight, Node) for weight in found), node.format_node()
-    return found  # type: ignore[return-value]
+    return found
 
 
 def is_parameter(value: object) -> bool:

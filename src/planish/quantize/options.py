@@ -175,7 +175,9 @@ def _static(
                 quantizer = weight_quantizer(module, weight, readers, grid, make, activations, placement)
                 parameter = str(by_name[weight].target)
                 weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
-            alone.append(_Alone(name, scheme.name, node, form_of(node, scheme), weights, _argument_quantizers(node, placement, activations)))
+            alone.append(
+                _Alone(name, scheme.name, node, form_of(node, scheme), weights, _argument_quantizers(node, placement, activations))
+            )
     return alone, reasons
 
 

@@ -52,7 +52,8 @@ def _parameter(module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 def _ordered(value: Tensor, gates: Sequence[int]) -> Tensor:
     """Rows of all gates in ONNX's order."""
-    return value.unflatten(0, (len(gates), -1))[list(gates)].flatten(0, 1)
+    each = value.chunk(len(gates))
+    return torch.cat([each[gate] for gate in gates])
 
 
 def _held(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
@@ -70,8 +71,8 @@ def _bias(module: fx.GraphModule, name: str, biases: Sequence[fx.Node], weight: 
 
 def _int8(module: fx.GraphModule, name: str, rounding: fx.Node, gates: Sequence[int]) -> tuple[fx.Node, fx.Node]:
     """A rounded matrix as int8 [1, inputs, rows], and its scales [rows, 1], in ONNX's order of gates."""
-    weight, scale, zero_point, axis, low, high = rounding.args
-    assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node) and axis == 0
+    weight, scale, _, axis, low, high = rounding.args
+    assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node) and axis == 0 and isinstance(low, int) and isinstance(high, int)
     scales = _parameter(module, scale)
     integers = (_parameter(module, weight) * scales.reciprocal()[:, None]).round().clamp(low, high).to(torch.int8)
     stored = _held(module, f"{name}_int8", _ordered(integers, gates).t().unsqueeze(0))
