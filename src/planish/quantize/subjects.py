@@ -13,10 +13,10 @@ from planish.graph.parts import parts_of
 from planish.quantize.contract import Scheme
 
 FULL_PRECISION = "fp32"
+_NO_GRU = "no runtime has an int8 kernel of torch's GRU, which resets after the product; take int8-weights"
 _RECURRENT = {
-    ("lstm", "static"): "an LSTM runs in int8 with ranges that are found at every step; take int8-dynamic or int8-weights",
-    ("gru", "static"): "no runtime has an int8 kernel of torch's GRU, which resets after the product; take int8-weights",
-    ("gru", "dynamic"): "no runtime has an int8 kernel of torch's GRU, which resets after the product; take int8-weights",
+    ("lstm", "static"): "planish writes no LSTM with ranges that are fixed beforehand; take int8-dynamic or int8-weights",
+    **{("gru", activations): _NO_GRU for activations in ("static", "dynamic")},
 }
 """(kind, activations of a scheme) -> why it has no form there."""
 

@@ -16,8 +16,8 @@ from planish.graph.parts import parameter_of
 aten = torch.ops.aten
 _PER_CHANNEL = aten.fake_quantize_per_channel_affine.default
 _LSTM_GATES = (0, 3, 1, 2)  # torch keeps i, f, g, o; ONNX i, o, f, c
-_DEQUANTIZED = "planish::Dequantized"
 _GRU_GATES = (1, 0, 2)  # torch keeps r, z, n; ONNX z, r, h
+_DEQUANTIZED = "planish::Dequantized"
 
 
 def pack_recurrent(module: fx.GraphModule) -> None:
@@ -94,10 +94,11 @@ def _dequantized(integers: Tensor, scales: Tensor) -> Tensor:
 
 
 def write_dequantized(model: ir.Model) -> None:
-    """Spell out how matrices become float, in place, so that both runtimes do it when they load the model: calls take what a float layer takes.
+    """Spell out how matrices become float, in place, so that both runtimes do it when they load the model.
 
-    ONNX Runtime would carry out a `DequantizeLinear` in every call (8 % of an LSTM with 128 cells). OpenVINO keeps one, and also a conversion that
-    is multiplied at once, for later wherever something else in the model is in static int8, and then refuses the layer: hence the transposition.
+    Calls then take what those of a float layer take. ONNX Runtime would carry out a `DequantizeLinear` in every call (8 % of an LSTM with 128
+    cells). OpenVINO keeps one, and also a conversion that is multiplied at once, for later wherever something else in the model is in static int8,
+    and then refuses the layer: hence the transposition.
     """
     domain, _, kind = _DEQUANTIZED.partition("::")
     for node in list(model.graph):
