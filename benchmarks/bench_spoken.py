@@ -81,7 +81,8 @@ def _bench(cell: str, heard: dict[str, spoken.Heard], arguments: argparse.Namesp
     files["planish"] = (artifact.manifest.target, artifact.model_path)
     _compare(files, graph, heard["test"], wanted, arguments.seconds)
     print(f"planish chose {artifact.manifest.target.name}: {dict(artifact.plan.precisions)}; {summary.verdict} ({summary.reason})")
-    print(f"  latency {summary.ratios.get('latency')}, size {summary.ratios.get('size')}, seconds {summary.seconds['total']:.0f}")
+    figures = ", ".join(f"{name} {found.median:.2f}x ({found.low:.2f} to {found.high:.2f})" for name, found in summary.ratios.items())
+    print(f"  {figures}; {summary.seconds['total']:.0f} s")
 
 
 def _exported(graph: Graph, features: NDArray[np.float32], threads: int, work: Path) -> dict[str, tuple[Target, Path]]:
