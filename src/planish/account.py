@@ -97,7 +97,7 @@ def _why(
     offered = {(o.technique, o.subject) for o in pursuit.options}
     if winner is not None and name in winner.skipped:
         reasons.append(f"int8: {winner.skipped[name]}")
-    elif precision in (FULL_PRECISION, "bf16") and operator.kind in ("conv", "linear", "matmul", "attention"):
+    elif precision in (FULL_PRECISION, "bf16") and operator.kind in ("conv", "linear", "matmul", "attention", "lstm", "gru"):
         if ("precision", name) not in offered:
             reasons.append("int8 is not offered here")
         else:

@@ -177,7 +177,7 @@ def test_unusable_requests_are_refused() -> None:
     graph, analysis = captured(*net())
     with pytest.raises(UnknownName, match="no operator named 'wid'; did you mean 'wide'"):
         quantized(graph, analysis, precisions={"wid": "int8"})
-    with pytest.raises(PlanError, match=r"the scheme of 'wide' must be one of fp32, fp8, .+; got 'int4'"):
+    with pytest.raises(PlanError, match=r"the scheme of 'wide' must be one of fp32, bf16, .+; got 'int4'"):
         quantized(graph, analysis, precisions={"wide": "int4"})
     with pytest.raises(PlanError, match="'fp8' of 'wide' cannot run in declared: no processor multiplies 8-bit floats"):
         quantized(graph, analysis, precisions={"wide": "fp8"})

@@ -1,4 +1,4 @@
-"""Rounding to a grid, in float, with a straight-through gradient: one grid for a tensor, one for each call, one for each group of weights.
+"""Rounding to a grid, in float, with a straight-through gradient: one grid for a tensor, one for each call or step, one for each group of weights.
 
 For a whole tensor `aten.fake_quantize_per_tensor_affine` branches on every value: on activations it takes 2 to 20 times as long as these four passes, and half
 the time of a quantized ResNet's forward pass.
@@ -6,10 +6,12 @@ the time of a quantized ResNet's forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -101,3 +103,36 @@ def fake_quantize_per_group(x: Tensor, scale: Tensor, zero_point: Tensor, group:
     scale, zero_point = (along_groups(values, group, x.shape[1]) for values in (scale, zero_point))
     found: Tensor = _StraightThrough.apply(x, scale, zero_point, low, high)  # type: ignore[no-untyped-call]
     return found
+
+
+def dynamic_lstm(
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs and final states of an LSTM whose hidden state is rounded before every step, in the range that it has there.
+
+    This is what ONNX Runtime's DynamicQuantizeLSTM computes in one thread, given an input and weights that are rounded already. In more threads it
+    may give each a part of the batch, whose range is then its own, and smaller. Arguments are those of `aten.lstm.input`, of one layer and direction.
+
+    Args:
+        x: float32, [steps, batch, inputs], or batch before steps.
+        states: hidden and cell state, [1, batch, hidden] each.
+        weights: of the input and of the hidden state, [4 * hidden, ...] in torch's order of gates, and biases.
+    """
+    h, c = (state[0] for state in states)
+    of_input, of_hidden, *biases = weights
+    gates = linear(x, of_input, biases[0] + biases[1] if has_biases else None)
+    outputs = []
+    for step in gates.unbind(1 if batch_first else 0):
+        i, f, g, o = (step + linear(fake_quantize_dynamic(h), of_hidden)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        outputs.append(h)
+    return torch.stack(outputs, 1 if batch_first else 0), h.unsqueeze(0), c.unsqueeze(0)

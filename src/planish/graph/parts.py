@@ -14,6 +14,8 @@ from planish.graph.modes import short_name
 aten = torch.ops.aten
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 MATMULS = frozenset({"matmul", "bmm", "mm"})
+RECURRENT = {"lstm": "lstm", "dynamic_lstm": "lstm", "gru": "gru"}
+"""Short name of an operator that runs over a sequence -> its kind."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class Parts:
     """Positions among `node.args`.
 
     Args:
-        kind: "conv", "linear", "matmul" or "embedding".
+        kind: "conv", "linear", "matmul", "embedding", "lstm" or "gru".
         activations: what gets activation quantizers.
-        weight: the parameter; None where both operands are activations.
+        weight: the parameter, or a list that begins with the matrices of a recurrent layer; None where both operands are activations.
         axis: the weight's dimension that has a scale per index: outputs, or rows of an embedding.
         bias: position of the bias, where there may be one.
     """
@@ -50,6 +52,10 @@ def parts_of(node: Node) -> Parts | str:
         return _weighted(node, Parts("linear", (1,), 2, 1, 0))
     if name == "embedding":
         return _weighted(node, Parts("embedding", (), 0, 0))
+    if name in RECURRENT:
+        if len(node.args[2]) not in (2, 4):  # type: ignore[arg-type]
+            return "an LSTM that projects its state has no int8 kernel"
+        return _weighted(node, Parts(RECURRENT[name], (0,), 2))
     if name in MATMULS:
         left, right = node.args[0], node.args[1]
         if is_parameter(left):
@@ -67,8 +73,15 @@ def parts_of(node: Node) -> Parts | str:
 
 
 def _weighted(node: Node, parts: Parts) -> Parts | str:
-    assert parts.weight is not None
-    return parts if is_parameter(node.args[parts.weight]) else "its weight is computed by the program, not a parameter"
+    return parts if all(map(is_parameter, weights_of(node, parts))) else "its weight is computed by the program, not a parameter"
+
+
+def weights_of(node: Node, parts: Parts) -> tuple[Node, ...]:
+    """The values that an operator's matrices are read from, rounded or not: one, or those of a layer's inputs and of its hidden state."""
+    value = node.args[parts.weight] if parts.weight is not None else ()
+    found = tuple(value[:2]) if isinstance(value, (list, tuple)) else (value,)
+    assert all(isinstance(weight, Node) for weight in found), node.format_node()
+    return found
 
 
 def is_parameter(value: object) -> bool:

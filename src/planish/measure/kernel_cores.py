@@ -102,12 +102,14 @@ def _recurrent(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
     hidden, width = kernel.weights[1][1], kernel.weights[0][1]
     is_batch_first = _int(kernel, "batch_first", 0)
     x = model.op("Transpose", [xs[0]], perm=[1, 0, 2]) if is_batch_first else xs[0]
-    inputs = [x, model.weight((1, gates * hidden, width)), model.weight((1, gates * hidden, hidden))]
-    if len(kernel.weights) > 2:
-        inputs.append(model.weight((1, 2 * gates * hidden)))
-    more = {"linear_before_reset": 1} if name == "GRU" else {}
     direction = "reverse" if _int(kernel, "reverse", 0) else "forward"
-    y = model.op(name, inputs, outputs=1, hidden_size=hidden, direction=direction, **more)
+    bias = model.weight((1, 2 * gates * hidden)) if len(kernel.weights) > 2 else ""
+    if kernel.precision != "fp32" and registry.get("scheme", kernel.precision).activations == "dynamic":
+        y = model.dynamic_lstm(x, width, hidden, bias, direction)
+    else:  # weights alone in int8 are floats once the model is loaded
+        inputs = [x, model.weight((1, gates * hidden, width)), model.weight((1, gates * hidden, hidden)), bias]
+        more = {"linear_before_reset": 1} if name == "GRU" else {}
+        y = model.op(name, inputs, hidden_size=hidden, direction=direction, **more)
     y = model.op("Squeeze", [y, model.constant(np.array([1], np.int64))])
     return model.op("Transpose", [y], perm=[1, 0, 2]) if is_batch_first else y
 

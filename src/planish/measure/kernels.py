@@ -35,7 +35,7 @@ for element-wise operators of rank 4 and 5].
 "mul" take a second operand of the output's shape, whose producer is not part of the figure. `precision` "int8" puts the kernel
 in a sandwich that is int8 throughout, so that no conversion is part of the figure
 (except with `from_input`: then quantizing the input is). "int8" is for conv, linear, matmul, attention, pool,
-cat and element-wise add; other schemes, whose kernels take and give floats, are for linear and, weights alone, embedding.
+cat and element-wise add; other schemes, whose kernels take and give floats, are for linear, for lstm and, weights alone, for gru and embedding.
 """
 
 from __future__ import annotations

@@ -108,6 +108,14 @@ class Model:
         y = self.op("Mul", [self.op("Cast", [sums], to=TensorProto.FLOAT), scales])
         return self.op("Add", [y, self.weight((out,))]) if has_bias else y
 
+    def dynamic_lstm(self, x: str, width: int, hidden: int, bias: str, direction: str) -> str:
+        """An LSTM in int8, whose input and hidden state are rounded in the ranges that they have at every step."""
+        rows = 4 * hidden
+        matrices = [self.integers((1, inner, rows), np.int8, self._range) for inner in (width, hidden)]
+        scales, zeros = self.constant(np.full((1, rows), 0.001, np.float32)), self.constant(np.zeros((1, rows), np.int8))
+        inputs = [x, *matrices, bias, "", "", "", "", scales, zeros, scales, zeros]
+        return self.op("DynamicQuantizeLSTM", inputs, domain="com.microsoft", hidden_size=hidden, direction=direction)
+
     def grouped_linear(self, x: str, out: int, inner: int, has_bias: bool, bits: int, group: int) -> str:
         """x @ W.T + b with W in `bits` bits, a scale for each `group` inputs."""
         group = group_size(group, inner)

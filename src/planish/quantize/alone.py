@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,13 @@ from torch.fx import Node
 from planish import registry
 from planish.graph.fake_quantize import fake_quantize_dynamic
 from planish.graph.graph import Analysis
-from planish.graph.parts import Parts, parts_of, tensor_of
+from planish.graph.parts import Parts, parts_of, tensor_of, weights_of
 from planish.graph.replay import Environment, Replay
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Scheme
 from planish.quantize.ground import Ground
 from planish.quantize.insert import why_not
-from planish.quantize.local import rounded, why_not_locally
+from planish.quantize.local import form_of, rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
 from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import Runtime
@@ -34,6 +34,7 @@ class Alone:
         name: of the operator.
         scheme: its name.
         node: of the folded program.
+        form: what computes it.
         weights: parameter -> what stands in for it.
         activations: position among the node's arguments -> the quantizer that rounds it; None: in the range of each call.
     """
@@ -41,6 +42,7 @@ class Alone:
     name: str
     scheme: str
     node: Node
+    form: Callable[..., Any]
     weights: Mapping[str, Tensor]
     activations: Mapping[int, Quantizer | None]
 
@@ -106,7 +108,8 @@ def _static(
                 quantizer = ground.weight_quantizer(weight, readers, grid, placement)
                 parameter = str(by_name[weight].target)
                 weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
-            alone.append(Alone(name, scheme.name, node, weights, _argument_quantizers(node, placement, ground.activations)))
+            rounding = _argument_quantizers(node, placement, ground.activations)
+            alone.append(Alone(name, scheme.name, node, form_of(node, scheme), weights, rounding))
     return alone, reasons
 
 
@@ -119,12 +122,12 @@ def _local(ground: Ground, analysis: Analysis, target: Target, scheme: Scheme) -
         parts = parts_of(node)
         if not isinstance(parts, Parts) or parts.weight is None or why_not_locally(module, node, scheme):
             continue
-        weight = node.args[parts.weight]
-        assert isinstance(weight, Node)
-        values = tensor_of(module, weight)
-        stand_in = rounded(values, parts, ground.local_quantizer(weight.name, parts, scheme, target))
+        stand_ins = {
+            str(weight.target): rounded(tensor_of(module, weight), parts, ground.local_quantizer(weight.name, parts, scheme, target))
+            for weight in weights_of(node, parts)
+        }
         positions = parts.activations if scheme.activations == "dynamic" else ()
-        alone.append(Alone(name, scheme.name, node, {str(weight.target): stand_in}, dict.fromkeys(positions)))
+        alone.append(Alone(name, scheme.name, node, form_of(node, scheme), stand_ins, dict.fromkeys(positions)))
     return alone
 
 
@@ -161,15 +164,12 @@ def runs_alone(replay: Replay, operators: Sequence[Alone], flat: list[Tensor]) -
 def _run_alone(replay: Replay, operator: Alone, environment: Environment) -> list[Any]:
     """The flat outputs when one operator is in its scheme, from an environment that holds everything before it; it is consumed."""
     node = operator.node
-    assert callable(node.target)
-    arguments = list(replay.arguments(node, environment))
+    stand_ins = {value: operator.weights[str(value.target)] for value in node.all_input_nodes if str(value.target) in operator.weights}
+    arguments = list(replay.arguments(node, {**environment, **stand_ins}))
     for position, quantizer in operator.activations.items():
         value = arguments[position]
         arguments[position] = fake_quantize_dynamic(value) if quantizer is None else fake_quantize(value, quantizer)
-    for position, argument in enumerate(node.args):
-        if isinstance(argument, Node) and argument.op == "get_attr" and str(argument.target) in operator.weights:
-            arguments[position] = operator.weights[str(argument.target)]
     kwargs = torch.fx.node.map_arg(node.kwargs, environment.__getitem__)
-    environment[node] = node.target(*arguments, **kwargs)
+    environment[node] = operator.form(*arguments, **kwargs)
     replay.release(node, environment)
     return replay.run(environment, replay.position[node] + 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
@@ -157,8 +158,13 @@ def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: 
         node = graph.call_function(target, arguments)
     node.meta = own_values(source)
     for read in readers:
-        by_name[read.node].update_arg(read.position, node)
+        replace_argument(by_name[read.node], read.position, source, node)
     return node
+
+
+def replace_argument(node: Node, position: int, old: Node, new: Node) -> None:
+    """Puts one value in the place of another in one argument of a node, which may be a list (the weights of a recurrent layer)."""
+    node.update_arg(position, map_arg(node.args[position], lambda value: new if value is old else value))
 
 
 def own_values(source: Node) -> dict[str, Any]:

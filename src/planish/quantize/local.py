@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.functional import pad
 
-from planish.graph.fake_quantize import fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
-from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
+from planish.graph.fake_quantize import dynamic_lstm, fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
+from planish.graph.parts import RECURRENT, Parts, parts_of, tensor_of, weights_of
 from planish.quantize.arithmetic import TINY_RANGE, Grid, Quantizer, fake_quantize, int8_weights
 from planish.quantize.codebook import CodebookQuantizer, fit_codebook
 from planish.quantize.contract import Observer, Scheme, group_size
-from planish.quantize.insert import insert, own_values
+from planish.quantize.insert import insert, own_values, replace_argument
 from planish.quantize.placement import Read
 from planish.quantize.subjects import unsupported
 from planish.target import Target
@@ -61,25 +62,26 @@ def why_not_locally(module: GraphModule, node: Node, scheme: Scheme) -> str:
     """Why an operator cannot take a scheme that has no static activations, or "" where it can."""
     if reason := unsupported(node, scheme):
         return reason
-    weight = weight_of(module, node)
-    if not bool(torch.isfinite(weight).all()):
+    weights = [tensor_of(module, weight) for weight in weights_of(node, _parts(node))]
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         return "its weight is not finite"
-    if float(weight.abs().max()) <= TINY_RANGE:
+    if any(float(weight.abs().max()) <= TINY_RANGE for weight in weights):
         return "its weight is zero"
-    bias = bias_of(node)
-    return "its bias is not finite" if bias is not None and not bool(torch.isfinite(tensor_of(module, bias)).all()) else ""
+    parameters = [tensor_of(module, value) for value in node.all_input_nodes if value.op == "get_attr"]
+    return "" if all(bool(torch.isfinite(value).all()) for value in parameters) else "its bias is not finite"
 
 
-def weight_of(module: GraphModule, node: Node) -> Tensor:
-    """The weight of an operator that has one."""
-    return tensor_of(module, _argument(node, _parts(node).weight))
+def form_of(node: Node, scheme: Scheme) -> Callable[..., Any]:
+    """What computes an operator in a scheme, given rounded weights and activations: itself, unless it rounds something between its steps."""
+    assert callable(node.target), node.format_node()
+    return dynamic_lstm if scheme.activations == "dynamic" and _parts(node).kind == "lstm" else node.target
 
 
 def local_quantizer(weight: Tensor, parts: Parts, scheme: Scheme, target: Target, make: Callable[[Grid], Observer]) -> WeightQuantizer:
-    """The quantizer of a weight: grouped along its inputs where the scheme says so, else per output (per row of an embedding)."""
+    """The quantizer of a weight: grouped along its inputs where the scheme says so, else per output (per row of an embedding or a recurrent layer)."""
     if scheme.codebook:
         return fit_codebook(weight, scheme.codebook, 2**scheme.weight_bits)
-    if scheme.group and parts.kind != "embedding":
+    if scheme.group and parts.kind != "embedding" and parts.kind not in RECURRENT:
         matrix = weight if parts.axis == 0 else weight.t()
         return group_quantizer(matrix, Grid(0, 2**scheme.weight_bits - 1), group_size(scheme.group, matrix.shape[1]), make)
     largest = 2 ** (scheme.weight_bits - 1) - 1
@@ -114,7 +116,8 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], choose: 
     for name, scheme in chosen.items():
         node = by_name[name]
         parts = _parts(node)
-        readers.setdefault((_argument(node, parts.weight), scheme.name, parts.kind, parts.axis), []).append(node)
+        for weight in weights_of(node, parts):
+            readers.setdefault((weight, scheme.name, parts.kind, parts.axis), []).append(node)
         if scheme.activations == "dynamic":
             for position in parts.activations:
                 dynamic.setdefault(_argument(node, position), []).append(node)
@@ -128,13 +131,15 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], choose: 
         for node in nodes:
             for position in _parts(node).activations:
                 node.update_arg(position, rounded_value)
+    for name, scheme in chosen.items():
+        by_name[name].target = form_of(by_name[name], scheme)
 
 
 def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantizer: WeightQuantizer) -> None:
     parts = _parts(nodes[0])
-    reads = [Read(node.name, position) for node in nodes if (position := _parts(node).weight) is not None]
+    assert parts.weight is not None
     if isinstance(quantizer, Quantizer):
-        insert(module, weight.name, reads, quantizer)
+        insert(module, weight.name, [Read(node.name, parts.weight) for node in nodes], quantizer)
         return
     if isinstance(quantizer, CodebookQuantizer):
         module.register_buffer(f"{weight.name}_codebook", quantizer.values.clone())
@@ -142,8 +147,8 @@ def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantiz
             values = module.graph.get_attr(f"{weight.name}_codebook")
             found = module.graph.call_function(fake_codebook, (weight, values))
         found.meta = own_values(weight)
-        for read in reads:
-            next(node for node in nodes if node.name == read.node).update_arg(read.position, found)
+        for node in nodes:
+            replace_argument(node, parts.weight, weight, found)
         return
     names = [f"{weight.name}_group_scale", f"{weight.name}_group_zero_point"]
     for name, tensor in zip(names, (quantizer.scale, quantizer.zero_point), strict=True):
@@ -157,8 +162,8 @@ def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantiz
         if parts.axis:
             value = graph.call_function(aten.t.default, (value,))
     value.meta = own_values(weight)
-    for read in reads:
-        next(node for node in nodes if node.name == read.node).update_arg(read.position, value)
+    for node in nodes:
+        replace_argument(node, parts.weight, weight, value)
 
 
 def _parts(node: Node) -> Parts:
@@ -167,8 +172,7 @@ def _parts(node: Node) -> Parts:
     return parts
 
 
-def _argument(node: Node, position: int | None) -> Node:
-    assert position is not None
+def _argument(node: Node, position: int) -> Node:
     value = node.args[position]
     assert isinstance(value, Node), node.format_node()
     return value

@@ -13,6 +13,12 @@ from planish.graph.parts import parts_of
 from planish.quantize.contract import Scheme
 
 FULL_PRECISION = "fp32"
+_NO_GRU = "no runtime has an int8 kernel of torch's GRU, which resets after the product; take int8-weights"
+_RECURRENT = {
+    ("lstm", "static"): "planish writes no LSTM with ranges that are fixed beforehand; take int8-dynamic or int8-weights",
+    **{("gru", activations): _NO_GRU for activations in ("static", "dynamic")},
+}
+"""(kind, activations of a scheme) -> why it has no form there."""
 
 
 def chosen_nodes(analysis: Analysis, precisions: Mapping[str, str]) -> dict[str, tuple[str, Scheme]]:
@@ -43,5 +49,5 @@ def unsupported(node: Node, scheme: Scheme) -> str:
     if isinstance(parts, str):
         return parts
     if parts.kind not in scheme.kinds:
-        return f"{parts.kind} has no form in {scheme.name}"
+        return _RECURRENT.get((parts.kind, scheme.activations), f"{parts.kind} has no form in {scheme.name}")
     return "" if parts.weight is not None or scheme.activations == "static" else f"it has no weight, which {scheme.name} is about"

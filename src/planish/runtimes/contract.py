@@ -59,7 +59,8 @@ class Runtime(Protocol):
     model_file: str
     """The file name of an exported model: "model.onnx" or "model.safetensors"."""
     schemes: tuple[str, ...]
-    """Precisions of an operator that it executes: always "fp32", and names of the registry's kind "scheme"."""
+    """Precisions of an operator that it executes: always "fp32", and names of the registry's kind "scheme", each for all kinds of operators that
+    have a form in it (a static one for those of `quantize_inputs_of`)."""
     quantize_inputs_of: frozenset[str]
     """Operator kinds (and "add") whose activation inputs want a quantizer around an int8 operator; empty without "int8"."""
     quantize_outputs_of: frozenset[str]

@@ -23,12 +23,12 @@ from torch import fx
 from planish.errors import UsageError
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Graph
-from planish.graph.interpret import attribute
 from planish.graph.modes import set_mode, short_name
 from planish.graph.qdq import is_quantized, to_qdq
 from planish.graph.quiet import silenced
 from planish.runtimes.codebooks import pack_codebooks
 from planish.runtimes.onnx_operators import scatter_slices, translations
+from planish.runtimes.onnx_recurrent import pack_recurrent, write_dequantized
 from planish.runtimes.onnx_schemes import to_onnx_schemes
 from planish.runtimes.packing import pack_zeros
 from planish.runtimes.storage import FLOATS
@@ -38,8 +38,6 @@ aten = torch.ops.aten
 SINGLE_FILE_BYTES = 1_500_000_000
 """Weights above this lie beside the model, since a protobuf cannot hold 2 GB."""
 
-_LSTM_GATES = (0, 3, 1, 2)  # torch keeps i, f, g, o; ONNX i, o, f, c
-_GRU_GATES = (1, 0, 2)  # torch keeps r, z, n; ONNX z, r, h
 _QUIET = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -60,10 +58,10 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
     prepared = fold_batch_norm(graph)
     if rewrite is not None:
         prepared = rewrite(prepared)
+    pack_recurrent(prepared.module)
     if is_quantized(prepared):
         prepared = to_qdq(to_onnx_schemes(prepared))
     set_mode(prepared, training=False)
-    _pack_recurrent(prepared.module)
     _drop_dropout(prepared.module)
     _copy_passed_through(prepared.module)
     _split_means(prepared.module)
@@ -87,6 +85,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
             ) from error
     assert exported is not None
     model = exported.model
+    write_dequantized(model)
     _finish(model, graph.signature)
     if graph.floats != "fp32":
         model.metadata_props[FLOATS] = graph.floats
@@ -183,29 +182,6 @@ def _qualified(target: torch._ops.OpOverload) -> str:
     """ "aten::add.Tensor", "aten::relu": as the exporter's registry names it."""
     schema = target._schema
     return f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
-
-
-def _pack_recurrent(module: fx.GraphModule) -> None:
-    """Replace LSTM and GRU nodes by export-only ones whose weights have ONNX's layout and order of gates, in place."""
-    for node in list(module.graph.nodes):
-        if node.target not in (aten.lstm.input, aten.gru.input):
-            continue
-        lstm = node.target is aten.lstm.input
-        x, state, weights, biased, *_, first = node.args
-        values = [attribute(module, str(weight.target)).detach() for weight in weights]
-        order = list(_LSTM_GATES if lstm else _GRU_GATES)
-        w, r, *biases = (value.unflatten(0, (len(order), -1))[order].flatten(0, 1) for value in values)
-        b = torch.cat(biases) if biased else w.new_zeros(2 * len(w))
-        with module.graph.inserting_before(node):
-            packed = []
-            for letter, value in zip("wrb", (w, r, b), strict=True):
-                name = f"{node.name}_{letter}"
-                module.register_buffer(name, value.unsqueeze(0).contiguous())
-                packed.append(module.graph.get_attr(name))
-        states = list(state) if lstm else [state]
-        node.target = torch.ops.planish.onnx_lstm.default if lstm else torch.ops.planish.onnx_gru.default
-        node.args = (x, *states, *packed, first)
-    module.graph.eliminate_dead_code()
 
 
 def _drop_dropout(module: fx.GraphModule) -> None:
