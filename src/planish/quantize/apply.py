@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planish import registry
 from planish.data import Split
@@ -15,10 +15,11 @@ from planish.graph.modes import set_mode
 from planish.graph.replay import Replay, affordable, take
 from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
-from planish.quantize.contract import Observer
+from planish.quantize.contract import Observer, Rounding
 from planish.quantize.insert import insert, watch, weight_quantizer, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
 from planish.quantize.placement import place
+from planish.quantize.round import round_
 from planish.quantize.subjects import chosen_nodes
 from planish.runtimes.contract import Runtime
 from planish.target import Target
@@ -32,11 +33,13 @@ class Quantized:
         graph: evaluation mode; weights are still float parameters.
         operators: names of the operators that compute in their schemes now, static ones first.
         skipped: operators that were to leave fp32 and stay there -> why.
+        nearest: operators whose weights are rounded to nearest although another rounding was asked for -> why.
     """
 
     graph: Graph
     operators: tuple[str, ...]
     skipped: Mapping[str, str]
+    nearest: Mapping[str, str] = field(default_factory=dict)
 
 
 def quantize(
@@ -49,6 +52,8 @@ def quantize(
     observer: str = "mse",
     samples: int = 300,
     bias_correction: bool = True,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Quantized:
     """A copy of `graph` whose chosen operators compute in their schemes, batch norm folded.
 
@@ -66,16 +71,21 @@ def quantize(
         observer: the registered observer that chooses ranges.
         samples: how many calibration samples are watched; 300 are what other tools take, more changed no accuracy by more than noise.
         bias_correction: whether the mean error of each output channel is taken out of its bias.
+        rounding: the registered method that chooses the grid point of each weight. By any but "nearest" the parameters become the
+            rounded values themselves. Left to nearest, by name in `Quantized.nearest`: embeddings, weights that are read in another
+            form too, and weights with more than 8192 inputs.
+        seed: of the rounding.
 
     Raises:
         PlanError: a scheme that nobody registered, or that the runtime does not execute.
-        UnknownName: an operator that the analysis has not, or an observer that nobody registered.
+        UnknownName: an operator that the analysis has not, or an observer or a rounding that nobody registered.
         DataError: no calibration sample.
 
     References:
         Nagel et al., A White Paper on Neural Network Quantization, 2021.
     """
     make: type[Observer] = registry.get("observer", observer)
+    method: Rounding = registry.get("rounding", rounding)()
     chosen = chosen_nodes(analysis, precisions)
     nodes = {name: node for name, (node, _) in chosen.items()}
     for name, (_, scheme) in chosen.items():
@@ -118,7 +128,13 @@ def quantize(
     module.graph.lint()
     module.recompile()
     done = (*placement.operators, *local)
-    if bias_correction:
+    by_node = {nodes[name]: name for name in done}
+    unrounded: dict[str, str] = {}
+    if bias_correction or method.needs:
         enough = affordable(Replay(reference), folded, samples)
-        correct_biases(reference, module, [nodes[name] for name in done], [value[:enough] for value in flat])
-    return Quantized(folded, done, skipped)
+        flat = [value[:enough] for value in flat]
+    if method.needs:
+        unrounded = round_(Replay(module), list(by_node), analysis, flat, method, make, seed)
+    if bias_correction:
+        correct_biases(reference, module, list(by_node), flat)
+    return Quantized(folded, done, skipped, {by_node[node]: reason for node, reason in unrounded.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn.functional import pad
 
 from planish.graph.fake_quantize import fake_quantize_dynamic, fake_quantize_per_group
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
-from planish.quantize.arithmetic import TINY_RANGE, Grid, Quantizer, fake_quantize, int8_weights
+from planish.quantize.arithmetic import TINY_RANGE, Grid, GroupQuantizer, Quantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Observer, Scheme, group_size
 from planish.quantize.insert import insert, own_values
 from planish.quantize.placement import Read
@@ -20,27 +19,6 @@ from planish.quantize.subjects import unsupported
 from planish.target import Target
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class GroupQuantizer:
-    """Grids of a matrix `[rows, columns]`, one for each `group` columns of a row.
-
-    Args:
-        grid: the integers.
-        group: how many columns share a scale; the last group of a row may be shorter.
-        scale: float32, [rows, groups].
-        zero_point: int32, [rows, groups].
-    """
-
-    grid: Grid
-    group: int
-    scale: Tensor
-    zero_point: Tensor
-
-    def rounded(self, matrix: Tensor) -> Tensor:
-        """The matrix on its grids, in float."""
-        return fake_quantize_per_group(matrix, self.scale, self.zero_point, self.group, self.grid.low, self.grid.high)
 
 
 def group_quantizer(matrix: Tensor, grid: Grid, group: int, make: Callable[[Grid], Observer]) -> GroupQuantizer:
