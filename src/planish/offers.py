@@ -73,6 +73,7 @@ class Offers:
             schedule=request.schedule,
             masking=masking,
             observer=request.observer,
+            rounding=request.rounding,
             seed=request.seed,
         )
 

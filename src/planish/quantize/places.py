@@ -82,7 +82,7 @@ class Place:
         """What a method is given. Scales of outputs may not change: those of static operators are bound to their biases."""
         quantizer = self.quantizer()
         regrid = functools.partial(group_quantizer, grid=quantizer.grid, group=quantizer.group, make=make) if self._is_grouped else None
-        return Layer(self.matrix(), quantizer, gram, regrid)
+        return Layer(self.matrix().clone(), quantizer, gram, regrid)
 
     def write(self, rounded: Rounded, values: Sequence[Environment]) -> None:
         """Puts a rounded weight and its scales into the module, and where environments hold the old ones."""

@@ -25,13 +25,14 @@ class AdaRound:
 
     References: Nagel et al., Up or Down?, 2020, eq. 21 to 24.
     Differs: the error is that of the linear output, without the activation behind it, so that it follows from the inputs' second moments: each
-        step sees all samples. It is measured in units of nearest rounding's. Ten times the learning rate for a tenth of the steps. A
-        row that nearest rounding serves better takes that.
+        step sees all samples. It is measured in units of nearest rounding's, and the pull is stronger than it: with 0.05 many weights end
+        undecided (0.65 of nearest's error on inputs that vary together), with 10 few do (0.24), with 30 it is the same. Ten times the
+        learning rate for a thirtieth of the steps. A row that nearest rounding serves better takes that.
     """
 
     needs: frozenset[str] = frozenset({"moments"})
 
-    def __init__(self, steps: int = 600, rate: float = 0.05, pull: float = 0.05) -> None:
+    def __init__(self, steps: int = 300, rate: float = 0.1, pull: float = 10.0) -> None:
         self.steps, self.rate, self.pull = steps, rate, pull
 
     def rounded(self, layers: Sequence[Layer], outputs: Outputs | None, generator: torch.Generator) -> list[Rounded]:

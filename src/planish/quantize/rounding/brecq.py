@@ -28,12 +28,12 @@ class Brecq:
 
     needs: frozenset[str] = frozenset({"moments", "blocks"})
 
-    def __init__(self, steps: int = 400, rate: float = 0.03, pull: float = 0.05) -> None:
+    def __init__(self, steps: int = 300, rate: float = 0.1, pull: float = 10.0) -> None:
         self.steps, self.rate, self.pull = steps, rate, pull
 
     def rounded(self, layers: Sequence[Layer], outputs: Outputs | None, generator: torch.Generator) -> list[Rounded]:
         if outputs is None:
-            return AdaRound().rounded(layers, None, generator)
+            return AdaRound(self.steps, self.rate, self.pull).rounded(layers, None, generator)
         nearest = [Rounded(layer.quantizer.rounded(layer.weight), layer.quantizer) for layer in layers]
         targets = [outputs(batch, None) for batch in range(outputs.batches)]
         before = _error(outputs, targets, nearest)
