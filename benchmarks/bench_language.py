@@ -43,13 +43,13 @@ def precisions(graph: Graph, analysis: Analysis) -> dict[str, str]:
     return chosen
 
 
-def judged(graph: Graph, rows: torch.Tensor, folder: Path) -> tuple[float, int]:
-    """Perplexity in the runtime of the exported file, and the file's bytes."""
+def judged(graph: Graph, rows: torch.Tensor, folder: Path) -> tuple[torch.Tensor, int]:
+    """The logits that the exported file gives in its runtime, and its bytes."""
     folder.mkdir()
     runtime = get_runtime(RUNTIME)
     path = runtime.export(graph, folder)
     session = runtime.open(path, graph.signature, Target(RUNTIME))
-    return language.perplexity(lambda tokens: session.run([np.ascontiguousarray(tokens)])[0], rows), size_bytes(path)
+    return language.logits(lambda tokens: session.run([np.ascontiguousarray(tokens)])[0], rows), size_bytes(path)
 
 
 def main() -> None:
@@ -75,7 +75,8 @@ def main() -> None:
     graph = capture(model, (torch.from_numpy(calibration[:2]),))
     analysis = analyse(graph)
     print(f"{machine().processor}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(rows)} stretches of {language.CONTEXT}")
-    before, whole = judged(graph, rows, work / "fp32")
+    original, whole = judged(graph, rows, work / "fp32")
+    before = language.perplexity(original, rows)
     print(f"{'fp32':14s} perplexity {before:.4f}  {whole:>10,} bytes")
     carried_out = functools.partial(
         quantize,
@@ -91,9 +92,10 @@ def main() -> None:
         began = time.monotonic()
         done = carried_out(rounding=name)
         seconds = time.monotonic() - began
-        after, held = judged(done.graph, rows, work / name)
+        found, held = judged(done.graph, rows, work / name)
+        after = language.perplexity(found, rows)
         print(
-            f"int4 {name:9s} perplexity {after:.4f}  {100 * (after / before - 1):+.2f} %  {held:>10,} bytes  {held / whole:.3f}x  "
+            f"int4 {name:9s} perplexity {after:.4f}  {100 * (after / before - 1):+.2f} %  KL {language.divergence(original, found):.2e}  {held:>10,} bytes  {held / whole:.3f}x  "
             f"{seconds:.1f} s  to nearest: {', '.join(done.nearest) or 'none'}",
             flush=True,
         )

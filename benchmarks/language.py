@@ -109,14 +109,20 @@ def _train(model: nn.Module, text: Text, seconds: float, batch: int = 8, rate: f
         optimizer.step()
         step += 1
         if step % 50 == 0:
-            print(f"step {step}, {100 * share:.0f} % of the time, loss {float(loss):.3f}", flush=True)
+            print(f"step {step}, {100 * share:.0f} % of the time, loss {loss.item():.3f}", flush=True)
 
 
-def perplexity(predict: Callable[[np.ndarray], np.ndarray], rows: torch.Tensor, batch: int = 32) -> float:
-    """Of the next character on rows `[n, CONTEXT + 1]`; `predict` gives logits for `[n, CONTEXT]` numbers."""
-    losses = [
-        nn.functional.cross_entropy(torch.from_numpy(predict(part[:, :-1].numpy())).flatten(0, 1), part[:, 1:].flatten()).double()
-        * len(part)
-        for part in rows.split(batch)
-    ]
-    return math.exp(float(sum(losses)) / len(rows))
+def logits(predict: Callable[[np.ndarray], np.ndarray], rows: torch.Tensor, batch: int = 32) -> torch.Tensor:
+    """`[n * CONTEXT, characters]`, for rows `[n, CONTEXT + 1]`; `predict` gives them for `[n, CONTEXT]` numbers."""
+    return torch.cat([torch.from_numpy(predict(part[:, :-1].numpy())).flatten(0, 1) for part in rows.split(batch)]).double()
+
+
+def perplexity(found: torch.Tensor, rows: torch.Tensor) -> float:
+    """Of the next characters of rows `[n, CONTEXT + 1]` by logits."""
+    return math.exp(float(nn.functional.cross_entropy(found, rows[:, 1:].flatten())))
+
+
+def divergence(original: torch.Tensor, found: torch.Tensor) -> float:
+    """The mean Kullback-Leibler divergence of predictions from the original's, in nats: it tells apart what perplexity cannot."""
+    before, after = original.log_softmax(1), found.log_softmax(1)
+    return float((before.exp() * (before - after)).sum(1).mean())

@@ -41,6 +41,10 @@ def test_keeps_the_contract(name: str) -> None:
     check_rounding(functools.partial(method, steps=60) if name in ("adaround", "brecq") else method)  # it needs no more to be better
 
 
+def test_gptq_in_the_order_of_the_columns_keeps_the_contract() -> None:
+    check_rounding(functools.partial(Gptq, is_ordered=False))
+
+
 def rounded(method: Any, given: Layer) -> Tensor:
     with torch.no_grad():
         found: Tensor = method.rounded([given], None, torch.Generator().manual_seed(0))[0].weight
@@ -73,7 +77,7 @@ def plainly(given: Layer, order: Sequence[int], damping: float = 0.01) -> Tensor
     return out
 
 
-@pytest.mark.parametrize(("group", "is_fixed"), [(48, True), (16, True), (16, False)])
+@pytest.mark.parametrize(("group", "is_fixed"), [(48, True), (16, True), (16, False), (32, False)])
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_gptq_is_the_plain_algorithm_whatever_its_blocks(group: int, is_fixed: bool, block: int) -> None:
     given = layer(group=group, grid=Grid(0, 15), is_fixed=is_fixed)
