@@ -18,7 +18,8 @@ from planish.quantize.arithmetic import Grid
 from planish.quantize.contract import Observer, Rounding
 from planish.quantize.places import Place, find_places
 
-_CHUNK = 32
+_CHUNK, _CHUNK_OF_BLOCKS = 32, 8
+"""Samples that run at once. Where blocks are learned one such batch is a step: more would make steps slower than they make them better."""
 _FEWEST_ROWS, _MOST_ROWS = 8192, 65536
 
 
@@ -64,7 +65,7 @@ def round_(
     generator = torch.Generator().manual_seed(seed)
     places, reasons = find_places(replay, operators)
     units = _units(replay, places, analysis if "blocks" in method.needs else None)
-    values = [replay.start(chunk) for chunk in in_batches(flat, _CHUNK)]
+    values = [replay.start(chunk) for chunk in in_batches(flat, _CHUNK_OF_BLOCKS if "blocks" in method.needs else _CHUNK)]
     with torch.no_grad():
         shared = _of_shared(replay, [place for place in places if len(place.readers) > 1], flat, generator)
         constant: set[Node] = set()

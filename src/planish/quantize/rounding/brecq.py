@@ -11,12 +11,16 @@ from planish.quantize.contract import Layer, Outputs, Rounded
 from planish.quantize.rounding.adaround import AdaRound
 from planish.quantize.rounding.soft import Soft, learn
 
+_MOST_WORK = 2e11
+"""Multiplications of one branch: a minute of a slow core, whatever its size."""
+_FEWEST_STEPS = 50
+
 
 class Brecq:
     """Weights of a branch go to the grid points below or above them, so that its sum with the skip has the least squared error.
 
     Args:
-        steps: of the optimizer, each on one batch.
+        steps: of the optimizer, each on one batch, at most; large branches take fewer.
         rate: its learning rate.
         pull: what a weight between two points costs, against 1 for its share of the error when all are rounded to nearest.
 
@@ -47,7 +51,9 @@ class Brecq:
             found = outputs(batch, [soft.at(soft.shares()) for soft in softs])
             return (found - targets[batch]).square().sum() * unit
 
-        learn(softs, loss, self.steps, self.rate, self.pull)
+        positions = targets[0].numel() / len(layers[-1].weight)
+        work = 3 * positions * sum(layer.weight.numel() for layer in layers)  # forwards, and twice as much backwards
+        learn(softs, loss, int(min(self.steps, max(_FEWEST_STEPS, _MOST_WORK / work))), self.rate, self.pull)
         found = [soft.rounded() for soft in softs]
         return found if _error(outputs, targets, found) < before else nearest
 
