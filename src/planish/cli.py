@@ -18,7 +18,7 @@ import click
 import planish
 from planish.console import Console, open_standard_files
 from planish.errors import PlanishError, UnknownName, UsageError
-from planish.plan import DEFAULT_OBSERVER, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_OBSERVER, DEFAULT_ROUNDING, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 
 if TYPE_CHECKING:
     from planish.result import Result
@@ -27,7 +27,7 @@ INTERRUPTED = 130
 _DEMO, _DEMO_JOB = Path("out/demo.planish"), "digits"
 _PASSED_ON = (
     *("search", "trials", "time_limit", "seed", "keep", "threads", "control", "overwrite", "accept_nearest"),
-    *("saliency", "schedule", "masking", "observer"),
+    *("saliency", "schedule", "masking", "observer", "rounding"),
 )
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -247,6 +247,14 @@ def _budget_options(function: F) -> F:
     show_default=True,
     help="How ranges are chosen on calibration data: mse, minmax, moving-average, percentile or entropy.",
 )
+@click.option(
+    "--rounding",
+    metavar="NAME",
+    default=DEFAULT_ROUNDING,
+    show_default=True,
+    help="Which grid point stands for each weight: nearest; gptq, adaround or brecq (they look at what the weight is for, which takes longer "
+    "and helps most at four bits).",
+)
 @click.option("--control", is_flag=True, help="Tune the uncompressed net as long, and report the drop against it.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it would take.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
@@ -265,6 +273,7 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     registry.check("search", options["search"])
     registry.check("schedule", options["schedule"])
     registry.check("observer", options["observer"])
+    registry.check("rounding", options["rounding"])
     if options["saliency"] is not None:
         registry.check("saliency", options["saliency"])
     if options["masking"] is not None:

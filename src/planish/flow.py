@@ -55,6 +55,7 @@ def optimize(
     masking: str | None = None,
     schemes: Sequence[str] | None = None,
     observer: str | None = None,
+    rounding: str | None = None,
     events: Events | None = None,
 ) -> Result:
     """Make a trained net meet a budget in its target runtime, on this machine, and write it with the proof.
@@ -85,6 +86,8 @@ def optimize(
         schemes: what operators may compute in besides fp32: any of "int8" (static), "int8-dynamic", "int8-weights", "int4-weights", "codebook",
             "codebook-mixture", "w4a8", and "bf16" for whatever stays in float; by default all but "w4a8" and the mixture, of which each runtime is tried with those that it executes.
         observer: how ranges are chosen on calibration data: "mse" by default, "minmax", "moving-average", "percentile" or "entropy".
+        rounding: which grid point stands for each weight: the "nearest" by default; "gptq", "adaround" or "brecq" look at what the layer, or the
+            residual branch, computes with it, and cost seconds to minutes for each net that is tried.
         events: is told of the run's progress.
 
     Returns:
@@ -114,6 +117,7 @@ def optimize(
         masking=masking,
         schemes=schemes,
         observer=observer,
+        rounding=rounding,
     )
     check_output(request.out, overwrite)
     return _run(job, request, events or Silent(), resuming=False)

@@ -83,6 +83,7 @@ class Offers:
             masking=masking,
             observer=request.observer,
             floats=self.floats,
+            rounding=request.rounding,
             seed=request.seed,
         )
 

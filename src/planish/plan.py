@@ -20,6 +20,8 @@ DEFAULT_SCHEMES = ("bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights
 """What operators may compute in besides fp32, where no schemes are asked for."""
 DEFAULT_OBSERVER = "mse"
 """How the ranges of tensors are chosen, where no other way is asked for."""
+DEFAULT_ROUNDING = "nearest"
+"""How weights come to their grids, where no other way is asked for."""
 ONE_SHOT = "one-shot"
 """The schedule by which all units leave at once, before recovery."""
 
@@ -85,6 +87,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         saliency: which units of a group go first.
         schedule: how they leave: "one-shot", or over time while the net trains.
         observer: how activation ranges are chosen.
+        rounding: which grid point stands for each weight.
         recovery: how the result is trained back.
         seed: of everything random on the way.
     """
@@ -100,6 +103,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     saliency: str = "magnitude"
     schedule: str = ONE_SHOT
     observer: str = DEFAULT_OBSERVER
+    rounding: str = DEFAULT_ROUNDING
     recovery: Recovery = Recovery()
     seed: int = 0
 

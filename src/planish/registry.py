@@ -1,5 +1,5 @@
-"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, masks, observers, schemes, search methods, and other
-packages' entry points.
+"""Everything that is found by name: runtimes, saliencies, clusterings, schedules, masks, observers, roundings, schemes, search methods,
+and other packages' entry points.
 
 A line of `BUILT_IN` is all that a new method needs besides its own file. Another package extends a kind with an entry point in
 the group `planish.KIND` (for example `[project.entry-points."planish.saliency"] mine = "mine.saliency:Mine"`).
@@ -61,6 +61,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "moving-average": "planish.quantize.observers.moving_average:MovingAverage",
         "mse": "planish.quantize.observers.mse:MeanSquaredError",
         "percentile": "planish.quantize.observers.percentile:Percentile",
+    },
+    "rounding": {
+        "adaround": "planish.quantize.rounding.adaround:AdaRound",
+        "brecq": "planish.quantize.rounding.brecq:Brecq",
+        "gptq": "planish.quantize.rounding.gptq:Gptq",
+        "nearest": "planish.quantize.rounding.nearest:Nearest",
     },
     "scheme": {
         "bf16": "planish.quantize.schemes.bf16:BF16",

@@ -13,7 +13,7 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownName, UsageError
 from planish.measure.machine import usable_cores
 from planish.metrics import get_metric
-from planish.plan import DEFAULT_OBSERVER, DEFAULT_SALIENCY, DEFAULT_SCHEMES, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
+from planish.plan import DEFAULT_OBSERVER, DEFAULT_ROUNDING, DEFAULT_SALIENCY, DEFAULT_SCHEMES, DEFAULT_TECHNIQUES, ONE_SHOT, TECHNIQUES
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.order import is_clustering, needs_labels
 from planish.prune.saliency.labelled import unlabelled
@@ -35,7 +35,7 @@ class Request:
         search, saliency, schedule: registered names.
         masking: a registered name, perhaps with a pattern behind a colon.
         schemes: what operators may compute in.
-        observer: a registered name.
+        observer, rounding: registered names.
         trials: candidates at most.
         time_limit: seconds of the whole call; None: as long as the default recovery takes.
         seed: of everything random.
@@ -54,6 +54,7 @@ class Request:
     masking: str
     schemes: tuple[str, ...]
     observer: str
+    rounding: str
     trials: int
     time_limit: float | None
     seed: int
@@ -84,6 +85,7 @@ class Request:
             "masking": self.masking if "mask" in self.techniques else None,
             "schemes": list(self.schemes) if self.schemes != DEFAULT_SCHEMES else None,
             "observer": self.observer if self.observer != DEFAULT_OBSERVER else None,
+            "rounding": self.rounding if self.rounding != DEFAULT_ROUNDING else None,
             "trials": self.trials,
             "techniques": list(self.techniques),
             "keep": list(self.keep),
@@ -129,6 +131,7 @@ def checked(
     masking: str | None = None,
     schemes: Sequence[str] | None = None,
     observer: str | None = None,
+    rounding: str | None = None,
 ) -> Request:
     """The arguments of `optimize`, checked without touching data, model or disk.
 
@@ -143,6 +146,7 @@ def checked(
         "schedule": schedule,
         "masking": masking_name,
         "observer": observer or DEFAULT_OBSERVER,
+        "rounding": rounding or DEFAULT_ROUNDING,
     }
     for kind, name in named.items():
         registry.check(kind, name)
@@ -198,6 +202,7 @@ def checked(
         masking or "sparsegpt",
         wanted_schemes,
         observer or DEFAULT_OBSERVER,
+        rounding or DEFAULT_ROUNDING,
         trials,
         time_limit,
         seed,

@@ -109,7 +109,17 @@ def quantized(bench: Workbench, graph: Graph, analysis: Analysis, plan: Plan) ->
     if not wanted:
         return graph, {}
     baseline = bench.home(plan)
-    done = quantize(graph, analysis, wanted, baseline.runtime, baseline.target, bench.data.calibration, observer=plan.observer)
+    done = quantize(
+        graph,
+        analysis,
+        wanted,
+        baseline.runtime,
+        baseline.target,
+        bench.data.calibration,
+        observer=plan.observer,
+        rounding=plan.rounding,
+        seed=plan.seed,
+    )
     return done.graph, done.skipped
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from planish.graph.capture import capture
+from planish.graph.contraction import Contraction, contraction
+from planish.graph.moments import Moments
 from planish.graph.replay import Replay
-from planish.prune.least_squares import Contraction, Moments, contraction, fit, ridge
+from planish.prune.least_squares import fit, ridge
 
 LAYERS = {
     "linear": (nn.Linear(5, 3), (2, 4, 5)),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from planish.data import Split
 from planish.graph.blocks import narrow_adaptor
+from planish.graph.contraction import contraction
 from planish.graph.graph import Block, Graph
+from planish.graph.moments import Moments
 from planish.graph.replay import Replay, evaluating
 from planish.plan import WHOLE_MAP, rank_of
-from planish.prune.least_squares import Moments, contraction, fit
+from planish.prune.least_squares import fit
 from planish.prune.readers import chunks_of, readings
 from planish.prune.repair import STRENGTHS
 

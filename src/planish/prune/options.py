@@ -16,11 +16,12 @@ from torch.fx import Node
 from planish.data import Split
 from planish.graph.divergence import Divergence, divergence
 from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.moments import Moments
 from planish.graph.replay import Replay, affordable, evaluating, in_batches, samples_within, take
 from planish.graph.surgery import prune
 from planish.plan import Option
 from planish.prune.blocks import block_losses
-from planish.prune.least_squares import Moments, ridge
+from planish.prune.least_squares import ridge
 from planish.prune.levels import width_levels
 from planish.prune.order import Going, Order, merge_
 from planish.prune.readers import moments_of_readers, readers

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.data import Split
+from planish.graph.contraction import Contraction, contraction
 from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.moments import Moments
 from planish.graph.replay import Replay, affordable, evaluating, in_batches, take
-from planish.prune.least_squares import Contraction, Moments, contraction
 
 _MOMENT_BYTES, _MOST_BYTES = 2**29, 2**30  # of Gram matrices; readers beyond that are left out
 _CHUNK = 64

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
+from planish.graph.contraction import Contraction, contraction
+from planish.graph.moments import Moments
 from planish.graph.replay import Environment, Replay
-from planish.prune.least_squares import Contraction, Moments, contraction
 from planish.prune.least_squares import fit as solve
 from planish.prune.norms import Norm, statistics
 

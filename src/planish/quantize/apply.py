@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from planish import registry
 from planish.data import Split
 from planish.errors import PlanError
 from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable
 from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
+from planish.quantize.contract import Rounding
 from planish.quantize.ground import Ground, ground_of
 from planish.quantize.insert import insert, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
 from planish.quantize.placement import Placement, place
+from planish.quantize.round import round_
 from planish.quantize.subjects import chosen_nodes
 from planish.runtimes.contract import Runtime
 from planish.target import Target
@@ -28,11 +31,13 @@ class Quantized:
         graph: evaluation mode; weights are still float parameters.
         operators: names of the operators that compute in their schemes now, static ones first.
         skipped: operators that were to leave fp32 and stay there -> why.
+        nearest: operators whose weights are rounded to nearest although another rounding was asked for -> why.
     """
 
     graph: Graph
     operators: tuple[str, ...]
     skipped: Mapping[str, str]
+    nearest: Mapping[str, str] = field(default_factory=dict)
 
 
 def quantize(
@@ -45,6 +50,8 @@ def quantize(
     observer: str = "mse",
     samples: int = 300,
     bias_correction: bool = True,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Quantized:
     """A copy of `graph` whose chosen operators compute in their schemes, batch norm folded.
 
@@ -62,16 +69,20 @@ def quantize(
         observer: the registered observer that chooses ranges.
         samples: how many calibration samples are watched; 300 are what other tools take, more changed no accuracy by more than noise.
         bias_correction: whether the mean error of each output channel is taken out of its bias.
+        rounding: the registered method that chooses the grid point of each weight. By any but "nearest" the parameters become the
+            rounded values themselves. Left to nearest, by name in `Quantized.nearest`: embeddings, weights that are read in another
+            form too, and weights with more than 8192 inputs.
+        seed: of the rounding.
 
     Raises:
         PlanError: a scheme that nobody registered, or that the runtime does not execute.
-        UnknownName: an operator that the analysis has not, or an observer that nobody registered.
+        UnknownName: an operator that the analysis has not, or an observer or a rounding that nobody registered.
         DataError: no calibration sample.
 
     References:
         Nagel et al., A White Paper on Neural Network Quantization, 2021.
     """
-    return quantize_on(ground_of(graph, split, observer, samples), analysis, precisions, runtime, target, bias_correction)
+    return quantize_on(ground_of(graph, split, observer, samples), analysis, precisions, runtime, target, bias_correction, rounding, seed)
 
 
 def quantize_on(
@@ -81,8 +92,11 @@ def quantize_on(
     runtime: Runtime,
     target: Target,
     bias_correction: bool = True,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Quantized:
     """What `quantize` gives, on a ground that other plans of the same graph may stand on too."""
+    method: Rounding = registry.get("rounding", rounding)()
     chosen = chosen_nodes(analysis, precisions)
     nodes = {name: node for name, (node, _) in chosen.items()}
     for name, (_, scheme) in chosen.items():
@@ -107,15 +121,22 @@ def quantize_on(
     for value, owner in owners.items():
         if isinstance(quantizer := ground.watched[owner], Quantizer):
             insert(module, value, placement.activations[value], quantizer, owner)
-    by_node = {nodes[name]: scheme for name, scheme in local.items()}
-    quantize_locally(module, by_node, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
+    schemes = {nodes[name]: scheme for name, scheme in local.items()}
+    quantize_locally(module, schemes, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()
     module.recompile()
     done = (*placement.operators, *local)
+    by_node = {nodes[name]: name for name in done}
+    unrounded: dict[str, str] = {}
+    flat = list(ground.flat)
+    if bias_correction or method.needs:
+        enough = affordable(Replay(reference), ground.graph, len(flat[0]))
+        flat = [value[:enough] for value in flat]
+    if method.needs:
+        unrounded = round_(Replay(module), list(by_node), analysis, flat, method, ground.make, seed)
     if bias_correction:
-        enough = affordable(Replay(reference), ground.graph, len(ground.flat[0]))
-        correct_biases(reference, module, [nodes[name] for name in done], [value[:enough] for value in ground.flat])
-    return Quantized(product, done, skipped)
+        correct_biases(reference, module, list(by_node), flat)
+    return Quantized(product, done, skipped, {by_node[node]: reason for node, reason in unrounded.items()})
 
 
 def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runtime: Runtime) -> tuple[Placement, dict[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
+from planish.graph.fake_quantize import fake_quantize_per_group, fake_quantize_per_tensor_affine
 
 TINY_RANGE = 1e-20
 """Ranges below this count as zero: the reciprocal of their scale would leave float32 in the runtimes."""
@@ -65,6 +65,27 @@ class Quantizer:
     def high(self) -> Tensor:
         """The largest representable number; shape as `scale`."""
         return self.scale * (self.grid.high - self.zero_point)
+
+
+@dataclass(frozen=True)
+class GroupQuantizer:
+    """Grids of a matrix `[rows, columns]`, one for each `group` columns of a row.
+
+    Args:
+        grid: the integers.
+        group: how many columns share a scale; the last group of a row may be shorter.
+        scale: float32, [rows, groups].
+        zero_point: int32, [rows, groups].
+    """
+
+    grid: Grid
+    group: int
+    scale: Tensor
+    zero_point: Tensor
+
+    def rounded(self, matrix: Tensor) -> Tensor:
+        """The matrix on its grids, in float."""
+        return fake_quantize_per_group(matrix, self.scale, self.zero_point, self.group, self.grid.low, self.grid.high)
 
 
 def quantizer_from_range(low: Tensor, high: Tensor, grid: Grid) -> Quantizer:

@@ -1,14 +1,17 @@
-"""What a scheme is (how an operator computes), and what an observer is (it chooses the quantizer of a tensor from its values)."""
+"""What a scheme is (how an operator computes), an observer (it chooses the quantizer of a tensor from its values), and a rounding (it chooses the
+point of that grid that stands for each weight)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from planish.quantize.arithmetic import Grid, Quantizer
+    from planish.quantize.arithmetic import Grid, GroupQuantizer, Quantizer
 
 
 @dataclass(frozen=True)
@@ -84,4 +87,72 @@ class Observer(Protocol):
         Raises:
             ValueError: nothing was watched.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is to be rounded, as the matrix that multiplies columns of inputs.
+
+    Args:
+        weight: float32, [rows, columns]; rows are outputs.
+        quantizer: its grids: one for each row, or for each group of columns of a row.
+        gram: E[x x^T] of the inputs, float64, [systems, columns, columns], not centered; each system is about `rows / systems` rows in turn (a
+            grouped convolution has several). None in a block, whose outputs are given instead.
+        regrid: the quantizer that the observer chooses for a matrix of one group's width; None where the scales must stay as they are.
+    """
+
+    weight: Tensor
+    quantizer: GroupQuantizer
+    gram: Tensor | None
+    regrid: Callable[[Tensor], GroupQuantizer] | None = None
+
+    def errors(self, rounded: Tensor) -> Tensor:
+        """E|(w - w') x|^2 of each row w, [rows], float64, for rounded weights of the same shape."""
+        assert self.gram is not None
+        gone = (self.weight - rounded).double().view(len(self.gram), -1, self.weight.shape[1])
+        return ((gone @ self.gram) * gone).sum(2).flatten()
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What stands for a layer's weight.
+
+    Args:
+        weight: float32, [rows, columns]; it lies on the quantizer's grids, so that `quantizer.rounded(weight)` is the same.
+        quantizer: the layer's own, or with scales that were chosen anew.
+    """
+
+    weight: Tensor
+    quantizer: GroupQuantizer
+
+
+class Outputs(Protocol):
+    """What a part of the program gives on calibration data, batch by batch; it is differentiable in the weights."""
+
+    batches: int
+    """How many there are."""
+
+    def __call__(self, batch: int, weights: Sequence[Tensor] | None) -> Tensor:
+        """The output on a batch with these weights, [rows, columns] each, in place of the layers'; None: with all of it in float."""
+        ...
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """Chooses which grid point stands for each weight.
+
+    `quantize` makes one, and calls `rounded` for one layer after the other in the order of the program, under `torch.no_grad`, with the
+    inputs that the program gives whose earlier weights are rounded already. Where `needs` holds "blocks", it is called once for all
+    layers of a residual branch, with what their sum with the skip gives; layers in no block come alone, without outputs. What it is given
+    is not changed; random numbers come from the generator alone. Any finite weights and inputs do: an input that is always zero,
+    fewer samples than inputs, or one. Implementations are found by name in the registry's kind "rounding" and keep
+    `planish.testing.rounding`.
+    """
+
+    needs: frozenset[str]
+    """Holds "moments" where it looks at the inputs, and "blocks" besides where it looks at the outputs of blocks."""
+
+    def rounded(self, layers: Sequence[Layer], outputs: Outputs | None, generator: torch.Generator) -> list[Rounded]:
+        """The layers' weights on their grids, in the order of the layers."""
         ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.functional import pad
 
 from planish.graph.fake_quantize import dynamic_lstm, fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
 from planish.graph.parts import RECURRENT, Parts, parts_of, tensor_of, weights_of
-from planish.quantize.arithmetic import TINY_RANGE, Grid, Quantizer, fake_quantize, int8_weights
+from planish.quantize.arithmetic import TINY_RANGE, Grid, GroupQuantizer, Quantizer, fake_quantize, int8_weights
 from planish.quantize.codebook import CodebookQuantizer, fit_codebook
 from planish.quantize.contract import Observer, Scheme, group_size
 from planish.quantize.insert import insert, own_values, replace_argument
@@ -22,27 +21,6 @@ from planish.quantize.subjects import unsupported
 from planish.target import Target
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class GroupQuantizer:
-    """Grids of a matrix `[rows, columns]`, one for each `group` columns of a row.
-
-    Args:
-        grid: the integers.
-        group: how many columns share a scale; the last group of a row may be shorter.
-        scale: float32, [rows, groups].
-        zero_point: int32, [rows, groups].
-    """
-
-    grid: Grid
-    group: int
-    scale: Tensor
-    zero_point: Tensor
-
-    def rounded(self, matrix: Tensor) -> Tensor:
-        """The matrix on its grids, in float."""
-        return fake_quantize_per_group(matrix, self.scale, self.zero_point, self.group, self.grid.low, self.grid.high)
 
 
 WeightQuantizer = Quantizer | GroupQuantizer | CodebookQuantizer

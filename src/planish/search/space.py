@@ -56,7 +56,7 @@ class Space:
         analysis: what was found in the graph.
         options: what could be done, with losses in one unit. Losses that are not finite are left out; a narrower width never
             counts as losing less than a wider one (calibration noise would otherwise prefer it).
-        template: the plan whose target, saliency, masking, observer, recovery and seed all plans of this space share.
+        template: the plan whose target, saliency, masking, observer, rounding, recovery and seed all plans of this space share.
 
     Raises:
         UnknownName: an option for a group, block or operator that the graph has not.

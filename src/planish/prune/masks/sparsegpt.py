@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from planish.graph.moments import root_of_inverse
 from planish.prune.masks.contract import highest, kept
 from planish.prune.masks.pattern import Pattern
 
@@ -32,7 +33,7 @@ class SparseGpt:
         left, out = weight.clone(), torch.empty_like(weight)
         rows, columns = weight.shape
         is_dead = gram.diagonal() <= 0
-        upper = _root_of_inverse(gram, is_dead)
+        upper = root_of_inverse(gram, _DAMPING)
         goes = rows * pattern.gone(columns)
         step = max(_BLOCK, -(-columns // _BLOCKS))
         step += -step % pattern.of if pattern.of else 0
@@ -58,20 +59,3 @@ class SparseGpt:
 
 def _scores(weight: Tensor, cost: Tensor, is_dead: Tensor) -> Tensor:
     return (weight / cost).square().where(~is_dead, 0.0)
-
-
-def _root_of_inverse(gram: Tensor, is_dead: Tensor) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped Hessian."""
-    assert bool(torch.isfinite(gram).all())
-    scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    unit = torch.eye(len(gram), dtype=gram.dtype)
-    damping = _DAMPING
-    while True:
-        damped = gram + damping * scale * unit + torch.diag_embed(is_dead * scale)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            root: Tensor
-            root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not bool(failed):
-                return root
-        damping *= 10

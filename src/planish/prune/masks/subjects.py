@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from planish.graph.contraction import Contraction, contraction
 from planish.graph.graph import Analysis
+from planish.graph.moments import Moments
 from planish.graph.replay import Environment, Replay
-from planish.prune.least_squares import Contraction, Moments, contraction
 from planish.prune.masks.contract import Masking
 from planish.prune.masks.pattern import Pattern
 

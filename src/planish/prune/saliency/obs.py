@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from planish.graph.graph import Analysis, Graph, Group
+from planish.graph.moments import Moments
 from planish.prune.contract import Material
-from planish.prune.least_squares import Moments
 from planish.prune.readers import inputs_of_readers
 from planish.prune.saliency.magnitude import Magnitude
 from planish.prune.units import columns, finite
