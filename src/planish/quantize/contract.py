@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
     from planish.quantize.arithmetic import Grid, Quantizer
 
+Equalization = Literal["none", "cross-layer", "smooth"]
+"""How channels are scaled against each other before rounding: not at all, by what two operators weigh (Nagel et al., 2019), or by the
+size of activations and weights, where it pays (SmoothQuant, Xiao et al., 2023)."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -42,6 +46,11 @@ class Scheme:
     def activation_bytes(self) -> float:
         """Bytes of each value of its output while it is alive."""
         return 1.0 if self.activations == "static" else 4.0
+
+    def largest_weight(self, weight_range: int) -> int:
+        """The largest integer of a weight's symmetric grid, where the target allows `weight_range` in the activations' scheme."""
+        largest: int = 2 ** (self.weight_bits - 1) - 1
+        return largest if self.activations == "float" else min(largest, weight_range)
 
     @property
     def weight_bytes(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,9 @@ from planish.graph.parts import Parts, parts_of, tensor_of
 from planish.graph.replay import Environment, Replay, affordable, in_batches, samples_within, take
 from planish.plan import Option
 from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, int8_weights
-from planish.quantize.contract import Observer, Scheme
+from planish.quantize.contract import Equalization, Observer, Scheme
+from planish.quantize.equalize.cross_layer import equalize_layers
+from planish.quantize.equalize.smooth import UNSMOOTHED, readers_by_activation, smooth
 from planish.quantize.insert import watch, weight_quantizer, why_not
 from planish.quantize.local import local_quantizer, rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
@@ -59,6 +62,7 @@ def precision_options(
     kind: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     seconds: float | None = None,
+    equalization: Equalization = "smooth",
 ) -> list[Option]:
     """An option for each operator and scheme that fit, with what the outputs lose when it is the only one.
 
@@ -77,6 +81,7 @@ def precision_options(
         kind: "logits" or "values"; None guesses from the outputs.
         progress: called with (runs done, runs in all).
         seconds: about what it may take; fewer samples are used where they would take longer, but never fewer than 16.
+        equalization: as `quantize` is told; each operator is smoothed for itself, as that does with one that is alone.
 
     Returns:
         Options in the order of the program; losses are finite and at least 0. `float_reasons` says why others are missing.
@@ -86,10 +91,12 @@ def precision_options(
     """
     folded = fold_batch_norm(graph)
     set_mode(folded, False)
+    if equalization == "cross-layer":
+        equalize_layers(folded.module)
     replay = Replay(folded.module)
     passes = 0.5 * len(analysis.operators) * len(schemes) + 2
     flat = take(split, samples_within(replay, split, affordable(replay, folded, samples), passes, seconds, _LEAST_SAMPLES))
-    alone, _ = _candidates(folded, analysis, runtime, target, flat, schemes, observer)
+    alone, _ = _candidates(folded, analysis, runtime, target, flat, schemes, observer, equalization)
     chunks = in_batches(flat, _CHUNK)
     reference = [replay.run(replay.start(chunk)) for chunk in chunks]
     measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
@@ -116,65 +123,79 @@ def float_reasons(graph: Graph, analysis: Analysis, runtime: Runtime, target: Ta
     """Operators that multiply and have no static int8 form -> why: no kernel, or weights or inputs that cannot be quantized."""
     folded = fold_batch_norm(graph)
     set_mode(folded, False)
-    _, reasons = _candidates(folded, analysis, runtime, target, take(split, samples), ("int8",), "minmax")
+    _, reasons = _candidates(folded, analysis, runtime, target, take(split, samples), ("int8",), "minmax", "none")
     return reasons
 
 
 def _candidates(
-    folded: Graph, analysis: Analysis, runtime: Runtime, target: Target, flat: list[Tensor], schemes: Sequence[str], observer: str
+    folded: Graph,
+    analysis: Analysis,
+    runtime: Runtime,
+    target: Target,
+    flat: list[Tensor],
+    schemes: Sequence[str],
+    observer: str,
+    equalization: Equalization,
 ) -> tuple[list[_Alone], dict[str, str]]:
     """The operators that can be quantized, in the order of the program, and why the other contractions have no static form."""
     order = {node: index for index, node in enumerate(folded.module.graph.nodes)}
     make = registry.get("observer", observer)
     alone: list[_Alone] = []
     reasons: dict[str, str] = {}
-    known = [registry.get("scheme", name) for name in schemes]
-    if static := [scheme for scheme in known if scheme.activations == "static"]:
-        found, reasons = _static(folded, analysis, runtime, target, flat, static, make)
-        alone += found
-    for scheme in known:
-        if scheme.activations != "static":
+    for name in schemes:
+        scheme: Scheme = registry.get("scheme", name)
+        if scheme.activations == "static":
+            found, unfit = _static(folded.module, analysis, runtime, target, flat, scheme, make, equalization == "smooth")
+            alone += found
+            reasons.update(unfit)
+        else:
             alone += _local(folded.module, analysis, target, scheme, make)
     return sorted(alone, key=lambda operator: order[operator.node]), reasons
 
 
 def _static(
-    folded: Graph,
+    original: GraphModule,
     analysis: Analysis,
     runtime: Runtime,
     target: Target,
     flat: list[Tensor],
-    schemes: Sequence[Scheme],
+    scheme: Scheme,
     make: Callable[[Grid], Observer],
+    is_smooth: bool,
 ) -> tuple[list[_Alone], dict[str, str]]:
-    module = folded.module
-    by_name = {node.name: node for node in module.graph.nodes}
     reasons = {}
     nodes = {}
+    originals = {node.name: node for node in original.graph.nodes}
     for name, operator in analysis.operators.items():
-        if not (reason := unsupported(by_name[operator.node], schemes[0])):
+        if not (reason := unsupported(originals[operator.node], scheme)):
             nodes[name] = operator.node
         elif operator.kind in ("conv", "linear", "matmul", "attention", "lstm", "gru"):
             reasons[name] = reason
+    module, smoothing = original, UNSMOOTHED
+    largest = scheme.largest_weight(target.weight_range)
+    if is_smooth:
+        module = copy.deepcopy(original)
+        single = [[name] for group in readers_by_activation(module, nodes.values(), runtime.quantize_inputs_of) for name in group]
+        smoothing = smooth(module, single, flat, dict.fromkeys(nodes.values(), largest), make, fold=False)
+    by_name = {node.name: node for node in module.graph.nodes}
     placement = place(module, nodes, runtime.quantize_inputs_of, ())
     reasons.update(placement.skipped)
-    watched = watch(module, flat, [value for value in placement.activations if value not in placement.repeats], make)
+    own = [value for value in placement.activations if value not in placement.repeats]
+    watched = watch(module, flat, own, make, smoothing.unclipped_values(module, placement))
     reasons.update(why_not(module, placement, nodes, watched))
     activations = {value: found for value, found in watched.items() if isinstance(found, Quantizer)}
     alone = []
-    for scheme in schemes:
-        for name, weight in placement.operators.items():
-            if name in reasons:
-                continue
-            node = by_name[nodes[name]]
-            weights = {}
-            if weight is not None:
-                readers, axis = placement.weights[weight]
-                grid = int8_weights(min(target.weight_range, 2 ** (scheme.weight_bits - 1) - 1), axis)
-                quantizer = weight_quantizer(module, weight, readers, grid, make, activations, placement)
-                parameter = str(by_name[weight].target)
-                weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
-            alone.append(_Alone(name, scheme.name, node, weights, _argument_quantizers(node, placement, activations)))
+    for name, weight in placement.operators.items():
+        if name in reasons:
+            continue
+        node = by_name[nodes[name]]
+        weights = {}
+        if weight is not None:
+            readers, axis = placement.weights[weight]
+            quantizer = weight_quantizer(module, weight, readers, int8_weights(largest, axis), make, activations, placement)
+            weights[str(by_name[weight].target)] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
+        arguments = _argument_quantizers(node, placement, activations, smoothing.inverses.get(node.name))
+        alone.append(_Alone(name, scheme.name, originals[node.name], weights, arguments))
     return alone, reasons
 
 
@@ -195,15 +216,21 @@ def _local(module: GraphModule, analysis: Analysis, target: Target, scheme: Sche
     return alone
 
 
-def _argument_quantizers(node: Node, placement: Placement, activations: Mapping[str, Quantizer]) -> dict[int, Callable[[Tensor], Tensor]]:
+def _argument_quantizers(
+    node: Node, placement: Placement, activations: Mapping[str, Quantizer], inverse: Tensor | None
+) -> dict[int, Callable[[Tensor], Tensor]]:
     parts = parts_of(node)
     assert isinstance(parts, Parts), parts
     found: dict[int, Callable[[Tensor], Tensor]] = {}
     for position in parts.activations:
         source = source_among(node, position, placement)
         assert source is not None, node.format_node()
-        found[position] = functools.partial(fake_quantize, quantizer=activations[source])
+        found[position] = functools.partial(_rounded, inverse=inverse, quantizer=activations[source])
     return found
+
+
+def _rounded(values: Tensor, inverse: Tensor | None, quantizer: Quantizer) -> Tensor:
+    return fake_quantize(values if inverse is None else values * inverse, quantizer)
 
 
 def _run_alone(replay: Replay, operator: _Alone, environment: Environment) -> list[Any]:
