@@ -15,7 +15,7 @@ from planish.quantize.observers.minmax import MinMax
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the factors max |x|^a / max |w|^(1-a). Of MiniLM-L6's 24 activations none did best below 0.7, and most at 0.9 or above."""
 OUTLIER = 2.0
-"""Activations whose largest channel is less than this many times their median one are not searched: nothing is to be gained there."""
+"""Activations whose largest channel is less than this many times their median one are not smoothed: little is to be gained there."""
 PAYS = 0.5
 """The squared error must fall to this share, or nothing is changed: a multiplication more costs time, and half is 3 dB."""
 _LEAST = 1e-4  # channels smaller than this share of the largest count as this large: their factors stay in float32's bounds
@@ -71,18 +71,20 @@ def search(sample: Sample, readers: Sequence[Reader], make: Callable[[Grid], Obs
     size = torch.maximum(sample.high, -sample.low)
     weights = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
     is_finite = bool(torch.isfinite(size).all() and torch.isfinite(weights).all())
-    if not is_finite or min(float(size.max()), float(weights.max())) <= TINY_RANGE or float(size.max()) < OUTLIER * float(size.median()):
+    if not is_finite or min(float(size.max()), float(weights.max())) <= TINY_RANGE:
         return Choice()
     trial = _Trial(sample, readers)
     observers = {True: make, False: MinMax}
     plain = {clip: trial.error(None, observer) for clip, observer in observers.items()}
+    unsmoothed = Choice(None, plain[False] >= PAYS * plain[True])
+    if float(size.max()) < OUTLIER * float(size.median()):
+        return unsmoothed
     smoothed = [
         (trial.error(factors, observer), Choice(factors, clip))
         for factors in (_factors(size, weights, strength) for strength in STRENGTHS)
         for clip, observer in observers.items()
     ]
     least, choice = min(smoothed, key=lambda found: found[0])
-    unsmoothed = Choice(None, plain[False] >= PAYS * plain[True])
     return choice if least < PAYS * plain[unsmoothed.is_clipped] else unsmoothed
 
 
