@@ -19,13 +19,11 @@ from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode, short_name
 from planish.graph.replay import take
 from planish.measure.machine import facts
-from planish.quantize.arithmetic import Grid, Quantizer, quantizer_from_range, sqnr_db
+from planish.quantize.arithmetic import quantizer_from_range, sqnr_db
 from planish.quantize.equalize.channels import input_ranges, output_ranges
 from planish.quantize.equalize.cross_layer import equalize_layers
-from planish.quantize.equalize.search import Choice, Reader, Sample, search
+from planish.quantize.equalize.search import Reader, Sample, full_range, search
 from planish.quantize.equalize.smooth import readers_by_activation, smooth
-from planish.quantize.observers.minmax import MinMax
-from planish.quantize.observers.mse import MeanSquaredError
 from planish.quantize.options import precision_options
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
@@ -84,9 +82,9 @@ def smoothed(graph: Graph, analysis: Analysis, split: Split) -> tuple[Graph, set
     copied = graph.copy()
     nodes = [found.node for found in analysis.operators.values() if found.kind == "linear"]
     groups = readers_by_activation(copied.module, nodes, {"linear"})
-    done = smooth(copied.module, groups, take(split, split.n), dict.fromkeys(nodes, 127), MinMax)
+    done = smooth(copied.module, groups, take(split, split.n), dict.fromkeys(nodes, 127))
     copied.module.recompile()
-    return copied, set(done.inverses)
+    return copied, {name for found in done if found.inverse is not None for name in found.readers}
 
 
 def chain(activation: nn.Module) -> nn.Module:
@@ -222,38 +220,28 @@ def test_a_weight_that_others_read_is_left_alone() -> None:
     assert readers_by_activation(graph.module, nodes, {"conv"}) == []
 
 
-class Quartered:
-    """An observer that cuts off all but a quarter of the range."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.inner, self.grid = MinMax(grid), grid
-
-    def update(self, values: Tensor) -> None:
-        self.inner.update(values)
-
-    def quantizer(self) -> Quantizer:
-        found = self.inner.quantizer()
-        return quantizer_from_range(found.low / 4, found.high / 4, self.grid)
-
-
 def test_what_matters_to_the_outputs_is_not_clipped() -> None:
     """A row of 60 times the others' size, in all channels: no factor per channel helps, and clipped it loses most of the outputs' energy."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(512, 64, generator=generator)
-    rows[100] *= 60.0
+    rows[100] = 60.0 * rows[100].sign()
     reader = Reader(torch.randn(16, 64, generator=generator), 127)
-    sample = Sample([rows], *torch.aminmax(rows, dim=0))
-    assert search(sample, [reader], Quartered).is_clipped is False
-    assert search(sample, [reader], MinMax).is_clipped  # nothing is gained by another observer that does the same
+    sample = Sample([rows], [torch.ones(512)], *torch.aminmax(rows, dim=0))
+    assert search(sample, [reader]) is None
+    whole = sample.whole()
+    clipped = quantizer_from_range(whole.low / 4, whole.high / 4, whole.grid)
+    assert full_range(sample, [reader], clipped) == whole
+    assert full_range(sample, [reader], whole) is None
+    assert full_range(sample, [reader], quantizer_from_range(whole.low / 1.05, whole.high / 1.05, whole.grid)) is None
 
 
 def test_an_unclipped_activation_has_its_whole_range_in_the_program() -> None:
     graph, analysis = captured(nn.Sequential(nn.Linear(64, 16)), (torch.randn(2, 64),))
     rows = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
-    rows[100] *= 60.0
+    rows[100] = 60.0 * rows[100].sign()
     split = Split([rows.numpy()], None, 512)
-    done = quantized(graph, analysis, split=split, samples=512, observer="percentile", precisions={"0": "int8"})
-    plain = quantized(graph, analysis, split=split, samples=512, observer="percentile", precisions={"0": "int8"}, equalization="none")
+    done = quantized(graph, analysis, split=split, samples=512, observer="moving-average", precisions={"0": "int8"})
+    plain = quantized(graph, analysis, split=split, samples=512, observer="moving-average", precisions={"0": "int8"}, equalization="none")
     (scale,) = (value for name, value in done.graph.module.state_dict().items() if name.endswith("_scale") and value.dim() == 0)
     covered = float(scale) * 255
     assert covered == pytest.approx(float(rows.max() - rows.min()), rel=1e-3)
@@ -267,7 +255,7 @@ def test_even_or_broken_activations_are_left_as_they_are() -> None:
     reader = Reader(torch.randn(16, 64, generator=generator), 127)
     low, high = torch.aminmax(even, dim=0)
     for top, weight in ((high, reader.weight), (torch.full_like(high, float("inf")), reader.weight), (high, torch.zeros(16, 64))):
-        assert search(Sample([even], low, top), [Reader(weight, 127)], MeanSquaredError) == Choice()
+        assert search(Sample([even], [torch.ones(512)], low, top), [Reader(weight, 127)]) is None
 
 
 @pytest.mark.parametrize("equalization", ["smooth", "cross-layer"])

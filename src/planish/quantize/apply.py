@@ -17,7 +17,7 @@ from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
 from planish.quantize.contract import Equalization, Observer
 from planish.quantize.equalize.cross_layer import equalize_layers
-from planish.quantize.equalize.smooth import UNSMOOTHED, readers_by_activation, smooth
+from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth, source_of, unclipped
 from planish.quantize.insert import insert, watch, weight_quantizer, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
 from planish.quantize.placement import place
@@ -96,9 +96,10 @@ def quantize(
     flat = take(split, samples)
     if equalization == "cross-layer":
         equalize_layers(module)
-    smoothing = UNSMOOTHED
+    smoothed: list[Smoothed] = []
     if equalization == "smooth":
-        smoothing = smooth(module, readers_by_activation(module, static.values(), runtime.quantize_inputs_of), flat, largest, make)
+        smoothed = smooth(module, readers_by_activation(module, static.values(), runtime.quantize_inputs_of), flat, largest)
+    by_name = {node.name: node for node in module.graph.nodes}
     skipped: dict[str, str] = {}
     matrices = {found.node for found in analysis.operators.values() if len(found.output) == 2}
     watched: dict[str, Quantizer | str] = {}
@@ -107,12 +108,13 @@ def quantize(
         placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of, matrices)
         skipped.update(placement.skipped)
         new = [value for value in placement.activations if value not in watched and value not in placement.repeats]
-        watched.update(watch(module, flat, new, make, smoothing.unclipped_values(module, placement)))
+        watched.update(watch(module, flat, new, make))
         unfit = why_not(module, placement, static, watched)
         if not unfit:
             break
         skipped.update(unfit)
-    by_name = {node.name: node for node in module.graph.nodes}
+    for name, quantizer in unclipped(module, placement, watched, smoothed).items():
+        watched[source_of(by_name[name], placement) or ""] = quantizer
     local = {name: scheme for name, (_, scheme) in chosen.items() if name not in static}
     unfit = {name: reason for name, scheme in local.items() if (reason := why_not_locally(module, by_name[nodes[name]], scheme))}
     skipped.update(unfit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
 from planish.quantize.contract import Observer
-from planish.quantize.observers.minmax import MinMax
 from planish.quantize.placement import Placement, Read, source_among
 
 aten = torch.ops.aten
@@ -24,11 +23,7 @@ LARGEST_BIAS = 2.0**30  # runtimes turn a bias into int32 with the scale of inpu
 
 
 def watch(
-    module: GraphModule,
-    flat: Sequence[Tensor],
-    values: Sequence[str],
-    make: Callable[[Grid], Observer],
-    unclipped: Collection[str] = (),
+    module: GraphModule, flat: Sequence[Tensor], values: Sequence[str], make: Callable[[Grid], Observer]
 ) -> dict[str, Quantizer | str]:
     """For each value its quantizer on the calibration data, or why it can have none.
 
@@ -37,10 +32,9 @@ def watch(
         flat: inputs of all calibration samples, sample axis 0.
         values: fx node names.
         make: an observer for a grid.
-        unclipped: values whose quantizer covers all of them, whatever the observer would leave out.
     """
     replay = Replay(module)
-    observers = {replay.by_name[value]: MinMax(UINT8) if value in unclipped else make(UINT8) for value in values}
+    observers = {replay.by_name[value]: make(UINT8) for value in values}
     largest = dict.fromkeys(observers, 0.0)
     reasons: dict[Node, str] = {}
     with torch.no_grad():

@@ -26,7 +26,7 @@ from planish.plan import Option
 from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Equalization, Observer, Scheme
 from planish.quantize.equalize.cross_layer import equalize_layers
-from planish.quantize.equalize.smooth import UNSMOOTHED, readers_by_activation, smooth
+from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth, source_of, unclipped
 from planish.quantize.insert import watch, weight_quantizer, why_not
 from planish.quantize.local import local_quantizer, rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
@@ -171,30 +171,34 @@ def _static(
             nodes[name] = operator.node
         elif operator.kind in ("conv", "linear", "matmul", "attention", "lstm", "gru"):
             reasons[name] = reason
-    module, smoothing = original, UNSMOOTHED
+    module, smoothed = original, list[Smoothed]()
     largest = scheme.largest_weight(target.weight_range)
     if is_smooth:
         module = copy.deepcopy(original)
         single = [[name] for group in readers_by_activation(module, nodes.values(), runtime.quantize_inputs_of) for name in group]
-        smoothing = smooth(module, single, flat, dict.fromkeys(nodes.values(), largest), make, fold=False)
+        smoothed = smooth(module, single, flat, dict.fromkeys(nodes.values(), largest), fold=False)
     by_name = {node.name: node for node in module.graph.nodes}
     placement = place(module, nodes, runtime.quantize_inputs_of, ())
     reasons.update(placement.skipped)
-    own = [value for value in placement.activations if value not in placement.repeats]
-    watched = watch(module, flat, own, make, smoothing.unclipped_values(module, placement))
+    watched = watch(module, flat, [value for value in placement.activations if value not in placement.repeats], make)
     reasons.update(why_not(module, placement, nodes, watched))
     activations = {value: found for value, found in watched.items() if isinstance(found, Quantizer)}
+    inverses = {name: found.inverse for found in smoothed for name in found.readers}
+    whole = unclipped(module, placement, watched, smoothed)
     alone = []
     for name, weight in placement.operators.items():
         if name in reasons:
             continue
         node = by_name[nodes[name]]
+        own = activations
+        if node.name in whole and (source := source_of(node, placement)) is not None:
+            own = {**activations, source: whole[node.name]}
         weights = {}
         if weight is not None:
             readers, axis = placement.weights[weight]
-            quantizer = weight_quantizer(module, weight, readers, int8_weights(largest, axis), make, activations, placement)
+            quantizer = weight_quantizer(module, weight, readers, int8_weights(largest, axis), make, own, placement)
             weights[str(by_name[weight].target)] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
-        arguments = _argument_quantizers(node, placement, activations, smoothing.inverses.get(node.name))
+        arguments = _argument_quantizers(node, placement, own, inverses.get(node.name))
         alone.append(_Alone(name, scheme.name, originals[node.name], weights, arguments))
     return alone, reasons
 

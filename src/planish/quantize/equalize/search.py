@@ -1,15 +1,14 @@
-"""The search for how an activation is best smoothed: by the error of what reads it, when both of their operands are rounded."""
+"""The search for how an activation is best smoothed, by the error of what reads it when both of their operands are rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, fake_quantize, int8_weights
-from planish.quantize.contract import Observer
+from planish.quantize.arithmetic import TINY_RANGE, UINT8, Quantizer, fake_quantize, int8_weights, quantizer_from_range
 from planish.quantize.observers.minmax import MinMax
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -27,13 +26,23 @@ class Sample:
 
     Args:
         rows: [rows, channels] each.
+        counts: how many rows each of them stands for, [rows] each.
         low: [channels].
         high: [channels].
     """
 
     rows: list[Tensor]
+    counts: list[Tensor]
     low: Tensor
     high: Tensor
+
+    def divided(self, factors: Tensor) -> Sample:
+        """The same of the activation divided by a factor per channel."""
+        return Sample([rows / factors for rows in self.rows], self.counts, self.low / factors, self.high / factors)
+
+    def whole(self) -> Quantizer:
+        """The quantizer that just covers all of the activation."""
+        return quantizer_from_range(self.low.min(), self.high.max(), UINT8)
 
 
 @dataclass(frozen=True)
@@ -44,48 +53,60 @@ class Reader:
     largest: int
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How an activation is prepared for its quantizer.
+def search(sample: Sample, readers: Sequence[Reader]) -> Tensor | None:
+    """What an activation is divided by and its readers' weights are multiplied with, [channels]: of the strength with the least error.
 
-    Args:
-        factors: what it is divided by and its readers' weights are multiplied with, [channels]; None: left as it is.
-        is_clipped: whether the observer chooses its range; else the quantizer covers all of it.
-    """
-
-    factors: Tensor | None = None
-    is_clipped: bool = True
-
-
-def search(sample: Sample, readers: Sequence[Reader], make: Callable[[Grid], Observer]) -> Choice:
-    """The strength, and whether to clip, with the least error of the outputs; what changes nothing wins unless another has half its error.
-
-    Clipping is searched too, since the least error of an activation is not that of the outputs: a few tokens of a Transformer carry values
-    some 15 times as large as all others, which an observer of squared errors cuts off, and half of those tokens' outputs with them.
+    None where leaving it as it is has less than twice that error. Ranges are whole ones, which 8 bits hardly tell from searched ones
+    except where those are clipped: `full_range` is for that.
 
     Args:
         sample: of the activation.
         readers: all linear maps that read it rounded.
-        make: an observer for the activation's grid. Weights are rounded in their full range, which 8 bits hardly tell from a searched one.
     """
     size = torch.maximum(sample.high, -sample.low)
     weights = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
     is_finite = bool(torch.isfinite(size).all() and torch.isfinite(weights).all())
-    if not is_finite or min(float(size.max()), float(weights.max())) <= TINY_RANGE:
-        return Choice()
-    trial = _Trial(sample, readers)
-    observers = {True: make, False: MinMax}
-    plain = {clip: trial.error(None, observer) for clip, observer in observers.items()}
-    unsmoothed = Choice(None, plain[False] >= PAYS * plain[True])
-    if float(size.max()) < OUTLIER * float(size.median()):
-        return unsmoothed
-    smoothed = [
-        (trial.error(factors, observer), Choice(factors, clip))
-        for factors in (_factors(size, weights, strength) for strength in STRENGTHS)
-        for clip, observer in observers.items()
-    ]
-    least, choice = min(smoothed, key=lambda found: found[0])
-    return choice if least < PAYS * plain[unsmoothed.is_clipped] else unsmoothed
+    if not is_finite or min(float(size.max()), float(weights.max())) <= TINY_RANGE or float(size.max()) < OUTLIER * float(size.median()):
+        return None
+    errors = {}
+    for strength in (None, *STRENGTHS):
+        factors = torch.ones_like(size) if strength is None else _factors(size, weights, strength)
+        scaled = [Reader(reader.weight * factors, reader.largest) for reader in readers]
+        divided = sample.divided(factors)
+        errors[strength] = output_error(divided, scaled, divided.whole()), factors
+    least, factors = min(errors.values(), key=lambda found: found[0])
+    return factors if least < PAYS * errors[None][0] else None
+
+
+def full_range(sample: Sample, readers: Sequence[Reader], quantizer: Quantizer) -> Quantizer | None:
+    """The quantizer that covers all of an activation, if its readers' outputs then have less than half their error; else None.
+
+    The least error of an activation is not that of the outputs: a few tokens of a Transformer carry values some 15 times as large as all
+    others, which an observer of squared errors cuts off, and half of those tokens' outputs with them.
+
+    Args:
+        sample: of the activation, divided as it will be.
+        readers: with their weights multiplied.
+        quantizer: what an observer chose.
+    """
+    whole = sample.whole()
+    if float(whole.scale) <= 1.01 * float(quantizer.scale):
+        return None
+    return whole if output_error(sample, readers, whole) < PAYS * output_error(sample, readers, quantizer) else None
+
+
+def output_error(sample: Sample, readers: Sequence[Reader], quantizer: Quantizer) -> float:
+    """The squared error of the readers' outputs, each relative to the size of its output, when activation and weights are rounded."""
+    rows, counts = torch.cat(sample.rows), torch.cat(sample.counts)
+    rounded = fake_quantize(rows, quantizer)
+    total = 0.0
+    for reader in readers:
+        weights = MinMax(int8_weights(reader.largest))
+        weights.update(reader.weight)
+        output = rows @ reader.weight.t()
+        error = rounded @ fake_quantize(reader.weight, weights.quantizer()).t() - output
+        total += float(error.square().sum(1) @ counts) / max(float(output.square().sum(1) @ counts), TINY_RANGE)
+    return total
 
 
 def _factors(size: Tensor, weights: Tensor, strength: float) -> Tensor:
@@ -93,28 +114,3 @@ def _factors(size: Tensor, weights: Tensor, strength: float) -> Tensor:
     size, weights = (ranges.clamp(min=_LEAST * float(ranges.max())) for ranges in (size, weights))
     logarithm = strength * size.log() - (1 - strength) * weights.log()
     return (logarithm - logarithm.mean()).exp()
-
-
-class _Trial:
-    """The outputs of an activation's readers, to compare rounded ones with."""
-
-    def __init__(self, sample: Sample, readers: Sequence[Reader]) -> None:
-        self._rows = torch.cat(sample.rows)
-        self._extremes = torch.stack([sample.low, sample.high])  # the rows alone may lack what the range must cover
-        self._readers = [(reader, self._rows @ reader.weight.t()) for reader in readers]
-
-    def error(self, factors: Tensor | None, make: Callable[[Grid], Observer]) -> float:
-        """The squared error of the outputs, each relative to its size."""
-        scale = torch.ones_like(self._extremes[0]) if factors is None else factors
-        rows = self._rows / scale
-        watcher = make(UINT8)
-        watcher.update(torch.cat([rows, self._extremes / scale]))
-        rounded = fake_quantize(rows, watcher.quantizer())
-        total = 0.0
-        for reader, output in self._readers:
-            weight = reader.weight * scale
-            weights = MinMax(int8_weights(reader.largest))
-            weights.update(weight)
-            found = rounded @ fake_quantize(weight, weights.quantizer()).t()
-            total += float((found - output).square().sum() / output.square().sum().clamp(min=TINY_RANGE))
-        return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,9 @@ from torch.fx import GraphModule, Node
 from planish.graph.modes import short_name
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay, in_batches
-from planish.quantize.arithmetic import Grid
-from planish.quantize.contract import Observer
+from planish.quantize.arithmetic import Quantizer
 from planish.quantize.equalize.channels import is_read_by, scale_inputs_, scale_outputs_, weight_node
-from planish.quantize.equalize.search import Reader, Sample, search
+from planish.quantize.equalize.search import Reader, Sample, full_range, search
 from planish.quantize.insert import BATCH, own_values
 from planish.quantize.placement import Placement, source_among
 
@@ -26,25 +25,20 @@ _PASSED = frozenset({"dropout", "dropout_", "alias", "detach", "contiguous", "cl
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """What was done for linear maps, by fx name.
+class Smoothed:
+    """One activation after the search.
 
     Args:
-        inverses: the operator -> what its input is multiplied with, [inputs]; of those that are smoothed.
-        unclipped: operators whose input is to be rounded in its full range.
+        readers: fx names of the linear maps that read it.
+        inverse: what it is multiplied with before them, [channels]; None: it is left as it was.
+        sample: of its values, multiplied.
+        weights: of the readers, which share memory with the program's.
     """
 
-    inverses: Mapping[str, Tensor]
-    unclipped: frozenset[str]
-
-    def unclipped_values(self, module: GraphModule, placement: Placement) -> set[str]:
-        """The values whose quantizers cover all of them."""
-        by_name = {node.name: node for node in module.graph.nodes}
-        found = (source_among(by_name[name], _position(by_name[name]), placement) for name in self.unclipped)
-        return {value for value in found if value is not None}
-
-
-UNSMOOTHED = Smoothing({}, frozenset())
+    readers: tuple[str, ...]
+    inverse: Tensor | None
+    sample: Sample
+    weights: tuple[Reader, ...]
 
 
 def readers_by_activation(module: GraphModule, operators: Iterable[str], kinds: Collection[str]) -> list[list[str]]:
@@ -69,9 +63,8 @@ def smooth(
     groups: Sequence[Sequence[str]],
     flat: list[Tensor],
     largest: Mapping[str, int],
-    make: Callable[[Grid], Observer],
     fold: bool = True,
-) -> Smoothing:
+) -> list[Smoothed]:
     """Divides activations by a factor per channel and multiplies the weights of their readers with it, where that pays.
 
     The division goes into the affine part of a layer norm, or into a linear map, that issues the activation to nobody else; elsewhere
@@ -84,7 +77,6 @@ def smooth(
         groups: of `readers_by_activation`, or parts of them.
         flat: calibration inputs.
         largest: fx name -> the largest integer of the grid of that operator's weight.
-        make: an observer for the activation's grid.
         fold: whether the division may go into what issues the activation.
 
     References:
@@ -94,20 +86,46 @@ def smooth(
     by_name = {node.name: node for node in module.graph.nodes}
     nodes = [[by_name[name] for name in group] for group in groups]
     samples = _watch(module, {_activation(members[0]) for members in nodes}, flat)
-    inverses: dict[str, Tensor] = {}
-    unclipped: set[str] = set()
+    done = []
     for members in nodes:
-        readers = [Reader(_matrix(module, node), largest[node.name]) for node in members]
-        choice = search(samples[_activation(members[0])], readers, make)
-        if not choice.is_clipped:
-            unclipped.update(node.name for node in members)
-        if choice.factors is not None:
+        readers = tuple(Reader(_matrix(module, node), largest[node.name]) for node in members)
+        sample, inverse = samples[_activation(members[0])], None
+        factors = search(sample, readers)
+        if factors is not None:
+            sample, inverse = sample.divided(factors), factors.reciprocal()
             for node in members:
-                scale_inputs_(module, node, choice.factors)
-            inverse = choice.factors.reciprocal()
+                scale_inputs_(module, node, factors)
             _multiply(module, members, inverse, fold)
-            inverses.update((node.name, inverse) for node in members)
-    return Smoothing(inverses, frozenset(unclipped))
+        done.append(Smoothed(tuple(node.name for node in members), inverse, sample, readers))
+    return done
+
+
+@torch.no_grad()
+def unclipped(
+    module: GraphModule, placement: Placement, watched: Mapping[str, Quantizer | str], done: Iterable[Smoothed]
+) -> dict[str, Quantizer]:
+    """The quantizers of those activations that are better not clipped, by the fx name of each reader.
+
+    Args:
+        module: after `smooth`.
+        placement: of quantizers in it.
+        watched: value -> what the observer chose for it.
+        done: what `smooth` gave.
+    """
+    by_name = {node.name: node for node in module.graph.nodes}
+    found: dict[str, Quantizer] = {}
+    for activation in done:
+        node = by_name[activation.readers[0]]
+        chosen = watched.get(source_of(node, placement) or "")
+        whole = full_range(activation.sample, activation.weights, chosen) if isinstance(chosen, Quantizer) else None
+        if whole is not None:
+            found.update(dict.fromkeys(activation.readers, whole))
+    return found
+
+
+def source_of(node: Node, placement: Placement) -> str | None:
+    """The value whose quantizer a linear map reads."""
+    return source_among(node, _position(node), placement)
 
 
 def _position(node: Node) -> int:
@@ -156,14 +174,18 @@ def _watch(module: GraphModule, values: Collection[Node], flat: list[Tensor]) ->
 
 
 def _add(samples: dict[Node, Sample], node: Node, rows: Tensor, most: int) -> None:
-    low, high = torch.aminmax(rows, dim=0)
+    """Keeps some rows of a batch, evenly spread, and the one with the largest value: rare tokens may hold most of the outputs' energy."""
     step = max(1, -(-len(rows) // max(most, 1)))
-    kept = rows[:: step + 1 - step % 2].clone()  # an odd step does not keep in step with the tokens of a sentence
-    if node not in samples:
-        samples[node] = Sample([kept], low, high)
-        return
-    known = samples[node]
-    known.rows.append(kept)
+    step += 1 - step % 2  # an odd step does not keep in step with the tokens of a sentence
+    even = torch.arange(0, len(rows), step)
+    largest = rows.abs().amax(1).argmax()
+    chosen = torch.cat([even, largest.expand(int(largest % step != 0))])
+    counts = torch.full((len(chosen),), float(step))
+    counts[len(even) :] = 1.0
+    low, high = torch.aminmax(rows, dim=0)
+    known = samples.setdefault(node, Sample([], [], low, high))
+    known.rows.append(rows[chosen])
+    known.counts.append(counts)
     known.low, known.high = torch.minimum(known.low, low), torch.maximum(known.high, high)
 
 
