@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import nets
 from planish.data import Split
+from planish.errors import UnknownName
 from planish.graph.divergence import divergence
 from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
@@ -209,6 +210,12 @@ def test_nothing_changes_where_nothing_pays() -> None:
     assert str(plain.graph.module.graph) == str(done.graph.module.graph)
     one, other = plain.graph.module.state_dict(), done.graph.module.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_equalization_that_there_is_not_is_refused() -> None:
+    graph, analysis = captured(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),))
+    with pytest.raises(UnknownName, match="smooth"):
+        quantized(graph, analysis, equalization="smoothquant")
 
 
 def test_a_weight_that_others_read_is_left_alone() -> None:

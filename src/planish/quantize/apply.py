@@ -15,9 +15,9 @@ from planish.graph.modes import set_mode
 from planish.graph.replay import Replay, affordable, take
 from planish.quantize.arithmetic import Quantizer, int8_weights
 from planish.quantize.bias import correct_biases
-from planish.quantize.contract import Equalization, Observer
+from planish.quantize.contract import Equalization, Observer, check_equalization
 from planish.quantize.equalize.cross_layer import equalize_layers
-from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth, source_of, unclipped
+from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth, unclipped
 from planish.quantize.insert import insert, watch, weight_quantizer, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
 from planish.quantize.placement import place
@@ -75,13 +75,14 @@ def quantize(
 
     Raises:
         PlanError: a scheme that nobody registered, or that the runtime does not execute.
-        UnknownName: an operator that the analysis has not, or an observer that nobody registered.
+        UnknownName: an operator that the analysis has not, an observer that nobody registered, or an equalization that there is not.
         DataError: no calibration sample.
 
     References:
         Nagel et al., A White Paper on Neural Network Quantization, 2021.
     """
     make: type[Observer] = registry.get("observer", observer)
+    check_equalization(equalization)
     chosen = chosen_nodes(analysis, precisions)
     nodes = {name: node for name, (node, _) in chosen.items()}
     for name, (_, scheme) in chosen.items():
@@ -99,7 +100,6 @@ def quantize(
     smoothed: list[Smoothed] = []
     if equalization == "smooth":
         smoothed = smooth(module, readers_by_activation(module, static.values(), runtime.quantize_inputs_of), flat, largest)
-    by_name = {node.name: node for node in module.graph.nodes}
     skipped: dict[str, str] = {}
     matrices = {found.node for found in analysis.operators.values() if len(found.output) == 2}
     watched: dict[str, Quantizer | str] = {}
@@ -113,8 +113,8 @@ def quantize(
         if not unfit:
             break
         skipped.update(unfit)
-    for name, quantizer in unclipped(module, placement, watched, smoothed).items():
-        watched[source_of(by_name[name], placement) or ""] = quantizer
+    watched.update(unclipped(module, placement, watched, smoothed).values())
+    by_name = {node.name: node for node in module.graph.nodes}
     local = {name: scheme for name, (_, scheme) in chosen.items() if name not in static}
     unfit = {name: reason for name, scheme in local.items() if (reason := why_not_locally(module, by_name[nodes[name]], scheme))}
     skipped.update(unfit)

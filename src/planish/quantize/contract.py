@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+
+from planish.errors import UnknownName
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +15,16 @@ if TYPE_CHECKING:
 Equalization = Literal["none", "cross-layer", "smooth"]
 """How channels are scaled against each other before rounding: not at all, by what two operators weigh (Nagel et al., 2019), or by the
 size of activations and weights, where it pays (SmoothQuant, Xiao et al., 2023)."""
+
+
+def check_equalization(name: str) -> None:
+    """Refuses a name that is none of `Equalization`.
+
+    Raises:
+        UnknownName: it is none.
+    """
+    if name not in get_args(Equalization):
+        raise UnknownName("equalization", name, get_args(Equalization))
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from planish.graph.parts import Parts, parts_of, tensor_of
 from planish.graph.replay import Environment, Replay, affordable, in_batches, samples_within, take
 from planish.plan import Option
 from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, int8_weights
-from planish.quantize.contract import Equalization, Observer, Scheme
+from planish.quantize.contract import Equalization, Observer, Scheme, check_equalization
 from planish.quantize.equalize.cross_layer import equalize_layers
-from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth, source_of, unclipped
+from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth, unclipped
 from planish.quantize.insert import watch, weight_quantizer, why_not
 from planish.quantize.local import local_quantizer, rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
@@ -89,6 +89,7 @@ def precision_options(
     Raises:
         DataError: no calibration sample, or outputs of the original that are not finite.
     """
+    check_equalization(equalization)
     folded = fold_batch_norm(graph)
     set_mode(folded, False)
     if equalization == "cross-layer":
@@ -190,9 +191,7 @@ def _static(
         if name in reasons:
             continue
         node = by_name[nodes[name]]
-        own = activations
-        if node.name in whole and (source := source_of(node, placement)) is not None:
-            own = {**activations, source: whole[node.name]}
+        own = {**activations, **dict([whole[node.name]])} if node.name in whole else activations
         weights = {}
         if weight is not None:
             readers, axis = placement.weights[weight]

@@ -103,8 +103,8 @@ def smooth(
 @torch.no_grad()
 def unclipped(
     module: GraphModule, placement: Placement, watched: Mapping[str, Quantizer | str], done: Iterable[Smoothed]
-) -> dict[str, Quantizer]:
-    """The quantizers of those activations that are better not clipped, by the fx name of each reader.
+) -> dict[str, tuple[str, Quantizer]]:
+    """Activations that are better not clipped: fx name of each reader -> the value that is rounded, and its quantizer.
 
     Args:
         module: after `smooth`.
@@ -113,19 +113,17 @@ def unclipped(
         done: what `smooth` gave.
     """
     by_name = {node.name: node for node in module.graph.nodes}
-    found: dict[str, Quantizer] = {}
+    found: dict[str, tuple[str, Quantizer]] = {}
     for activation in done:
         node = by_name[activation.readers[0]]
-        chosen = watched.get(source_of(node, placement) or "")
-        whole = full_range(activation.sample, activation.weights, chosen) if isinstance(chosen, Quantizer) else None
+        value = source_among(node, _position(node), placement)
+        chosen = None if value is None else watched[value]
+        if value is None or not isinstance(chosen, Quantizer):
+            continue
+        whole = full_range(activation.sample, activation.weights, chosen)
         if whole is not None:
-            found.update(dict.fromkeys(activation.readers, whole))
+            found.update(dict.fromkeys(activation.readers, (value, whole)))
     return found
-
-
-def source_of(node: Node, placement: Placement) -> str | None:
-    """The value whose quantizer a linear map reads."""
-    return source_among(node, _position(node), placement)
 
 
 def _position(node: Node) -> int:
