@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import nets
 from planish.data import Split
+from planish.distill.hints import shared_hints
 from planish.errors import UnknownName
 from planish.graph.divergence import divergence
 from planish.graph.fold import fold_batch_norm
@@ -212,6 +213,16 @@ def test_nothing_changes_where_nothing_pays() -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_smoothed_values_are_no_hints() -> None:
+    """A student that reads a value in another scale cannot follow the teacher's."""
+    graph, analysis = planted(PreNorm())
+    split = calibration(graph, samples=64)
+    plain, done = (quantized(graph, analysis, split=split, equalization=how) for how in ("none", "smooth"))
+    sample = [tensor[:1] for tensor in graph.example]
+    assert {hint.reader for hint in shared_hints(graph, plain.graph, sample)} >= {"linear"}
+    assert "linear" not in {hint.reader for hint in shared_hints(graph, done.graph, sample)}
+
+
 def test_an_equalization_that_there_is_not_is_refused() -> None:
     graph, analysis = captured(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),))
     with pytest.raises(UnknownName, match="smooth"):
@@ -234,7 +245,7 @@ def test_what_matters_to_the_outputs_is_not_clipped() -> None:
     rows[100] = 60.0 * rows[100].sign()
     reader = Reader(torch.randn(16, 64, generator=generator), 127)
     sample = Sample([rows], [torch.ones(512)], *torch.aminmax(rows, dim=0))
-    assert search(sample, [reader]) is None
+    assert search(sample, sample, [reader]) is None
     whole = sample.whole()
     clipped = quantizer_from_range(whole.low / 4, whole.high / 4, whole.grid)
     assert full_range(sample, [reader], clipped) == whole
@@ -262,7 +273,20 @@ def test_even_or_broken_activations_are_left_as_they_are() -> None:
     reader = Reader(torch.randn(16, 64, generator=generator), 127)
     low, high = torch.aminmax(even, dim=0)
     for top, weight in ((high, reader.weight), (torch.full_like(high, float("inf")), reader.weight), (high, torch.zeros(16, 64))):
-        assert search(Sample([even], [torch.ones(512)], low, top), [Reader(weight, 127)]) is None
+        sample = Sample([even], [torch.ones(512)], low, top)
+        assert search(sample, sample, [Reader(weight, 127)]) is None
+
+
+def test_ranges_that_do_not_hold_on_other_data_are_not_relied_on() -> None:
+    """The second half has ten times the first's values in all but the largest channels: smoothed, all of them would be cut off."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(512, 64, generator=generator)
+    first[:, :8] *= 40.0
+    second = torch.cat([first[:, :8], 10.0 * first[:, 8:]], 1)
+    halves = [Sample([rows], [torch.ones(512)], *torch.aminmax(rows, dim=0)) for rows in (first, second)]
+    reader = Reader(torch.randn(16, 64, generator=generator) / torch.tensor([40.0] * 8 + [1.0] * 56), 127)
+    assert search(halves[0], halves[0], [reader]) is not None
+    assert search(halves[0], halves[1], [reader]) is None
 
 
 @pytest.mark.parametrize("equalization", ["smooth", "cross-layer"])

@@ -19,7 +19,9 @@ from planish.quantize.insert import BATCH, own_values
 from planish.quantize.placement import Placement, source_among
 
 aten = torch.ops.aten
-ROWS = 512  # of each activation, kept for the search
+ROWS = 512  # of each activation in each half of the data, kept for the search
+SMOOTHED = "planish_smoothed"
+"""Key of `node.meta`: the operator reads its activation in another scale than in the original."""
 _PASSED = frozenset({"dropout", "dropout_", "alias", "detach", "contiguous", "clone", "relu", "relu_", "leaky_relu", "leaky_relu_"})
 """What a factor per channel may be moved over: it changes nothing in eval mode, or is positively homogeneous."""
 
@@ -85,16 +87,19 @@ def smooth(
     """
     by_name = {node.name: node for node in module.graph.nodes}
     nodes = [[by_name[name] for name in group] for group in groups]
-    samples = _watch(module, {_activation(members[0]) for members in nodes}, flat)
+    values = {_activation(members[0]) for members in nodes}
+    halves = [_watch(module, values, [value[start::2] if len(value) > 1 else value for value in flat]) for start in (0, 1)]
     done = []
     for members in nodes:
         readers = tuple(Reader(_matrix(module, node), largest[node.name]) for node in members)
-        sample, inverse = samples[_activation(members[0])], None
-        factors = search(sample, readers)
+        fitted, held = (half[_activation(members[0])] for half in halves)
+        sample, inverse = fitted.joined(held), None
+        factors = search(fitted, held, readers)
         if factors is not None:
             sample, inverse = sample.divided(factors), factors.reciprocal()
             for node in members:
                 scale_inputs_(module, node, factors)
+                node.meta[SMOOTHED] = True
             _multiply(module, members, inverse, fold)
         done.append(Smoothed(tuple(node.name for node in members), inverse, sample, readers))
     return done
