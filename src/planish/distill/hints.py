@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from planish.graph.graph import Graph
 from planish.graph.modes import short_name
 from planish.graph.replay import evaluating
+from planish.quantize.equalize.smooth import SMOOTHED
 
 aten = torch.ops.aten
 _MAPS = ("linear", "addmm")
@@ -51,7 +52,7 @@ class Hint:
 
 
 def shared_hints(teacher: Graph, student: Graph, sample: Sequence[Tensor], room: float = math.inf) -> tuple[Hint, ...]:
-    """What a teacher can show a student: for each resolution the last value that both have in one shape, the deepest four at most.
+    """What a teacher can show a student: for each resolution the last value that both have in one shape and scale, the deepest four at most.
 
     Args:
         teacher: the original, as captured or with norms folded.
@@ -63,10 +64,11 @@ def shared_hints(teacher: Graph, student: Graph, sample: Sequence[Tensor], room:
         Romero et al. 2015 (FitNets).
     """
     ours, theirs = _shapes(student, sample), _shapes(teacher, sample)
+    rescaled = {node.name for node in student.module.graph.nodes if SMOOTHED in node.meta}
     readings = _readings(teacher)
     last: dict[tuple[int, ...], Hint] = {}
     for reader, shape in theirs.items():
-        if ours.get(reader) == shape:
+        if ours.get(reader) == shape and reader not in rescaled:
             pooled = _pooled(shape) if readings[reader].is_image else ()
             numbers = math.prod((shape[0], *pooled) if pooled else shape)
             if numbers <= LARGEST:

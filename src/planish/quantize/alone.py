@@ -17,6 +17,7 @@ from planish.graph.parts import Parts, parts_of, tensor_of, weights_of
 from planish.graph.replay import Environment, Replay
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Scheme
+from planish.quantize.equalize.smooth import readers_by_activation, smooth, unclipped
 from planish.quantize.ground import Ground
 from planish.quantize.insert import why_not
 from planish.quantize.local import form_of, rounded, why_not_locally
@@ -24,6 +25,27 @@ from planish.quantize.placement import Placement, place, source_among
 from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import Runtime
 from planish.target import Target
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """How an activation is rounded.
+
+    Args:
+        quantizer: its grid; None: that of each call's range.
+        inverse: what it is multiplied with before, [channels], where it is smoothed.
+    """
+
+    quantizer: Quantizer | None = None
+    inverse: Tensor | None = None
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """The activation as it comes to the quantizer."""
+        return value if self.inverse is None else value * self.inverse
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The activation as the operator gets it."""
+        return fake_quantize_dynamic(value) if self.quantizer is None else fake_quantize(self.scaled(value), self.quantizer)
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ class Alone:
         node: of the folded program.
         form: what computes it.
         weights: parameter -> what stands in for it.
-        activations: position among the node's arguments -> the quantizer that rounds it; None: in the range of each call.
+        activations: position among the node's arguments -> how it is rounded.
     """
 
     name: str
@@ -44,7 +66,7 @@ class Alone:
     node: Node
     form: Callable[..., Any]
     weights: Mapping[str, Tensor]
-    activations: Mapping[int, Quantizer | None]
+    activations: Mapping[int, Rounded]
 
 
 @dataclass(frozen=True)
@@ -63,53 +85,65 @@ class Ran:
 
 
 def candidates(
-    ground: Ground, analysis: Analysis, runtime: Runtime, target: Target, schemes: Sequence[str]
+    ground: Ground, analysis: Analysis, runtime: Runtime, target: Target, schemes: Sequence[str], is_smooth: bool
 ) -> tuple[list[Alone], dict[str, str]]:
-    """The operators that can be quantized, in the order of the program, and why the other contractions have no static form."""
+    """The operators that can be quantized, in the order of the program, and why the other contractions have no static form.
+
+    Args:
+        is_smooth: whether the activations of static operators are smoothed where that pays, for each operator by itself.
+    """
     order = {node: index for index, node in enumerate(ground.module.graph.nodes)}
     alone: list[Alone] = []
     reasons: dict[str, str] = {}
-    known = [registry.get("scheme", name) for name in schemes]
-    if static := [scheme for scheme in known if scheme.activations == "static"]:
-        found, reasons = _static(ground, analysis, runtime, target, static)
-        alone += found
-    for scheme in known:
-        if scheme.activations != "static":
+    for scheme in (registry.get("scheme", name) for name in schemes):
+        if scheme.activations == "static":
+            found, unfit = _static(ground, analysis, runtime, target, scheme, is_smooth)
+            alone += found
+            reasons.update(unfit)
+        else:
             alone += _local(ground, analysis, target, scheme)
     return sorted(alone, key=lambda operator: order[operator.node]), reasons
 
 
 def _static(
-    ground: Ground, analysis: Analysis, runtime: Runtime, target: Target, schemes: Sequence[Scheme]
+    ground: Ground, analysis: Analysis, runtime: Runtime, target: Target, scheme: Scheme, is_smooth: bool
 ) -> tuple[list[Alone], dict[str, str]]:
-    module = ground.module
-    by_name = {node.name: node for node in module.graph.nodes}
+    originals = {node.name: node for node in ground.module.graph.nodes}
     reasons = {}
     nodes = {}
     for name, operator in analysis.operators.items():
-        if not (reason := unsupported(by_name[operator.node], schemes[0])):
+        if not (reason := unsupported(originals[operator.node], scheme)):
             nodes[name] = operator.node
         elif operator.kind in ("conv", "linear", "matmul", "attention", "lstm", "gru"):
             reasons[name] = reason
+    largest = scheme.largest_weight(target.weight_range)
+    if is_smooth:
+        graph = ground.graph.copy()
+        single = [[name] for group in readers_by_activation(graph.module, nodes.values(), runtime.quantize_inputs_of) for name in group]
+        smoothed = smooth(graph.module, single, list(ground.flat), dict.fromkeys(nodes.values(), largest), fold=False)
+        ground = Ground(graph, ground.flat, ground.make, smoothed=tuple(smoothed))
+    module = ground.module
+    by_name = {node.name: node for node in module.graph.nodes}
     placement = place(module, nodes, runtime.quantize_inputs_of, ())
     reasons.update(placement.skipped)
     ground.watch(value for value in placement.activations if value not in placement.repeats)
     reasons.update(why_not(module, placement, nodes, ground.watched))
+    inverses = {name: found.inverse for found in ground.smoothed for name in found.readers}
+    whole = unclipped(module, placement, ground.watched, ground.smoothed)
     alone = []
-    for scheme in schemes:
-        for name, weight in placement.operators.items():
-            if name in reasons:
-                continue
-            node = by_name[nodes[name]]
-            weights = {}
-            if weight is not None:
-                readers, axis = placement.weights[weight]
-                grid = int8_weights(min(target.weight_range, 2 ** (scheme.weight_bits - 1) - 1), axis)
-                quantizer = ground.weight_quantizer(weight, readers, grid, placement)
-                parameter = str(by_name[weight].target)
-                weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
-            rounding = _argument_quantizers(node, placement, ground.activations)
-            alone.append(Alone(name, scheme.name, node, form_of(node, scheme), weights, rounding))
+    for name, weight in placement.operators.items():
+        if name in reasons:
+            continue
+        node = by_name[nodes[name]]
+        activations = {**ground.activations, **dict([whole[node.name]])} if node.name in whole else ground.activations
+        weights = {}
+        if weight is not None:
+            readers, axis = placement.weights[weight]
+            quantizer = ground.weight_quantizer(weight, readers, int8_weights(largest, axis), placement, activations)
+            weights[str(by_name[weight].target)] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
+        rounding = _argument_quantizers(node, placement, activations, inverses.get(node.name))
+        original = originals[node.name]
+        alone.append(Alone(name, scheme.name, original, form_of(original, scheme), weights, rounding))
     return alone, reasons
 
 
@@ -127,18 +161,20 @@ def _local(ground: Ground, analysis: Analysis, target: Target, scheme: Scheme) -
             for weight in weights_of(node, parts)
         }
         positions = parts.activations if scheme.activations == "dynamic" else ()
-        alone.append(Alone(name, scheme.name, node, form_of(node, scheme), stand_ins, dict.fromkeys(positions)))
+        alone.append(Alone(name, scheme.name, node, form_of(node, scheme), stand_ins, dict.fromkeys(positions, Rounded())))
     return alone
 
 
-def _argument_quantizers(node: Node, placement: Placement, activations: Mapping[str, Quantizer]) -> dict[int, Quantizer | None]:
+def _argument_quantizers(
+    node: Node, placement: Placement, activations: Mapping[str, Quantizer], inverse: Tensor | None
+) -> dict[int, Rounded]:
     parts = parts_of(node)
     assert isinstance(parts, Parts), parts
-    found: dict[int, Quantizer | None] = {}
+    found: dict[int, Rounded] = {}
     for position in parts.activations:
         source = source_among(node, position, placement)
         assert source is not None, node.format_node()
-        found[position] = activations[source]
+        found[position] = Rounded(activations[source], inverse)
     return found
 
 
@@ -166,9 +202,8 @@ def _run_alone(replay: Replay, operator: Alone, environment: Environment) -> lis
     node = operator.node
     stand_ins = {value: operator.weights[str(value.target)] for value in node.all_input_nodes if str(value.target) in operator.weights}
     arguments = list(replay.arguments(node, {**environment, **stand_ins}))
-    for position, quantizer in operator.activations.items():
-        value = arguments[position]
-        arguments[position] = fake_quantize_dynamic(value) if quantizer is None else fake_quantize(value, quantizer)
+    for position, rounding in operator.activations.items():
+        arguments[position] = rounding(arguments[position])
     kwargs = torch.fx.node.map_arg(node.kwargs, environment.__getitem__)
     environment[node] = operator.form(*arguments, **kwargs)
     replay.release(node, environment)

@@ -5,13 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+
+from planish.errors import UnknownName
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from planish.quantize.arithmetic import Grid, GroupQuantizer, Quantizer
+
+Equalization = Literal["none", "cross-layer", "smooth"]
+"""How channels are scaled against each other before rounding: not at all, by what two operators weigh (Nagel et al., 2019), or by the
+size of activations and weights, where it pays (SmoothQuant, Xiao et al., 2023)."""
+
+
+def check_equalization(name: str) -> None:
+    """Refuses a name that is none of `Equalization`.
+
+    Raises:
+        UnknownName: it is none.
+    """
+    if name not in get_args(Equalization):
+        raise UnknownName("equalization", name, get_args(Equalization))
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,11 @@ class Scheme:
     def activation_bytes(self) -> float:
         """Bytes of each value of its output while it is alive."""
         return 1.0 if self.activations == "static" else 4.0
+
+    def largest_weight(self, weight_range: int) -> int:
+        """The largest integer of a weight's symmetric grid, where the target allows `weight_range` in the activations' scheme."""
+        largest: int = 2 ** (self.weight_bits - 1) - 1
+        return largest if self.activations == "float" else min(largest, weight_range)
 
     @property
     def weight_bytes(self) -> float:

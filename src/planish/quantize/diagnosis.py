@@ -21,10 +21,11 @@ from planish.measurement import Diagnosis, Sensitivity
 from planish.metrics import Metric, get_metric
 from planish.quantize.alone import Alone, Ran, candidates, runs_alone
 from planish.quantize.apply import quantize_on
-from planish.quantize.arithmetic import Quantizer, sqnr_db
-from planish.quantize.ground import Ground, folded
+from planish.quantize.arithmetic import sqnr_db
+from planish.quantize.contract import Equalization
+from planish.quantize.ground import Ground, equalized, folded
 from planish.quantize.schemes.int8 import INT8
-from planish.quantize.subjects import FULL_PRECISION
+from planish.quantize.subjects import FULL_PRECISION, chosen_nodes
 from planish.runtimes.contract import Runtime
 from planish.target import Target
 
@@ -101,6 +102,7 @@ def diagnose(
     calibrated: int = _CALIBRATED,
     seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    equalization: Equalization = "smooth",
 ) -> Diagnosis:
     """What each operator that the plan quantizes, or could, costs the outputs: alone, and as the one that is left out.
 
@@ -123,6 +125,7 @@ def diagnose(
         calibrated: of the calibration data, at most.
         seconds: about what it may take: fewer samples are used, but never fewer than 4, and operators may stay without figures of all but them.
         progress: called with (runs done, runs in all).
+        equalization: as `quantize` is told; what the whole plan's smoothing gave stays when an operator is left out.
 
     Raises:
         DataError: no sample, or outputs in float that are not finite.
@@ -134,7 +137,7 @@ def diagnose(
     enough = samples_within(replay, calibration, calibrated, _CALIBRATING_PASSES, share, _LEAST_CALIBRATED)
     ground = Ground(net, take(calibration, enough), registry.get("observer", observer))
     tried = list(dict.fromkeys([*(name for name in schemes if name in runtime.schemes), *_schemes(precisions)]))
-    found, _ = candidates(ground, analysis, runtime, target, tried)
+    found, _ = candidates(ground, analysis, runtime, target, tried, is_smooth=equalization == "smooth")
     alone = [one for one in found if one.scheme in schemes or precisions.get(one.name) == one.scheme]
     rows = _rows(alone, analysis, precisions)
     name, split = judged or ("calibration", calibration)
@@ -149,8 +152,11 @@ def diagnose(
         rows[ran.operator.name] = _with_run(rows[ran.operator.name], ran, judge)
         told.one_more()
 
+    every = chosen_nodes(analysis, {row: rows[row].tried if rows[row].scheme == FULL_PRECISION else rows[row].scheme for row in rows})
+    smoothed = equalized(ground, every.values(), runtime, target, equalization)
+
     def judged_as(plan: Mapping[str, str]) -> _Figures:
-        module = quantize_on(ground, analysis, plan, runtime, target, bias_correction=False).graph.module
+        module = quantize_on(smoothed, analysis, plan, runtime, target, bias_correction=False).graph.module
         return judge.figures(list(module(*flat)))
 
     everything = judged_as(precisions)
@@ -210,9 +216,9 @@ def _with_run(row: Sensitivity, ran: Ran, judge: _Judge) -> Sensitivity:
 def _clipped(ran: Ran) -> float | None:
     """The share of the activations of an operator that lie outside the ranges of its quantizers; None without static ranges."""
     outside = total = 0
-    for position, quantizer in ran.operator.activations.items():
-        if isinstance(quantizer, Quantizer):
-            values, half = ran.inputs[position], 0.5 * quantizer.scale
+    for position, rounding in ran.operator.activations.items():
+        if (quantizer := rounding.quantizer) is not None:
+            values, half = rounding.scaled(ran.inputs[position]), 0.5 * quantizer.scale
             outside += int(((values < quantizer.low - half) | (values > quantizer.high + half)).sum())
             total += values.numel()
     return outside / total if total else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,10 +16,13 @@ from planish.graph.modes import set_mode
 from planish.graph.parts import Parts, tensor_of
 from planish.graph.replay import take
 from planish.quantize.arithmetic import Grid, Quantizer
-from planish.quantize.contract import Observer, Scheme
+from planish.quantize.contract import Equalization, Observer, Scheme, check_equalization
+from planish.quantize.equalize.cross_layer import equalize_layers
+from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth
 from planish.quantize.insert import first_source, watch, weight_quantizer
 from planish.quantize.local import WeightQuantizer, local_quantizer
 from planish.quantize.placement import Placement, Read
+from planish.runtimes.contract import Runtime
 from planish.target import Target
 
 
@@ -32,13 +35,15 @@ class Ground:
         flat: inputs of the calibration samples, sample axis 0.
         make: the observer that chooses ranges.
         watched: value -> its quantizer on the calibration data, or why it can have none; grows as values are asked for.
+        smoothed: activations that were searched for a smoothing, and what came of it.
     """
 
     graph: Graph
     flat: Sequence[Tensor]
     make: type[Observer]
     watched: dict[str, Quantizer | str] = field(default_factory=dict)
-    _weights: dict[tuple[str, tuple[Read, ...], tuple[str | None, ...], Grid], Quantizer] = field(default_factory=dict)
+    smoothed: tuple[Smoothed, ...] = ()
+    _weights: dict[tuple[str, tuple[Read, ...], tuple[float, ...], Grid], Quantizer] = field(default_factory=dict)
     _local: dict[tuple[str, Parts, str, int], WeightQuantizer] = field(default_factory=dict)
 
     @property
@@ -56,12 +61,15 @@ class Ground:
         """The quantizers of the values that were watched and have one."""
         return {value: found for value, found in self.watched.items() if isinstance(found, Quantizer)}
 
-    def weight_quantizer(self, weight: str, readers: tuple[Read, ...], grid: Grid, placement: Placement) -> Quantizer:
+    def weight_quantizer(
+        self, weight: str, readers: tuple[Read, ...], grid: Grid, placement: Placement, activations: Mapping[str, Quantizer]
+    ) -> Quantizer:
         """The quantizer of a weight for its readers in static schemes, with scales that are large enough for their biases."""
         sources = tuple(first_source(self.module, reader, placement) for reader in readers)
-        key = weight, readers, sources, grid
+        scales = tuple(float(activations[source].scale) for source in sources if source is not None and source in activations)
+        key = weight, readers, scales, grid
         if key not in self._weights:
-            self._weights[key] = weight_quantizer(self.module, weight, readers, grid, self.make, self.activations, placement)
+            self._weights[key] = weight_quantizer(self.module, weight, readers, grid, self.make, activations, placement)
         return self._weights[key]
 
     def local_quantizer(self, weight: str, parts: Parts, scheme: Scheme, target: Target) -> WeightQuantizer:
@@ -88,3 +96,30 @@ def ground_of(graph: Graph, split: Split, observer: str, samples: int) -> Ground
     """
     make: type[Observer] = registry.get("observer", observer)
     return Ground(folded(graph), take(split, samples), make)
+
+
+def equalized(ground: Ground, chosen: Iterable[tuple[str, Scheme]], runtime: Runtime, target: Target, equalization: Equalization) -> Ground:
+    """A ground whose channels are scaled against each other as operators in these schemes want it; the same in float.
+
+    Args:
+        ground: stays as it is; it is what comes back where nothing is to be done.
+        chosen: fx node name and scheme of each operator that leaves fp32.
+        runtime: smooths only what it executes in int8.
+        target: gives the range of weights.
+        equalization: how.
+
+    Raises:
+        UnknownName: an equalization that there is not.
+    """
+    check_equalization(equalization)
+    largest = {node: scheme.largest_weight(target.weight_range) for node, scheme in chosen if scheme.activations == "static"}
+    if equalization == "none" or (equalization == "smooth" and not largest):
+        return ground
+    graph = ground.graph.copy()
+    if equalization == "cross-layer":
+        equalize_layers(graph.module)
+        return Ground(graph, ground.flat, ground.make)
+    groups = readers_by_activation(graph.module, largest, runtime.quantize_inputs_of)
+    found = tuple(smooth(graph.module, groups, list(ground.flat), largest))
+    graph.module.recompile()
+    return Ground(graph, ground.flat, ground.make, smoothed=found)

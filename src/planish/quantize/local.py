@@ -62,9 +62,7 @@ def local_quantizer(weight: Tensor, parts: Parts, scheme: Scheme, target: Target
     if scheme.group and parts.kind != "embedding" and parts.kind not in RECURRENT:
         matrix = weight if parts.axis == 0 else weight.t()
         return group_quantizer(matrix, Grid(0, 2**scheme.weight_bits - 1), group_size(scheme.group, matrix.shape[1]), make)
-    largest = 2 ** (scheme.weight_bits - 1) - 1
-    grid = int8_weights(min(largest, target.weight_range) if scheme.activations != "float" else largest, parts.axis)
-    watcher = make(grid)
+    watcher = make(int8_weights(scheme.largest_weight(target.weight_range), parts.axis))
     watcher.update(weight)
     return watcher.quantizer()
 

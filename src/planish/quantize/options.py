@@ -14,6 +14,8 @@ from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable, in_batches, samples_within, take
 from planish.plan import Option
 from planish.quantize.alone import candidates, runs_alone
+from planish.quantize.contract import Equalization, check_equalization
+from planish.quantize.equalize.cross_layer import equalize_layers
 from planish.quantize.ground import Ground, folded, ground_of
 from planish.runtimes.contract import Runtime
 from planish.target import Target
@@ -35,6 +37,7 @@ def precision_options(
     kind: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     seconds: float | None = None,
+    equalization: Equalization = "smooth",
 ) -> list[Option]:
     """An option for each operator and scheme that fit, with what the outputs lose when it is the only one.
 
@@ -54,6 +57,7 @@ def precision_options(
         kind: "logits" or "values"; None guesses from the outputs.
         progress: called with (runs done, runs in all).
         seconds: about what it may take; fewer samples are used where they would take longer, but never fewer than 16.
+        equalization: as `quantize` is told; each operator is smoothed for itself, as that does with one that is alone.
 
     Returns:
         Options in the order of the program; losses are finite and at least 0. `float_reasons` says why others are missing.
@@ -61,12 +65,15 @@ def precision_options(
     Raises:
         DataError: no calibration sample, or outputs of the original that are not finite.
     """
+    check_equalization(equalization)
     make = registry.get("observer", observer)
     net = folded(graph)
+    if equalization == "cross-layer":
+        equalize_layers(net.module)
     replay = Replay(net.module)
     passes = 0.5 * len(analysis.operators) * len(schemes) + 2
     flat = take(split, samples_within(replay, split, affordable(replay, net, samples), passes, seconds, _LEAST_SAMPLES))
-    alone, _ = candidates(Ground(net, flat, make), analysis, runtime, target, schemes)
+    alone, _ = candidates(Ground(net, flat, make), analysis, runtime, target, schemes, equalization == "smooth")
     chunks = in_batches(flat, _CHUNK)
     reference = [replay.run(replay.start(chunk)) for chunk in chunks]
     measure = divergence([torch.cat(values) for values in zip(*reference, strict=True)], kind)
@@ -85,5 +92,5 @@ def precision_options(
 @torch.no_grad()
 def float_reasons(graph: Graph, analysis: Analysis, runtime: Runtime, target: Target, split: Split, samples: int = 64) -> dict[str, str]:
     """Operators that multiply and have no static int8 form -> why: no kernel, or weights or inputs that cannot be quantized."""
-    _, reasons = candidates(ground_of(graph, split, "minmax", samples), analysis, runtime, target, ("int8",))
+    _, reasons = candidates(ground_of(graph, split, "minmax", samples), analysis, runtime, target, ("int8",), is_smooth=False)
     return reasons
