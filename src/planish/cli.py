@@ -214,7 +214,7 @@ def _budget_options(function: F) -> F:
 @click.option(
     "--schemes",
     metavar="NAMES",
-    help="What operators may compute in besides fp32: int8 (static), int8-dynamic, int8-weights, int4-weights, w4a8; by default all but the last, "
+    help="What operators may compute in besides fp32: int8 (static), int8-dynamic, int8-weights, int4-weights, w4a8, w4a4; by default all but the last two, "
     "each where the runtime executes it and it was measured to pay.",
 )
 @click.option(

@@ -82,8 +82,8 @@ def optimize(
             decides on the widths). All but the first use half of the recovery's time.
         masking: who chooses which weights are zero, "sparsegpt" by default, "wanda" or "magnitude"; behind a colon the one pattern that is
             offered, as in "wanda:2:4" or "sparsegpt:60%".
-        schemes: what operators may compute in besides fp32: any of "int8" (static), "int8-dynamic", "int8-weights", "int4-weights", "w4a8"; by
-            default all but the last, of which each runtime is tried with those that it executes.
+        schemes: what operators may compute in besides fp32: any of "int8" (static), "int8-dynamic", "int8-weights", "int4-weights", "w4a8", "w4a4";
+            by default all but the last two, of which each runtime is tried with those that it executes.
         observer: how ranges are chosen on calibration data: "mse" by default, "minmax", "moving-average", "percentile" or "entropy".
         events: is told of the run's progress.
 

@@ -19,6 +19,7 @@ from planish.train.checkpoint import Checkpoint
 from planish.train.loop import Batch, FitReport, Settings, fit
 from planish.train.norms import recalibrate_batch_norm
 from planish.train.precision import has_fake_quantize
+from planish.train.scales import biases_kept, learning_scales
 from planish.workload import Workload
 
 _JUDGED, _JUDGED_BATCH = 1024, 128
@@ -72,7 +73,7 @@ def recover(
     """Bring `graph` back towards its teacher, in place.
 
     Args:
-        graph: pruned, and fake-quantized or not; `fake_quantize_*` pass gradients straight through.
+        graph: pruned, and fake-quantized or not; `fake_quantize_*` pass gradients straight through, and their scales are trained as well.
         teacher: of the original; best made of the split that is trained on, whose outputs it then keeps for the next recovery.
         job: gives the metric's name (which says what the outputs are), `loss` and `augment`.
         data: trained on `train`, or on calibration inputs where there is none; judged on 1024 samples of validation, else on calibration.
@@ -93,7 +94,6 @@ def recover(
     norms = recalibrate_batch_norm(graph, split, seed=seed)
     metric = job.metric if isinstance(job.metric, str) and job.evaluate is None else "function"
     hints = teacher.show(None if is_control else graph)
-    student = with_hints(graph, hints)
     held, reference = teacher.on(data.validation if data.validation is not None else data.calibration, _JUDGED)
     loss = distillation(metric, reference, split.targets, hints=len(hints))
     own = len(graph.signature.outputs)
@@ -129,22 +129,32 @@ def recover(
         changed: Any = job.augment(job.structure(flat))
         return list(job.flatten(changed))
 
-    rate = settings.learning_rate * (_QUANTIZED_RATE if has_fake_quantize(graph) else 1.0)
-    report = fit(
-        student,
-        split,
-        objective,
-        Settings(samples=settings.samples, learning_rate=rate, batch_size=settings.batch_size, seed=seed),
-        augment=augment if job.augment is not None else None,
-        judge=judge,
-        deadline=deadline,
-        progress=progress,
-        should_stop=should_stop,
-        checkpoint=checkpoint,
-        keep_best=not (is_control or keep_last),
-        after_step=_steps([*([after_step] if after_step is not None else []), *([_zeros_kept(graph, masked)] if masked else [])]),
-    )
+    steps = [after_step] if after_step is not None else []
+    with learning_scales(graph):
+        if masked:
+            steps.append(_zeros_kept(graph, masked))
+        if has_fake_quantize(graph):
+            steps.append(biases_kept(graph))
+        report = fit(
+            with_hints(graph, hints),
+            split,
+            objective,
+            Settings(settings.samples, learning_rate=_rate(graph, settings), batch_size=settings.batch_size, seed=seed),
+            augment=augment if job.augment is not None else None,
+            judge=judge,
+            deadline=deadline,
+            progress=progress,
+            should_stop=should_stop,
+            checkpoint=checkpoint,
+            keep_best=not (is_control or keep_last),
+            after_step=_steps(steps),
+        )
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
+
+
+def _rate(graph: Graph, settings: Recovery) -> float:
+    """The peak rate that suits a graph's grids."""
+    return settings.learning_rate * (_QUANTIZED_RATE if has_fake_quantize(graph) else 1.0)
 
 
 def _steps(steps: Sequence[Callable[[float, float], None]]) -> Callable[[float, float], None] | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule
 
 from planish import registry
 from planish.data import Split
@@ -13,12 +16,12 @@ from planish.graph.fold import fold_batch_norm
 from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
 from planish.graph.replay import Replay, affordable, take
-from planish.quantize.arithmetic import Quantizer, int8_weights
+from planish.quantize.arithmetic import Quantizer, int8_weights, unsigned
 from planish.quantize.bias import correct_biases
 from planish.quantize.contract import Observer
 from planish.quantize.insert import insert, watch, weight_quantizer, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
-from planish.quantize.placement import place
+from planish.quantize.placement import Read, narrow_reads, place
 from planish.quantize.subjects import chosen_nodes
 from planish.runtimes.contract import Runtime
 from planish.target import Target
@@ -53,7 +56,8 @@ def quantize(
     """A copy of `graph` whose chosen operators compute in their schemes, batch norm folded.
 
     In static schemes weights get per-channel symmetric quantizers in the target's range, activations per-tensor affine unsigned ones;
-    in the others weights are rounded per channel or per group where they are read. All are `fake_quantize_*` nodes with scales and zero
+    in the others weights are rounded per channel or per group where they are read. A value that some read in 8 bits and some in fewer is rounded
+    to 8 first, so that it lies in memory once, and further for those who want less. All are `fake_quantize_*` nodes with scales and zero
     points in buffers. An operator whose weights or inputs are not finite, or all zero on the calibration data, stays in float and is named.
 
     Args:
@@ -109,11 +113,14 @@ def quantize(
     reference = copy.deepcopy(module)
     owners = {value: placement.repeats.get(value, value) for value in placement.activations}
     activations = {value: found for value, owner in owners.items() if isinstance(found := watched[owner], Quantizer)}
+    reads_of = narrow_reads(module, placement, {nodes[name]: chosen[name][1].activation_bits for name in placement.operators})
+    narrow = _narrow(module, flat, {(owners[value], width) for value in activations for width in reads_of.get(value, ())}, make)
     for name, (readers, axis) in placement.weights.items():
         grid = int8_weights(min(target.weight_range, *(2 ** (bits[reader.node] - 1) - 1 for reader in readers)), axis)
         insert(module, name, readers, weight_quantizer(module, name, readers, grid, make, activations, placement))
     for value, quantizer in activations.items():
-        insert(module, value, placement.activations[value], quantizer, owners[value])
+        further = {width: (reads, narrow[owners[value], width]) for width, reads in reads_of.get(value, {}).items()}
+        _insert_activation(module, value, placement.activations[value], owners[value], quantizer, further)
     quantize_locally(module, {nodes[name]: scheme for name, scheme in local.items()}, target, make)
     module.graph.lint()
     module.recompile()
@@ -122,3 +129,37 @@ def quantize(
         enough = affordable(Replay(reference), folded, samples)
         correct_biases(reference, module, [nodes[name] for name in done], [value[:enough] for value in flat])
     return Quantized(folded, done, skipped)
+
+
+def _narrow(
+    module: GraphModule, flat: list[Tensor], wanted: Collection[tuple[str, int]], make: type[Observer]
+) -> dict[tuple[str, int], Quantizer]:
+    """The quantizers of values that are rounded to fewer than 8 bits, by value and bits; each has one in 8 bits too."""
+    out: dict[tuple[str, int], Quantizer] = {}
+    for width in sorted({width for _, width in wanted}):
+        values = sorted(value for value, bits in wanted if bits == width)
+        for value, found in watch(module, flat, values, make, unsigned(width)).items():
+            assert isinstance(found, Quantizer), found
+            out[value, width] = found
+    return out
+
+
+def _insert_activation(
+    module: GraphModule,
+    value: str,
+    readers: tuple[Read, ...],
+    owner: str,
+    quantizer: Quantizer,
+    further: Mapping[int, tuple[tuple[Read, ...], Quantizer]],
+) -> None:
+    """Puts the quantizers behind an activation: one of 8 bits, and behind it those of fewer for the readers that want them.
+
+    Args:
+        owner: the value whose quantizers these are.
+        further: bits -> readers and quantizer; where these are all there are, they read the value itself.
+    """
+    narrow = {read for reads, _ in further.values() for read in reads}
+    if set(readers) - narrow:
+        value = insert(module, value, readers, quantizer, owner).name
+    for width, (reads, fewer) in further.items():
+        insert(module, value, reads, fewer, f"{owner}_{width}_bits")

@@ -22,7 +22,7 @@ from planish.graph.modes import set_mode
 from planish.graph.parts import Parts, parts_of, tensor_of
 from planish.graph.replay import Environment, Replay, affordable, in_batches, samples_within, take
 from planish.plan import Option
-from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, int8_weights
+from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, int8_weights, unsigned
 from planish.quantize.contract import Observer, Scheme
 from planish.quantize.insert import watch, weight_quantizer, why_not
 from planish.quantize.local import local_quantizer, rounded, why_not_locally
@@ -160,9 +160,13 @@ def _static(
     reasons.update(placement.skipped)
     watched = watch(module, flat, [value for value in placement.activations if value not in placement.repeats], make)
     reasons.update(why_not(module, placement, nodes, watched))
-    activations = {value: found for value, found in watched.items() if isinstance(found, Quantizer)}
+    wide = {value: found for value, found in watched.items() if isinstance(found, Quantizer)}
     alone = []
     for scheme in schemes:
+        activations = wide
+        if scheme.activation_bits < 8:
+            found = watch(module, flat, list(wide), make, unsigned(scheme.activation_bits))
+            activations = {value: quantizer for value, quantizer in found.items() if isinstance(quantizer, Quantizer)}
         for name, weight in placement.operators.items():
             if name in reasons:
                 continue
@@ -171,7 +175,7 @@ def _static(
             if weight is not None:
                 readers, axis = placement.weights[weight]
                 grid = int8_weights(min(target.weight_range, 2 ** (scheme.weight_bits - 1) - 1), axis)
-                quantizer = weight_quantizer(module, weight, readers, grid, make, activations, placement)
+                quantizer = weight_quantizer(module, weight, readers, grid, make, wide, placement)
                 parameter = str(by_name[weight].target)
                 weights[parameter] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
             alone.append(_Alone(name, scheme.name, node, weights, _argument_quantizers(node, placement, activations)))
