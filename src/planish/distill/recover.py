@@ -15,11 +15,12 @@ from planish.distill.losses import distillation
 from planish.distill.teacher import Teacher
 from planish.graph.graph import Graph
 from planish.plan import Recovery
+from planish.quantize.bias import biases_kept, round_biases_
 from planish.train.checkpoint import Checkpoint
 from planish.train.loop import Batch, FitReport, Settings, fit
 from planish.train.norms import recalibrate_batch_norm
 from planish.train.precision import has_fake_quantize
-from planish.train.scales import biases_kept, learning_scales
+from planish.train.scales import learning_scales
 from planish.workload import Workload
 
 _JUDGED, _JUDGED_BATCH = 1024, 128
@@ -134,7 +135,7 @@ def recover(
         if masked:
             steps.append(_zeros_kept(graph, masked))
         if has_fake_quantize(graph):
-            steps.append(biases_kept(graph))
+            steps.append(biases_kept(graph.module))
         report = fit(
             with_hints(graph, hints),
             split,
@@ -149,6 +150,8 @@ def recover(
             keep_best=not (is_control or keep_last),
             after_step=_steps(steps),
         )
+    # after training: a bias that is rounded in every step cannot take small ones
+    round_biases_(graph.module)
     return RecoverReport(norms, report.losses["before"], report.losses[report.kept], report)
 
 

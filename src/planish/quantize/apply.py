@@ -17,7 +17,7 @@ from planish.graph.graph import Analysis, Graph
 from planish.graph.modes import set_mode
 from planish.graph.replay import Replay, affordable, take
 from planish.quantize.arithmetic import Quantizer, int8_weights, unsigned
-from planish.quantize.bias import correct_biases
+from planish.quantize.bias import correct_biases, round_biases_
 from planish.quantize.contract import Observer
 from planish.quantize.insert import insert, watch, weight_quantizer, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
@@ -128,6 +128,7 @@ def quantize(
     if bias_correction:
         enough = affordable(Replay(reference), folded, samples)
         correct_biases(reference, module, [nodes[name] for name in done], [value[:enough] for value in flat])
+    round_biases_(module)
     return Quantized(folded, done, skipped)
 
 

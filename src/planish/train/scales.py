@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from planish.graph.fake_quantize import (
-    LARGEST_BIAS,
-    fake_quantize_per_channel_affine,
-    fake_quantize_per_group,
-    fake_quantize_per_tensor_affine,
-)
+from planish.graph.fake_quantize import fake_quantize_per_channel_affine, fake_quantize_per_group, fake_quantize_per_tensor_affine
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
-from planish.graph.modes import short_name
-from planish.graph.parts import Parts, bias_of, parts_of
 
 _PER_CHANNEL = torch.ops.aten.fake_quantize_per_channel_affine.default
 _LEARNING = (fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine, fake_quantize_per_group)
@@ -75,36 +68,6 @@ def scales_of(graph: Graph) -> list[Tensor]:
         if node.target in _LEARNING and (scale := _scale(node)) is not None:
             found[str(scale.target)] = attribute(graph.module, str(scale.target))
     return [scale for scale in found.values() if isinstance(scale, nn.Parameter)]
-
-
-def biases_kept(graph: Graph) -> Callable[[float, float], None]:
-    """A step after the optimizer's that raises scales of weights for the biases beside them, which runtimes store as int32 in units of input
-    scale times weight scale.
-
-    `quantize` starts with such scales, but in a channel with tiny weights nothing else would hold them up.
-    """
-    triples = list(_triples(graph))
-
-    def after_step(rate: float, progress: float) -> None:
-        for bias, read, weight in triples:
-            weight.copy_(torch.maximum(weight, bias.abs() / (LARGEST_BIAS * read)))
-
-    return after_step
-
-
-def _triples(graph: Graph) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Bias, scale of the input and scales of the weight of each operator that has all three."""
-    for node in graph.module.graph.nodes:
-        parts, bias = parts_of(node), bias_of(node)
-        if not isinstance(parts, Parts) or parts.weight is None or bias is None or not parts.activations:
-            continue
-        weight, read = node.args[parts.weight], node.args[parts.activations[0]]
-        while isinstance(read, Node) and read.op == "call_function" and not short_name(read).startswith("fake_quantize"):
-            read = read.args[0] if read.args else None  # through what only moves values
-        if isinstance(read, Node) and isinstance(weight, Node) and {read.target, weight.target} <= {*_LEARNING[:2]}:
-            found = [attribute(graph.module, str(source.target)) for source in (bias, _scale(read), _scale(weight)) if source is not None]
-            if len(found) == 3 and found[0].shape == found[2].shape:
-                yield found[0], found[1], found[2]
 
 
 class ScaleSteps(torch.optim.Optimizer):
