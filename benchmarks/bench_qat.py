@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
     parser.add_argument("--images", type=int, default=EPOCHS * 45_000, help="of training, and of the control's")
     parser.add_argument("--rate", type=float, default=Recovery().learning_rate)
-    parser.add_argument("--runtime", nargs="+", default=["onnxruntime", "openvino"], help="of the artifacts; the first also places the quantizers")
+    parser.add_argument(
+        "--runtime", nargs="+", default=["onnxruntime", "openvino"], help="of the artifacts; the first also places the quantizers"
+    )
     parser.add_argument("--no-control", action="store_true", help="leave the dense control out")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

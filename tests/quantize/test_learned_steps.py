@@ -18,6 +18,7 @@ import nets
 from planish.data import Data, Split
 from planish.distill.recover import RecoverReport, recover
 from planish.distill.teacher import Teacher
+from planish.graph.divergence import divergence
 from planish.graph.fake_quantize import (
     LARGEST_BIAS,
     fake_quantize_per_channel_affine,
@@ -27,7 +28,8 @@ from planish.graph.fake_quantize import (
 from planish.graph.graph import Graph
 from planish.plan import DEFAULT_SCHEMES, Recovery
 from planish.quantize.arithmetic import sqnr_db
-from planish.quantize.bias import biases_kept
+from planish.quantize.bias import biases_kept, round_biases_
+from planish.quantize.options import precision_options
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 from planish.train import loop
@@ -249,9 +251,29 @@ def test_what_was_trained_is_what_is_exported(runtime: str, tmp_path: Path) -> N
     found = torch.from_numpy(session.run(list(split.inputs))[0])
     proof = session.proof()
     session.close()
-    # int8 kernels rescale in fewer operations, which tips single values from one of 16 steps to the next
-    assert sqnr_db(outputs(graph, split), found) > 30.0
-    assert proof.int8_kernels >= 8, proof
+    # OpenVINO keeps the average of the last images in int8, which costs this net, whose outputs have their mean taken off, as much in int8
+    # alone (21 dB; 16 dB here); ONNX Runtime computes the same to float32's last bits (116 dB)
+    assert sqnr_db(outputs(graph, split), found) > (100.0 if runtime == "onnxruntime" else 14.0)
+    assert proof.int8_kernels >= (4 if runtime == "onnxruntime" else 8), proof
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.runtime("openvino"))])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a4"])
+def test_convolutions_of_four_bits_are_exported_exactly(scheme: str, runtime: str, tmp_path: Path) -> None:
+    there = get_runtime(runtime, require=False)
+    if there.missing():
+        pytest.skip(f"{runtime} is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())), nn.Conv2d(8, 4, 1))
+    graph, analysis = captured(model, (torch.randn(2, 8, 12, 12),))
+    done = quantized(graph, analysis, there, VNNI, precisions={"0": "int8", "2": scheme, "4": scheme, "6": scheme})
+    assert not done.skipped
+    session = there.open(there.export(done.graph, tmp_path), graph.signature, Target(runtime))
+    split = calibration(graph, samples=8, seed=3)
+    found = torch.from_numpy(session.run(list(split.inputs))[0])
+    session.close()
+    # sums of integers are exact, and biases lie on their grid: what is left is float32's rounding, 135 to 140 dB
+    assert sqnr_db(outputs(done.graph, split), found) > 100.0
 
 
 def test_a_clamp_stands_before_what_has_four_bits(tmp_path: Path) -> None:
@@ -297,6 +319,7 @@ def test_a_resumed_training_has_the_scales_of_the_first(tmp_path: Path, monkeypa
     resumed = setting.quantized()
     report = setting.train(resumed, should_stop=lambda: True, checkpoint=unfinished, keep_last=True)
     assert report.samples == 256
+    round_biases_(stopped.module)
     expected, found = state(stopped), state(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not torch.equal(found["relu_1_4_bits_scale"], start["relu_1_4_bits_scale"])
@@ -342,6 +365,16 @@ def test_who_wants_fewer_bits_reads_a_narrower_value_behind_the_shared_one() -> 
     assert str(summed.args[0]) == "relu_1" and reads(done.graph, summed.name) == ["conv2d_2"]
     split = calibration(graph)
     assert sqnr_db(outputs(graph, split), outputs(done.graph, split)) > 12.0
+
+
+def test_the_loss_of_four_bits_alone_is_foreseen() -> None:
+    graph, analysis = captured(*nets.resnet(1, "A"))
+    split = calibration(graph, samples=48)
+    (option,) = (o for o in precision_options(graph, analysis, declares(), VNNI, split, ("w4a4",)) if o.subject == "layer2.0.conv2")
+    alone = quantized(graph, analysis, declares(), VNNI, precisions={option.subject: "w4a4"}, split=split, bias_correction=False)
+    original = outputs(graph, split)
+    expected = float(divergence([original]).per_sample([outputs(alone.graph, split)], [original]).double().mean())
+    assert option.value == "w4a4" and option.loss == pytest.approx(expected, rel=0.05)
 
 
 def test_four_bits_are_offered_only_where_they_are_asked_for() -> None:
