@@ -100,7 +100,7 @@ def exported(net: Graph, name: str, split: Split, expected: list[NDArray[np.floa
     runtime = get_runtime(name)
     (work / name).mkdir()
     session = runtime.open(runtime.export(net, work / name), net.signature, Target(name, threads=1, facts=facts()))
-    found = np.concatenate([session.run([array for array in inputs])[0] for inputs, _ in split.batches(100)])
+    found = np.concatenate([session.run(list(inputs))[0] for inputs, _ in split.batches(100)])
     session.close()
     show(f"w4a4 in {name}", [found], expected, split)
     print(f"{'':20s} SQNR against the module {sqnr_db(as_tensor(expected[0]), as_tensor(found)):.1f} dB", flush=True)
