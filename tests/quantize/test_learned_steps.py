@@ -34,7 +34,7 @@ from planish.runtimes.contract import get_runtime
 from planish.target import Target
 from planish.train import loop
 from planish.train.checkpoint import Checkpoint
-from planish.train.scales import ScaleSteps, learning_scales, scales_of
+from planish.train.scales import ScaleSteps, activation_bits, learning_scales, scales_of
 from planish.workload import Workload
 
 LOW, HIGH = -5, 9
@@ -191,7 +191,7 @@ class Trainable:
         assert not done.skipped
         return done.graph
 
-    def train(self, graph: Graph, samples: int = 512, rate: float = 0.1, **more: Any) -> RecoverReport:
+    def train(self, graph: Graph, samples: int = 512, rate: float = 0.03, **more: Any) -> RecoverReport:
         return recover(graph, self.teacher, self.job, self.data, Recovery(samples, rate, batch_size=32), **more)
 
 
@@ -222,12 +222,12 @@ def test_recovery_corrects_scales_that_are_wrong_by_a_factor_of_three(tmp_path: 
     for name in spoiled:
         wrong.module.get_buffer(name).mul_(3.0)
     fixed = wrong.copy()
-    learned = setting.train(wrong, samples=4096, rate=0.3)
+    learned = setting.train(wrong, samples=4096, rate=0.1)
     for name in spoiled:
         assert 0.5 < float(wrong.module.get_buffer(name) / right[name]) < 2.0, name
     monkeypatch.setattr(ScaleSteps, "step", lambda self, closure=None: None)
     assert learned.fit is not None and learned.fit.kept != "before"
-    assert learned.loss_after < 0.7 * setting.train(fixed, samples=4096, rate=0.3).loss_after
+    assert learned.loss_after < 0.7 * setting.train(fixed, samples=4096, rate=0.1).loss_after
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.runtime("openvino"))])
@@ -251,8 +251,8 @@ def test_what_was_trained_is_what_is_exported(runtime: str, tmp_path: Path) -> N
     found = torch.from_numpy(session.run(list(split.inputs))[0])
     proof = session.proof()
     session.close()
-    # OpenVINO keeps the average of the last images in int8, which costs this net, whose outputs have their mean taken off, as much in int8
-    # alone (21 dB; 16 dB here); ONNX Runtime computes the same to float32's last bits (116 dB)
+    # ONNX Runtime computes the same to float32's last bits (116 dB); OpenVINO adds int8 values in an arithmetic of its own, which in a net whose
+    # outputs have their mean taken off leaves 21 dB in int8 alone and 17 dB here (without quantized additions 117 dB)
     assert sqnr_db(outputs(graph, split), found) > (100.0 if runtime == "onnxruntime" else 14.0)
     assert proof.int8_kernels >= (4 if runtime == "onnxruntime" else 8), proof
 
@@ -323,6 +323,11 @@ def test_a_resumed_training_has_the_scales_of_the_first(tmp_path: Path, monkeypa
     expected, found = state(stopped), state(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not torch.equal(found["relu_1_4_bits_scale"], start["relu_1_4_bits_scale"])
+
+
+def test_the_rate_follows_the_grid(tmp_path: Path) -> None:
+    setting = Trainable(tmp_path)
+    assert activation_bits(setting.quantized()) == 4 and activation_bits(setting.original) == 8
 
 
 def test_scales_of_weights_stay_large_enough_for_their_biases(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from planish.train.checkpoint import Checkpoint
 from planish.train.loop import Batch, FitReport, Settings, fit
 from planish.train.norms import recalibrate_batch_norm
 from planish.train.precision import has_fake_quantize
-from planish.train.scales import learning_scales
+from planish.train.scales import activation_bits, learning_scales
 from planish.workload import Workload
 
 _JUDGED, _JUDGED_BATCH = 1024, 128
 _QUANTIZED_RATE = 0.2  # of the peak rate: rounding is already right to half a step, and its gradients pass straight through
+_FEW_BITS = 4
+_COARSE_RATE = 0.6  # with few steps: of ResNet-20's loss in W4A4 20,000 images left 0.144 (from 0.276), and at 0.2 0.157 (from 0.267)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def recover(
 
 def _rate(graph: Graph, settings: Recovery) -> float:
     """The peak rate that suits a graph's grids."""
-    return settings.learning_rate * (_QUANTIZED_RATE if has_fake_quantize(graph) else 1.0)
+    if not has_fake_quantize(graph):
+        return settings.learning_rate
+    return settings.learning_rate * (_COARSE_RATE if activation_bits(graph) <= _FEW_BITS else _QUANTIZED_RATE)
 
 
 def _steps(steps: Sequence[Callable[[float, float], None]]) -> Callable[[float, float], None] | None:

@@ -61,6 +61,12 @@ def _scale(node: Node) -> Node | None:
     return scale if isinstance(scale, Node) and scale.op == "get_attr" else None
 
 
+def activation_bits(graph: Graph) -> int:
+    """The fewest bits that an activation of a graph is rounded to; 8 where none is."""
+    grids = [node.args[3:5] for node in graph.module.graph.nodes if node.target is fake_quantize_per_tensor_affine]
+    return min((int(high - low).bit_length() for low, high in grids), default=8)
+
+
 def scales_of(graph: Graph) -> list[Tensor]:
     """The scales that are parameters now, each once."""
     found = {}
