@@ -237,7 +237,7 @@ def _budget_options(function: F) -> F:
 @click.option(
     "--schemes",
     metavar="NAMES",
-    help="What operators may compute in besides fp32: int8 (static), int8-dynamic, int8-weights, int4-weights, codebook, codebook-mixture, bf16, w4a8; by default all but w4a8 and the mixture, "
+    help="What operators may compute in besides fp32: int8 (static), int8-dynamic, int8-weights, int4-weights, codebook, codebook-mixture, bf16, w4a8, w4a4; by default all but those of w4 and the mixture, "
     "each where the runtime executes it and it was measured to pay.",
 )
 @click.option(

@@ -84,7 +84,8 @@ def optimize(
         masking: who chooses which weights are zero, "sparsegpt" by default, "wanda" or "magnitude"; behind a colon the one pattern that is
             offered, as in "wanda:2:4" or "sparsegpt:60%".
         schemes: what operators may compute in besides fp32: any of "int8" (static), "int8-dynamic", "int8-weights", "int4-weights", "codebook",
-            "codebook-mixture", "w4a8", and "bf16" for whatever stays in float; by default all but "w4a8" and the mixture, of which each runtime is tried with those that it executes.
+            "codebook-mixture", "w4a8", "w4a4", and "bf16" for whatever stays in float; by default all but "w4a8", "w4a4" and the mixture, of
+            which each runtime is tried with those that it executes.
         observer: how ranges are chosen on calibration data: "mse" by default, "minmax", "moving-average", "percentile" or "entropy".
         rounding: which grid point stands for each weight: the "nearest" by default; "gptq", "adaround" or "brecq" look at what the layer, or the
             residual branch, computes with it, and cost seconds to minutes for each net that is tried.

@@ -77,6 +77,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "int8": "planish.quantize.schemes.int8:INT8",
         "int8-dynamic": "planish.quantize.schemes.int8_dynamic:INT8_DYNAMIC",
         "int8-weights": "planish.quantize.schemes.int8_weights:INT8_WEIGHTS",
+        "w4a4": "planish.quantize.schemes.w4a4:W4A4",
         "w4a8": "planish.quantize.schemes.w4a8:W4A8",
     },
     "search": {

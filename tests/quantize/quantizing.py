@@ -30,7 +30,7 @@ class Declares:
     quantize_inputs_of: frozenset[str]
     quantize_outputs_of: frozenset[str] = frozenset()
     name: str = "declared"
-    schemes: tuple[str, ...] = ("fp32", "int8", "int8-dynamic", "int8-weights", "int4-weights", "w4a8", "codebook")
+    schemes: tuple[str, ...] = ("fp32", "int8", "int8-dynamic", "int8-weights", "int4-weights", "w4a8", "w4a4", "codebook")
 
 
 def declares(inputs: str = "conv linear matmul add pool", outputs: str = "") -> Runtime:

@@ -15,6 +15,7 @@ from planish.data import Split
 from planish.errors import DataError, PlanError, UnknownName
 from planish.graph.groups import analyse
 from planish.quantize.arithmetic import sqnr_db
+from planish.quantize.bias import static_biases
 
 
 class Net(nn.Module):
@@ -120,7 +121,10 @@ def test_bias_correction_removes_the_mean_error_of_each_channel() -> None:
     for correct in (False, True):
         done = quantized(graph, analysis, target=AVX2, split=split, bias_correction=correct)
         means.append(float((outputs(done.graph, split) - outputs(graph, split)).mean(0).abs().max()))
-    assert means[1] < 1e-5 < means[0]
+    # what is left is the rounding of the last bias: half a unit, and float32's own
+    *_, (_, read, weight) = static_biases(done.graph.module).values()
+    half_a_unit = 0.5 * float((read * weight).max())
+    assert half_a_unit < 1e-4 and means[1] < half_a_unit + 1e-5 < means[0]
 
 
 @pytest.mark.parametrize("fault", ["nan weight", "zero weight", "zero input", "nan input", "dead channel"])

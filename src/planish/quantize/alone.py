@@ -15,13 +15,14 @@ from planish.graph.fake_quantize import fake_quantize_dynamic
 from planish.graph.graph import Analysis
 from planish.graph.parts import Parts, parts_of, tensor_of, weights_of
 from planish.graph.replay import Environment, Replay
-from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights
+from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights, unsigned
 from planish.quantize.contract import Scheme
 from planish.quantize.equalize.smooth import readers_by_activation, smooth, unclipped
 from planish.quantize.ground import Ground
-from planish.quantize.insert import why_not
+from planish.quantize.insert import watch, why_not
 from planish.quantize.local import form_of, rounded, why_not_locally
 from planish.quantize.placement import Placement, place, source_among
+from planish.quantize.schemes.int8 import INT8
 from planish.quantize.subjects import unsupported
 from planish.runtimes.contract import Runtime
 from planish.target import Target
@@ -128,14 +129,18 @@ def _static(
     reasons.update(placement.skipped)
     ground.watch(value for value in placement.activations if value not in placement.repeats)
     reasons.update(why_not(module, placement, nodes, ground.watched))
+    watched = ground.activations
+    if scheme.activation_bits < INT8.activation_bits:
+        narrow = watch(module, ground.flat, list(watched), ground.make, unsigned(scheme.activation_bits))
+        watched = {value: found for value, found in narrow.items() if isinstance(found, Quantizer)}
     inverses = {name: found.inverse for found in ground.smoothed for name in found.readers}
-    whole = unclipped(module, placement, ground.watched, ground.smoothed)
+    whole = unclipped(module, placement, ground.watched, ground.smoothed) if scheme.activation_bits == INT8.activation_bits else {}
     alone = []
     for name, weight in placement.operators.items():
         if name in reasons:
             continue
         node = by_name[nodes[name]]
-        activations = {**ground.activations, **dict([whole[node.name]])} if node.name in whole else ground.activations
+        activations = {**watched, **dict([whole[node.name]])} if node.name in whole else watched
         weights = {}
         if weight is not None:
             readers, axis = placement.weights[weight]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
 
 from planish import registry
 from planish.data import Split
 from planish.errors import PlanError
 from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable
-from planish.quantize.arithmetic import int8_weights
-from planish.quantize.bias import correct_biases
+from planish.quantize.arithmetic import Quantizer, int8_weights, unsigned
+from planish.quantize.bias import correct_biases, round_biases_
 from planish.quantize.contract import Equalization, Rounding
 from planish.quantize.equalize.smooth import unclipped
 from planish.quantize.ground import Ground, equalized, ground_of
-from planish.quantize.insert import insert, why_not
+from planish.quantize.insert import insert, watch, why_not
 from planish.quantize.local import quantize_locally, why_not_locally
-from planish.quantize.placement import Placement, place
+from planish.quantize.placement import Placement, Read, narrow_reads, place
 from planish.quantize.round import round_
 from planish.quantize.subjects import chosen_nodes
 from planish.runtimes.contract import Runtime
@@ -58,7 +60,8 @@ def quantize(
     """A copy of `graph` whose chosen operators compute in their schemes, batch norm folded.
 
     In static schemes weights get per-channel symmetric quantizers in the target's range, activations per-tensor affine unsigned ones;
-    in the others weights are rounded per channel or per group where they are read. All are `fake_quantize_*` nodes with scales and zero
+    in the others weights are rounded per channel or per group where they are read. A value that some read in 8 bits and some in fewer is rounded
+    to 8 first, so that it lies in memory once, and further for those who want less. All are `fake_quantize_*` nodes with scales and zero
     points in buffers. An operator whose weights or inputs are not finite, or all zero on the calibration data, stays in float and is named.
 
     Args:
@@ -125,12 +128,15 @@ def quantize_on(
     product = ground.graph.copy()
     module = product.module
     owners = {value: placement.repeats.get(value, value) for value in placement.activations}
+    narrow_of = narrow_reads(reference, placement, {nodes[name]: chosen[name][1].activation_bits for name in placement.operators})
+    narrow = _narrow(ground, {(owners[value], width) for value in placement.activations for width in narrow_of.get(value, ())})
     for name, (readers, axis) in placement.weights.items():
         grid = int8_weights(min(largest[reader.node] for reader in readers), axis)
         insert(module, name, readers, ground.weight_quantizer(name, readers, grid, placement, activations))
     for value, owner in owners.items():
         if (quantizer := activations.get(owner)) is not None:
-            insert(module, value, placement.activations[value], quantizer, owner)
+            further = {width: (reads, narrow[owner, width]) for width, reads in narrow_of.get(value, {}).items()}
+            _insert_activation(module, value, placement.activations[value], owner, quantizer, further)
     schemes = {nodes[name]: scheme for name, scheme in local.items()}
     quantize_locally(module, schemes, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()
@@ -146,6 +152,7 @@ def quantize_on(
         unrounded = round_(Replay(module), list(by_node), analysis, flat, method, ground.make, seed)
     if bias_correction:
         correct_biases(reference, module, list(by_node), flat)
+    round_biases_(module)
     return Quantized(product, done, skipped, {by_node[node]: reason for node, reason in unrounded.items()})
 
 
@@ -163,3 +170,35 @@ def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runti
         if not unfit:
             return placement, skipped
         skipped.update(unfit)
+
+
+def _narrow(ground: Ground, wanted: Collection[tuple[str, int]]) -> dict[tuple[str, int], Quantizer]:
+    """The quantizers of values that are rounded to fewer than 8 bits, by value and bits; each has one in 8 bits too."""
+    out: dict[tuple[str, int], Quantizer] = {}
+    for width in sorted({width for _, width in wanted}):
+        values = sorted(value for value, bits in wanted if bits == width)
+        for value, found in watch(ground.module, ground.flat, values, ground.make, unsigned(width)).items():
+            assert isinstance(found, Quantizer), found
+            out[value, width] = found
+    return out
+
+
+def _insert_activation(
+    module: GraphModule,
+    value: str,
+    readers: tuple[Read, ...],
+    owner: str,
+    quantizer: Quantizer,
+    further: Mapping[int, tuple[tuple[Read, ...], Quantizer]],
+) -> None:
+    """Puts the quantizers behind an activation: one of 8 bits, and behind it those of fewer for the readers that want them.
+
+    Args:
+        owner: the value whose quantizers these are.
+        further: bits -> readers and quantizer; where these are all there are, they read the value itself.
+    """
+    narrow = {read for reads, _ in further.values() for read in reads}
+    if set(readers) - narrow:
+        value = insert(module, value, readers, quantizer, owner).name
+    for width, (reads, fewer) in further.items():
+        insert(module, value, reads, fewer, f"{owner}_{width}_bits")

@@ -30,8 +30,12 @@ class Grid:
     axis: int | None = None
 
 
-UINT8 = Grid(0, 255)
-"""Activations: affine, one scale per tensor. Unsigned, since ONNX Runtime fuses few signed ones (4 of 11 convolutions)."""
+def unsigned(bits: int) -> Grid:
+    """The grid of activations: affine, one scale per tensor. Unsigned, since ONNX Runtime fuses few signed ones (4 of 11 convolutions)."""
+    return Grid(0, 2**bits - 1)
+
+
+UINT8 = unsigned(8)
 
 
 def int8_weights(largest: int, axis: int = 0) -> Grid:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
+from planish.graph.fake_quantize import LARGEST_BIAS, fake_quantize_per_tensor_affine
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
@@ -20,11 +20,10 @@ from planish.quantize.placement import Placement, Read, source_among
 
 aten = torch.ops.aten
 BATCH = 50  # calibration samples that are run at once
-LARGEST_BIAS = 2.0**30  # runtimes turn a bias into int32 with the scale of input times weight; half the range is kept for the sum
 
 
 def watch(
-    module: GraphModule, flat: Sequence[Tensor], values: Sequence[str], make: Callable[[Grid], Observer]
+    module: GraphModule, flat: Sequence[Tensor], values: Sequence[str], make: Callable[[Grid], Observer], grid: Grid = UINT8
 ) -> dict[str, Quantizer | str]:
     """For each value its quantizer on the calibration data, or why it can have none.
 
@@ -33,9 +32,10 @@ def watch(
         flat: inputs of all calibration samples, sample axis 0.
         values: fx node names.
         make: an observer for a grid.
+        grid: that they are rounded to.
     """
     replay = Replay(module)
-    observers = {replay.by_name[value]: make(UINT8) for value in values}
+    observers = {replay.by_name[value]: make(grid) for value in values}
     largest = dict.fromkeys(observers, 0.0)
     reasons: dict[Node, str] = {}
     with torch.no_grad():

@@ -82,6 +82,25 @@ def source_among(node: Node, position: int, placement: Placement) -> str | None:
     return value.name
 
 
+def narrow_reads(module: GraphModule, placement: Placement, bits: Mapping[str, int]) -> dict[str, dict[int, tuple[Read, ...]]]:
+    """Value -> bits below 8 -> its readers that want no more: operators, and movements all of whose readers do.
+
+    Args:
+        module: the program that was placed in.
+        bits: fx node name of an operator -> bits of its activations; every other reader gets 8.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+
+    def wanted(node: Node) -> int:
+        return max(map(wanted, node.users), default=8) if node.name not in bits and _moves(node) else bits.get(node.name, 8)
+
+    out: dict[str, dict[int, tuple[Read, ...]]] = {}
+    for value, reads in placement.activations.items():
+        for width in sorted({wanted(nodes[read.node]) for read in reads} - {8}):
+            out.setdefault(value, {})[width] = tuple(read for read in reads if wanted(nodes[read.node]) == width)
+    return out
+
+
 def _is_residual(node: Node) -> bool:
     """Whether a node adds two activations, without a factor."""
     if short_name(node) not in ADDITIONS or node.kwargs.get("alpha", 1) != 1 or len(node.args) < 2:

@@ -40,7 +40,7 @@ class OnnxRuntime:
     extra = ""
     devices = ("cpu",)
     model_file = "model.onnx"
-    schemes = ("fp32", "int8", "int8-dynamic", "int8-weights", "int4-weights", "w4a8", "codebook", "codebook-mixture")
+    schemes = ("fp32", "int8", "int8-dynamic", "int8-weights", "int4-weights", "w4a8", "w4a4", "codebook", "codebook-mixture")
     quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
     quantize_outputs_of = frozenset({"conv", "gemm"})
     short_convolution = 8

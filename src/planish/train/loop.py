@@ -20,6 +20,7 @@ from planish.train.checkpoint import Checkpoint
 from planish.train.muon import Muon, convolved_weights
 from planish.train.norms import has_batch_norm, recalibrate_batch_norm
 from planish.train.precision import Arithmetic, choose
+from planish.train.scales import ScaleSteps, scales_of
 from planish.train.schedule import Schedule
 from planish.workload import settled_randomness
 
@@ -43,6 +44,7 @@ class Settings:
         weight_decay: of weights with two or more axes; norms and biases have none.
         adamw_ratio: AdamW's peak rate over SGD's: 0.02 gives 4e-4, a usual rate for fine-tuning small Transformers.
         muon_ratio: Muon's peak rate over SGD's. 0.4 with 0.02: a step of at most 0.8 % of a weight's norm.
+        scale_ratio: the peak rate of quantizers' scales over SGD's: by what share of itself a scale changes in a step.
         clip: bound on the norm of the gradient over all parameters.
         warm_up: share of the schedule over which the rate rises.
         average: how far the weights' average reaches back, as a share of the steps; 0: none.
@@ -57,6 +59,7 @@ class Settings:
     weight_decay: float = 5e-4
     adamw_ratio: float = 0.02
     muon_ratio: float = 0.4
+    scale_ratio: float = 0.5
     clip: float = 5.0
     warm_up: float = 0.05
     average: float = 0.05
@@ -311,10 +314,13 @@ class _Run:
             raise ValueError(f"optimizer: must be 'sgd', 'muon', 'adamw' or 'auto'; got {self.name!r}")
         rate, decay = self.settings.learning_rate, self.settings.weight_decay
         filters = [p for p in convolved_weights(self.graph) if any(p is other for other in self.parameters)] if self.name == "muon" else []
-        rest = [p for p in self.parameters if not any(p is other for other in filters)]
+        scales = scales_of(self.graph)
+        rest = [p for p in self.parameters if not any(p is other for other in (*filters, *scales))]
         weights, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
         groups = [{"params": some, "weight_decay": share} for some, share in ((weights, decay), (others, 0.0)) if some]
         out: list[torch.optim.Optimizer] = [Muon(filters, rate * self.settings.muon_ratio, weight_decay=decay)] if filters else []
+        if scales:
+            out.append(ScaleSteps(scales, rate * self.settings.scale_ratio))
         if groups and self.name == "adamw":
             out.append(torch.optim.AdamW(groups, lr=rate * self.settings.adamw_ratio, fused=True))
         elif groups:
