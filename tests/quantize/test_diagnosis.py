@@ -124,8 +124,9 @@ def test_all_but_one_equals_the_graph_that_quantize_builds_without_it(kinds: str
 
 def test_alone_equals_a_graph_with_that_operator_alone_in_each_scheme() -> None:
     graph, analysis, found = planted(schemes=("int8", "int8-dynamic", "int8-weights"))
+    # `quantize` also rounds biases to the integers that runtimes make of them
     for name, scheme in [("middle", "int8"), ("middle", "int8-dynamic"), ("last", "int8-weights")]:
-        assert row_of(found, name).sqnr_alone_db[scheme] == pytest.approx(built(graph, analysis, {name: scheme}, "minmax"), abs=0.01)
+        assert row_of(found, name).sqnr_alone_db[scheme] == pytest.approx(built(graph, analysis, {name: scheme}, "minmax"), abs=0.05)
     assert row_of(found, "middle").sqnr_alone_db["int8-weights"] > row_of(found, "middle").sqnr_alone_db["int8"] + 6
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from planish.runtimes.packing import Chain, array_of, is_weight
+from planish.runtimes.storage import packed_bytes
 
 FEW, MANY = 16, 256
 _LOOKED_AT = 4096
@@ -24,8 +25,13 @@ def pack_codebooks(model: ir.Model) -> None:
         if is_weight(model.graph, value):
             values = array_of(value)
             distinct = _few(values)
-            if distinct is not None and _bytes(values, len(distinct)) + _NODES_BYTES < 0.75 * values.nbytes:
+            if distinct is not None and _bytes(values, len(distinct)) + _NODES_BYTES < _otherwise(values):
                 _pack(model.graph, value, distinct, f"codebook{number}")
+
+
+def _otherwise(values: NDArray[np.generic]) -> float:
+    """What a weight may take to be left to others: three quarters of its bytes, or those of its values that are not zero."""
+    return min(0.75 * values.nbytes, packed_bytes(values.size, int(np.count_nonzero(values)), values.dtype.itemsize))
 
 
 def _few(values: NDArray[np.generic]) -> NDArray[np.generic] | None:
