@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,25 @@ def onnxruntime_int8(model: Path, samples: NDArray[np.float32], out: Path, input
         weight_type=QuantType.QInt8,
     )
     onnx.checker.check_model(str(out))
+    return out
+
+
+def nncf_transformer(model: Path, samples: Sequence[Mapping[str, NDArray[np.generic]]], out: Path) -> Path:
+    """NNCF's post-training int8 of a Transformer (its model type says so: SmoothQuant, attention's products in float), one sample a call."""
+    import nncf
+    import openvino
+
+    read = openvino.Core().read_model(model)
+    quantized = nncf.quantize(read, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(quantized, out, compress_to_fp16=False)
+    return out
+
+
+def onnxruntime_dynamic(model: Path, out: Path, reduce_range: bool) -> Path:
+    """ONNX Runtime's dynamic int8 of an ONNX file, weights per channel."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(str(model), str(out), per_channel=True, reduce_range=reduce_range, weight_type=QuantType.QInt8)
     return out
 
 

@@ -35,7 +35,7 @@ def fit_codebook(weight: Tensor, method: str, count: int, seed: int = 0) -> Code
     Args:
         weight: float, any shape; at most 32,768 of its numbers are looked at, evenly spread, the smallest and the largest among them.
         method: "kmeans" (least squared error) or "mixture" (means of Gaussians by EM: values where numbers are dense).
-        count: how many values; fewer come back where fewer numbers differ.
+        count: how many values, of which the one nearest to zero is zero, so that what was masked stays so; fewer where fewer numbers differ.
         seed: of the starts.
 
     References:
@@ -59,4 +59,8 @@ def fit_codebook(weight: Tensor, method: str, count: int, seed: int = 0) -> Code
             from sklearn.cluster import KMeans
 
             found = KMeans(count, n_init=6, random_state=seed).fit(watched).cluster_centers_
-    return CodebookQuantizer(torch.from_numpy(np.unique(found.astype(np.float32))))
+    values = np.unique(found.astype(np.float32))
+    if len(values) == 1:  # all weights are alike
+        values = np.unique(np.append(values, np.float32(0.0)))
+    values[np.abs(values).argmin()] = 0.0
+    return CodebookQuantizer(torch.from_numpy(values))

@@ -72,6 +72,11 @@ class Scheme:
         return largest if self.activations == "float" else min(largest, weight_range)
 
     @property
+    def item_bytes(self) -> float:
+        """Bytes of each weight that is not zero in a file that keeps the zeros of a mask as bits; 0 where it cannot."""
+        return 1.0 if self.activations == "static" else 4.0 if self.codebook else 0.0
+
+    @property
     def weight_bytes(self) -> float:
         """Bytes of a weight in a file, its share of scales and zero points included; values that are few are kept by number."""
         return (self.weight_bits + (32 + self.weight_bits) / self.group) / 8 if self.group else self.weight_bits / 8

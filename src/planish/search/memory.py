@@ -39,6 +39,10 @@ def _weight_bytes(scheme: str) -> float:
     return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).weight_bytes)
 
 
+def _item_bytes(scheme: str) -> float:
+    return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).item_bytes)
+
+
 def _activation_bytes(scheme: str) -> float:
     return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).activation_bytes)
 
@@ -68,9 +72,10 @@ def _stored(space: Space, operator: Operator, shape: tuple[Size, ...]) -> tuple[
     table = np.zeros((*count.shape, len(schemes), space.sizes[mask]))
     for cell in np.ndindex(*table.shape):
         total, lines = float(count[cell[:-2]]), float(rows[cell[:-2]])
-        pattern, each = space.variables[mask].values[cell[-1]], _weight_bytes(schemes[cell[-2]])
+        pattern, scheme = space.variables[mask].values[cell[-1]], schemes[cell[-2]]
+        each, item = _weight_bytes(scheme), _item_bytes(scheme)
         gone = 0.0 if pattern == UNMASKED else lines * parse_pattern(str(pattern)).gone(round(total / lines))
-        table[cell] = packed_bytes(total, total - gone, each) if gone else total * each
+        table[cell] = min(total * each, packed_bytes(total, total - gone, item)) if gone and item else total * each
     if own is None:
         return spread(space, table[..., 0, :], (*widths, mask), space.bits_of(operator.name))
     return spread(space, table, (*widths, own, mask), space.bits_of(operator.name))
