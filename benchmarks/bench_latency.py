@@ -38,7 +38,7 @@ from planish.prune.apply import apply
 from planish.prune.levels import width_levels
 from planish.quantize.apply import quantize
 from planish.quantize.schemes.int8 import INT8
-from planish.quantize.subjects import unsupported
+from planish.quantize.subjects import everywhere
 from planish.runtimes.contract import get_runtime
 from planish.search.costs import Costs, calibrated
 from planish.search.space import Space
@@ -94,8 +94,7 @@ def _bench(name: str, graph: Graph, split: Split, target: Target, count: int) ->
         for width in width_levels(group, width_step(target))[1:]
     ]
     options += [Option("block", block, 1, 0.0) for block in analysis.blocks]
-    nodes = {node.name: node for node in graph.module.graph.nodes}
-    whole = {key: "int8" for key, operator in analysis.operators.items() if not unsupported(nodes[operator.node], INT8)}
+    whole = everywhere(graph, analysis, INT8)
     if "int8" in runtime.schemes:
         options += [Option("precision", key, "int8", 0.0) for key in whole]
     space = Space(analysis, options, Plan(target.name))

@@ -35,7 +35,7 @@ from planish.measure.probe import Probe
 from planish.metrics import get_metric, paired_interval
 from planish.plan import DEFAULT_SCHEMES
 from planish.quantize.apply import quantize
-from planish.quantize.subjects import unsupported
+from planish.quantize.subjects import everywhere
 from planish.report.file import read_summary
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
@@ -149,16 +149,13 @@ def _schemes(graph: Graph, targets: Sequence[Target], folder: Path, work: Path) 
     """Every scheme for all operators that have a form in it, in every runtime that executes it."""
     analysis, columns = analyse(graph), _calibrating(folder)
     split = Split([columns[spec.name] for spec in graph.signature.inputs], None, 300)
-    nodes = {node.name: node for node in graph.module.graph.nodes}
     found = {}
     for target in {target.runtime: target for target in targets}.values():
         runtime = get_runtime(target.runtime)
         for name in (name for name in DEFAULT_SCHEMES if name in runtime.schemes):
-            scheme = registry.get("scheme", name)
-            whole = {o.name: name for o in analysis.operators.values() if not unsupported(nodes[o.node], scheme)}
             if name == "bf16" and not target.facts.has_bf16:
                 continue
-            done = quantize(graph, analysis, whole, runtime, target, split).graph
+            done = quantize(graph, analysis, everywhere(graph, analysis, registry.get("scheme", name)), runtime, target, split).graph
             done.floats = "bf16" if name == "bf16" else "fp32"
             (work / f"{target.runtime}-{name}").mkdir()
             found[f"{name} {target.runtime}"] = (target, runtime.export(done, work / f"{target.runtime}-{name}"))

@@ -32,7 +32,7 @@ from planish.measure.machine import available_targets, machine
 from planish.measure.probe import Probe
 from planish.plan import DEFAULT_SCHEMES
 from planish.quantize.apply import quantize
-from planish.quantize.subjects import unsupported
+from planish.quantize.subjects import everywhere
 from planish.report.file import read_summary
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
@@ -88,7 +88,6 @@ def _bench(cell: str, heard: dict[str, spoken.Heard], arguments: argparse.Namesp
 def _exported(graph: Graph, features: NDArray[np.float32], threads: int, work: Path) -> dict[str, tuple[Target, Path]]:
     """The net in fp32 and in every scheme, for every runtime that executes it."""
     analysis = analyse(graph)
-    nodes = {node.name: node for node in graph.module.graph.nodes}
     split = Split([features], None, len(features))
     files = {}
     for target in available_targets("cpu", threads):
@@ -97,7 +96,7 @@ def _exported(graph: Graph, features: NDArray[np.float32], threads: int, work: P
         runtime = get_runtime(target.runtime)
         for scheme in ("fp32", *(name for name in DEFAULT_SCHEMES if name in runtime.schemes)):
             known = registry.get("scheme", scheme) if scheme != "fp32" else None
-            whole = {o.name: scheme for o in analysis.operators.values() if known is not None and not unsupported(nodes[o.node], known)}
+            whole = everywhere(graph, analysis, known) if known is not None else {}
             done = quantize(graph, analysis, whole, runtime, target, split)
             kinds = Counter(analysis.operators[name].kind for name in done.operators)
             if known is not None and not kinds:

@@ -10,9 +10,9 @@ import torch
 
 from planish.errors import RuntimeFailed
 from planish.measure.memory import size_bytes
+from planish.plan import FULL_PRECISION
 from planish.prune.masks.subjects import masked_weights
 from planish.pursuit import Pursuit
-from planish.quantize.subjects import FULL_PRECISION
 from planish.report import figures
 from planish.result import OperatorRow, Search, Trial
 from planish.trial import measure_beside

@@ -26,10 +26,10 @@ from planish.measure.probe import Probe
 from planish.measure.roofline import roofline_s
 from planish.measurement import Diagnosis, Estimate, Measurement
 from planish.metrics import interval, paired_interval
-from planish.plan import Plan
+from planish.plan import FULL_PRECISION, Plan
 from planish.pursuit import Pursuit
 from planish.quantize.diagnosis import diagnose
-from planish.quantize.subjects import FULL_PRECISION, computes_in_int8
+from planish.quantize.subjects import computes_in_int8
 from planish.recovery import usual_samples
 from planish.report import figures
 from planish.result import Result, Summary

@@ -27,7 +27,7 @@ from planish.prune.masks.subjects import subjects
 from planish.quantize.diagnosis import diagnose
 from planish.quantize.ranges import calibration_warnings
 from planish.quantize.schemes.int8 import INT8
-from planish.quantize.subjects import unsupported
+from planish.quantize.subjects import everywhere, unsupported
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 
@@ -104,8 +104,6 @@ def _sensitivity(job: Workload, graph: Graph, found: Analysis, target: Target, o
 
     check_batches(graph)
     runtime = get_runtime(target.runtime)
-    nodes = {node.name: node for node in graph.module.graph.nodes}
-    whole = {name: INT8.name for name, operator in found.operators.items() if not unsupported(nodes[operator.node], INT8)}
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:
         events.stage("reading the data")
         data = job.materialize(Path(folder))
@@ -116,7 +114,7 @@ def _sensitivity(job: Workload, graph: Graph, found: Analysis, target: Target, o
         diagnosis = diagnose(
             graph,
             found,
-            whole if INT8.name in runtime.schemes else {},
+            everywhere(graph, found, INT8) if INT8.name in runtime.schemes else {},
             runtime,
             target,
             data.calibration,
@@ -214,10 +212,8 @@ def work_plan(job: Workload, request: Request, events: Events) -> dict[str, Any]
     multiple = width_step(targets[0])
     levels = sum(len(width_levels(group, multiple)) - 1 for group in found.groups.values()) if "prune" in request.techniques else 0
     blocks = len(found.blocks) if "prune" in request.techniques else 0
-    nodes = {node.name: node for node in graph.module.graph.nodes}
     schemes = [registry.get("scheme", name) for name in request.schemes if any(name in get_runtime(t.runtime).schemes for t in targets)]
-    fits = [not unsupported(nodes[o.node], scheme) for o in found.operators.values() for scheme in schemes]
-    int8 = sum(fits) if "quantize" in request.techniques else 0
+    int8 = sum(len(everywhere(graph, found, scheme)) for scheme in schemes) if "quantize" in request.techniques else 0
     limit = request.time_limit or math.inf
     masks = _masks(graph, found, request, targets[0])
     stages = {

@@ -11,13 +11,12 @@ import numpy as np
 
 from planish import registry
 from planish.clock import SENSITIVITY_SHARE, TABLES_SHARE
-from planish.errors import RuntimeFailed
 from planish.graph.graph import Operator
 from planish.graph.macs import operator_macs
 from planish.measure.machine import machine
 from planish.measure.tables import Table
 from planish.measurement import Estimate
-from planish.plan import DEFAULT_SCHEMES, Option, Plan
+from planish.plan import DEFAULT_SCHEMES, FULL_PRECISION, Option, Plan
 from planish.prune.masks.options import mask_options
 from planish.prune.masks.pattern import parse_masking
 from planish.prune.options import sensitivities
@@ -25,7 +24,7 @@ from planish.prune.order import orders, remarks
 from planish.quantize.options import precision_options
 from planish.quantize.ranges import calibration_warnings
 from planish.quantize.schemes.bf16 import BF16
-from planish.quantize.subjects import FULL_PRECISION, unsupported
+from planish.quantize.subjects import everywhere
 from planish.runtimes.contract import Runtime
 from planish.search.costs import Lookup
 from planish.study.store import Study
@@ -215,7 +214,7 @@ class Offers:
 
     @staticmethod
     def _best_of(runtime: str, ratios: Mapping[tuple[str, str], float]) -> float:
-        return min(ratio for (name, _), ratio in ratios.items() if name == runtime) if any(n == runtime for n, _ in ratios) else math.inf
+        return min((ratio for (name, _), ratio in ratios.items() if name == runtime), default=math.inf)
 
     def _own(self, runtime: str) -> float:
         """What the original takes in a runtime, against the quickest."""
@@ -224,10 +223,7 @@ class Offers:
 
     def _is_faithful(self, plan: Plan) -> bool:
         """Whether a net in bf16 gives on the example what the original gives, to less than quantization would change."""
-        try:
-            return self.trials.sqnr_db(plan) >= _FAITHFUL_DB
-        except RuntimeFailed:
-            return False
+        return self.trials.sqnr_db(plan) >= _FAITHFUL_DB
 
     def _schemes(self, baseline: Baseline, wants_small: bool) -> list[str]:
         """The schemes that a runtime is tried with: those that it executes and that are about a fair share of the net's work, or of its weights."""
@@ -247,9 +243,7 @@ class Offers:
 
     def _whole(self, scheme: str) -> dict[str, str]:
         """The precisions that put every operator that has such a form into a scheme."""
-        nodes = {node.name: node for node in self.bench.graph.module.graph.nodes}
-        known = registry.get("scheme", scheme)
-        return {name: scheme for name, operator in self.bench.analysis.operators.items() if not unsupported(nodes[operator.node], known)}
+        return everywhere(self.bench.graph, self.bench.analysis, registry.get("scheme", scheme))
 
     def _ratio(self, plan: Plan) -> Estimate | None:
         """The latency of a plan against the quickest original; visited once more where one noisy figure would rule a runtime out."""

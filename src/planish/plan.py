@@ -16,6 +16,8 @@ WHOLE_MAP = "1x1"
 """The value of a block that leaves a linear map of all its channels behind; "rank-R" is one through R channels."""
 DEFAULT_SALIENCY = "auto"
 """The criterion that says which units go first, where no other is asked for."""
+FULL_PRECISION = "fp32"
+"""What an operator computes in that no scheme is chosen for."""
 DEFAULT_SCHEMES = ("bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "codebook")
 """What operators may compute in besides fp32, where no schemes are asked for."""
 DEFAULT_OBSERVER = "mse"
@@ -97,7 +99,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     blocks: tuple[str, ...] = ()
     adaptors: dict[str, str] = {}
     precisions: dict[str, str] = {}
-    floats: str = "fp32"
+    floats: str = FULL_PRECISION
     masks: dict[str, str] = {}
     masking: str = "sparsegpt"
     saliency: str = "magnitude"
@@ -123,7 +125,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     @property
     def is_identity(self) -> bool:
         """Whether the plan changes nothing."""
-        return not (self.widths or self.blocks or self.precisions or self.masks or self.floats != "fp32")
+        return not (self.widths or self.blocks or self.precisions or self.masks or self.floats != FULL_PRECISION)
 
     @property
     def is_dense(self) -> bool:

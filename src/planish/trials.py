@@ -6,7 +6,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -21,8 +20,8 @@ from planish.prune.order import Orders
 from planish.result import Trial
 from planish.search.contract import Evidence, Kind
 from planish.study.store import Study
-from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge, measure_again, module_outputs_of_example, opened
-from planish.workbench import Workbench, worst_sqnr_db
+from planish.trial import Compressed, Exported, carry_out, export_and_measure, judge, measure_again
+from planish.workbench import Workbench
 
 _CARRIED = 3
 _QUIET_NOISE = 0.03
@@ -60,7 +59,7 @@ class Trials:
         self._visits: dict[str, tuple[Estimate, ...]] = {}
         self._later: dict[str, list[Estimate]] = {}
         self._attempts: Counter[str] = Counter()
-        self._paths: dict[str, Path] = {}
+        self._exports: dict[str, Exported] = {}
 
     @property
     def noise(self) -> float:
@@ -159,23 +158,17 @@ class Trials:
         return Kept(evidence, ratio)
 
     def sqnr_db(self, plan: Plan) -> float:
-        """The outputs on the example of what a plan was exported to, against the original module's.
-
-        Raises:
-            RuntimeFailed: it cannot be run.
-        """
-        if plan.digest not in self._paths:
-            self._exported(plan)
-        with opened(self.bench, self.bench.home(plan).target.thread_counts[:1], self._paths[plan.digest]) as probes:
-            (probe,) = probes.values()
-            return worst_sqnr_db(module_outputs_of_example(self.bench.graph), probe.outputs(self.bench.example))
+        """The outputs on the example of what a plan was exported to, against those of its net; minus infinity where it cannot be run."""
+        exported = self._exports[plan.digest] if plan.digest in self._exports else self._exported(plan)[1]
+        return -math.inf if exported.sqnr_db is None else exported.sqnr_db
 
     def _measured_again(self, plan: Plan) -> Estimate | None:
         """The ratio of what this run exported for a plan, else of a new export; None where it cannot be measured."""
-        if plan.digest not in self._paths:
+        path = self._exports[plan.digest].path if plan.digest in self._exports else None
+        if path is None:
             return self._exported(plan)[1].ratio
         try:
-            return measure_again(self.bench, plan, self._paths[plan.digest])
+            return measure_again(self.bench, plan, path)
         except RuntimeFailed:
             return None
 
@@ -183,7 +176,7 @@ class Trials:
         compressed = self.carry_out(plan)
         exported = export_and_measure(self.bench, compressed.final, plan, self.bench.folder / "trials" / plan.digest)
         if exported.path is not None:
-            self._paths[plan.digest] = exported.path
+            self._exports[plan.digest] = exported
         return compressed, exported
 
     def costs_of(self, plan: Plan, total_macs: int, exported: Exported, kind: Kind, lost: float | None = None) -> Evidence:

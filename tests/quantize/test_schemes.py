@@ -24,6 +24,7 @@ from planish.quantize.contract import group_size
 from planish.quantize.local import GroupQuantizer, group_quantizer
 from planish.quantize.observers.minmax import MinMax
 from planish.quantize.options import precision_options
+from planish.quantize.subjects import everywhere
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 
@@ -37,11 +38,7 @@ LOCAL = ("int8-dynamic", "int8-weights", "int4-weights")
 
 def whole(analysis: Analysis, graph: Graph, scheme: str) -> dict[str, str]:
     """Every operator that has a form in a scheme."""
-    from planish.quantize.subjects import unsupported
-
-    nodes = {node.name: node for node in graph.module.graph.nodes}
-    known = registry.get("scheme", scheme)
-    return {name: scheme for name, found in analysis.operators.items() if not unsupported(nodes[found.node], known)}
+    return everywhere(graph, analysis, registry.get("scheme", scheme))
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.runtime("openvino"))])

@@ -27,6 +27,10 @@ LARGEST_BIAS = 2.0**30
 """Runtimes turn a bias into int32 with the scale of input times weight; half the range is kept for the sum."""
 
 
+PER_CHANNEL = torch.ops.aten.fake_quantize_per_channel_affine.default
+"""What rounds per channel in a program that does not train."""
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:

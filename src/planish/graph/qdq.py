@@ -6,7 +6,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
-from planish.graph.fake_quantize import fake_codebook, fake_quantize_per_tensor_affine
+from planish.graph.fake_quantize import PER_CHANNEL, fake_codebook, fake_quantize_per_tensor_affine
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 from planish.graph.modes import short_name
@@ -18,7 +18,6 @@ _PER_TENSOR = (
     aten.fake_quantize_per_tensor_affine.default,
     aten.fake_quantize_per_tensor_affine.tensor_qparams,
 )
-_PER_CHANNEL = aten.fake_quantize_per_channel_affine.default
 _FULL_RANGES = {(0, 255): torch.uint8, (-128, 127): torch.int8}
 
 
@@ -43,7 +42,7 @@ def to_qdq(graph: Graph) -> Graph:
             _swap_per_tensor(module, node)
         elif node.target is fake_codebook:
             _swap_codebook(module, node)
-        elif node.target is _PER_CHANNEL:
+        elif node.target is PER_CHANNEL:
             _swap_per_channel(module, node)
     module.graph.eliminate_dead_code()
     clean = fx.GraphModule(module, module.graph)
@@ -62,7 +61,7 @@ def _dtype(low: int) -> torch.dtype:
     return torch.int8 if low < 0 else torch.uint8
 
 
-def _buffer(module: fx.GraphModule, path: str, value: Tensor) -> fx.Node:
+def held(module: fx.GraphModule, path: str, value: Tensor) -> fx.Node:
     """A `get_attr` node, at the insertion point, of a new buffer; an equal one of that name is used again."""
     parent, _, leaf = path.rpartition(".")
     owner = module.get_submodule(parent) if parent else module
@@ -84,7 +83,7 @@ def _swap_per_tensor(module: fx.GraphModule, node: fx.Node) -> None:
         if x.op == "get_attr":
             weight: Tensor = attribute(module, str(x.target)).detach()
             stored = _decomposed.quantize_per_tensor.default(weight, *quantizer)
-            quantized = _buffer(module, f"{x.target}_quantized", stored)
+            quantized = held(module, f"{x.target}_quantized", stored)
         else:
             if (low, high) not in _FULL_RANGES:
                 x = graph.call_function(aten.clamp.default, (x, (low - zero) * scale, (high - zero) * scale))
@@ -99,7 +98,7 @@ def _swap_codebook(module: fx.GraphModule, node: fx.Node) -> None:
     """A weight with few values is a constant; the file keeps it as what it is."""
     x, values = (attribute(module, str(argument.target)).detach() for argument in node.args)  # type: ignore[union-attr]
     with module.graph.inserting_before(node):
-        stored = _buffer(module, f"{node.args[0].target}_shared", fake_codebook(x, values))  # type: ignore[union-attr]
+        stored = held(module, f"{node.args[0].target}_shared", fake_codebook(x, values))  # type: ignore[union-attr]
     node.replace_all_uses_with(stored)
     module.graph.erase_node(node)
 
@@ -116,13 +115,13 @@ def _swap_per_channel(module: fx.GraphModule, node: fx.Node) -> None:
         if x.op == "get_attr":
             weight: Tensor = attribute(module, str(x.target)).detach()
             stored = _decomposed.quantize_per_channel.default(weight, scales, zeros.to(torch.int64), axis, low, high, dtype)
-            quantized = _buffer(module, f"{x.target}_quantized", stored)
+            quantized = held(module, f"{x.target}_quantized", stored)
         else:
             quantized = graph.call_function(
                 _decomposed.quantize_per_channel.default, (x, scale_argument, zero_argument, axis, low, high, dtype)
             )
         # the operator subtracts in the zero point's own type, which only zeros survive in int8
-        zero_read = zero_argument if zeros.any() else _buffer(module, f"{zero_argument.target}_int8", zeros.to(dtype))
+        zero_read = zero_argument if zeros.any() else held(module, f"{zero_argument.target}_int8", zeros.to(dtype))
         result = graph.call_function(
             _decomposed.dequantize_per_channel.default, (quantized, scale_argument, zero_read, axis, low, high, dtype)
         )

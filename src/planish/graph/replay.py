@@ -111,6 +111,15 @@ class Replay:
             environment[node] = self.value(node, environment, parameters)
         self.release(node, environment)
 
+    def visits(self, flat: list[Tensor]) -> Iterator[tuple[Node, Environment]]:
+        """One run: every node with the environment as it is once the node was computed, before what it was the last to read is dropped."""
+        environment = self.start(flat)
+        for node in self.nodes:
+            if node.op not in ("placeholder", "output"):
+                environment[node] = self.value(node, environment)
+            yield node, environment
+            self.release(node, environment)
+
     def release(self, node: Node, environment: Environment) -> None:
         """Drops the values that `node` was the last to read."""
         for dead in self._dies[self.position[node]]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from planish import registry
 from planish.errors import UsageError
 from planish.measure.kernels import Kernel, Shape
 from planish.measure.model_writer import BINARY, Model
+from planish.quantize.contract import scheme_named
 
 
 def operation(kernel: Kernel) -> str:
@@ -70,10 +70,10 @@ def _conv(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
 def _linear(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
     out, inner = kernel.weights[0]
     has_bias = len(kernel.weights) > 1
-    scheme = registry.get("scheme", kernel.precision) if kernel.precision not in ("fp32", "int8") else None
-    if scheme is not None and scheme.activations == "dynamic":
+    scheme = scheme_named(kernel.precision)
+    if scheme.activations == "dynamic":
         return model.dynamic_linear(xs[0], out, inner, has_bias)
-    if scheme is not None:
+    if scheme.group:
         return model.grouped_linear(xs[0], out, inner, has_bias, scheme.weight_bits, scheme.group)
     if len(kernel.inputs[0]) == 2 and has_bias and not int8:
         return model.op("Gemm", [xs[0], model.weight((out, inner)), model.weight((out,))], transB=1)
@@ -104,7 +104,7 @@ def _recurrent(model: Model, kernel: Kernel, xs: list[str], int8: bool) -> str:
     x = model.op("Transpose", [xs[0]], perm=[1, 0, 2]) if is_batch_first else xs[0]
     direction = "reverse" if _int(kernel, "reverse", 0) else "forward"
     bias = model.weight((1, 2 * gates * hidden)) if len(kernel.weights) > 2 else ""
-    if kernel.precision != "fp32" and registry.get("scheme", kernel.precision).activations == "dynamic":
+    if scheme_named(kernel.precision).activations == "dynamic":
         y = model.dynamic_lstm(x, width, hidden, bias, direction)
     else:  # weights alone in int8 are floats once the model is loaded
         inputs = [x, model.weight((1, gates * hidden, width)), model.weight((1, gates * hidden, hidden)), bias]

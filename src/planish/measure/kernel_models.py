@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planish import registry
 from planish.errors import UsageError
 from planish.measure.kernel_cores import CORES, integers, operation
 from planish.measure.kernels import Kernel, Shape
 from planish.measure.model_writer import BINARY, PROBE_CHANNELS, Model
+from planish.plan import FULL_PRECISION
+from planish.quantize.contract import scheme_named
 from planish.signature import Signature
 
-FULL_PRECISION, STATIC = "fp32", "int8"
+STATIC = "int8"
 _STATIC_KINDS = ("conv", "linear", "matmul", "attention", "pool", "other")
 
 
@@ -58,7 +59,7 @@ def _is_run(kernel: Kernel) -> bool:
     """Whether there is a kernel of this kind in its precision. All precisions but static int8 take floats and give floats."""
     if kernel.precision == STATIC:
         return kernel.kind in _STATIC_KINDS or (kernel.kind == "elementwise" and operation(kernel) == "add")
-    return kernel.precision == FULL_PRECISION or kernel.kind in registry.get("scheme", kernel.precision).kinds
+    return kernel.precision == FULL_PRECISION or kernel.kind in scheme_named(kernel.precision).kinds
 
 
 def as_product(kernel: Kernel, most: int) -> Kernel:

@@ -61,15 +61,11 @@ def readings(
 ) -> Iterator[tuple[Contraction, Tensor, Tensor]]:
     """For each batch and each of these operators, in program order: the operator, its input and its output."""
     for chunk in chunks:
-        environment = replay.start(chunk)
-        for node in replay.nodes:
-            if node.op not in ("placeholder", "output"):
-                environment[node] = replay.value(node, environment)
+        for node, environment in replay.visits(chunk):
             if node in wanted:
                 source = node.args[0]
                 assert isinstance(source, Node)
                 yield wanted[node], environment[source], environment[node]
-            replay.release(node, environment)
 
 
 @torch.no_grad()

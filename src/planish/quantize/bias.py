@@ -36,20 +36,11 @@ def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequen
     """
     wanted: dict[str, Tensor] = {}
     with torch.no_grad():
-        replay = Replay(reference)
-        environment = replay.start(flat)
-        for node in replay.nodes:
-            if node.op not in ("placeholder", "output"):
-                environment[node] = replay.value(node, environment)
+        for node, environment in Replay(reference).visits(flat):
             if node.name in nodes and _correctable(node):
                 wanted[node.name] = _channel_means(node, environment[node])
-            replay.release(node, environment)
         static = static_biases(quantized)
-        replay = Replay(quantized)
-        environment = replay.start(flat)
-        for node in replay.nodes:
-            if node.op not in ("placeholder", "output"):
-                environment[node] = replay.value(node, environment)
+        for node, environment in Replay(quantized).visits(flat):
             if node.name in wanted:
                 shift = torch.nan_to_num(wanted[node.name] - _channel_means(node, environment[node]), 0.0, 0.0, 0.0)
                 bias = bias_of(node)
@@ -61,7 +52,6 @@ def correct_biases(reference: GraphModule, quantized: GraphModule, nodes: Sequen
                     _round_(*static[node.name])
                 shift = values - before
                 environment[node] = environment[node] + _along_channels(node, shift, environment[node].dim())
-            replay.release(node, environment)
 
 
 def _correctable(node: Node) -> bool:

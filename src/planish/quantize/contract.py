@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args, runtime_checkable
 
+from planish import registry
 from planish.errors import UnknownName
+from planish.plan import FULL_PRECISION
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +61,7 @@ class Scheme:
     @property
     def executed(self) -> str:
         """The scheme whose kernel runs: whatever the grid of a static scheme, runtimes compute in int8; with a codebook, in fp32."""
-        return "int8" if self.activations == "static" else "fp32" if self.codebook else self.name
+        return "int8" if self.activations == "static" else FULL_PRECISION if self.codebook else self.name
 
     @property
     def activation_bytes(self) -> float:
@@ -74,12 +76,25 @@ class Scheme:
     @property
     def item_bytes(self) -> float:
         """Bytes of each weight that is not zero in a file that keeps the zeros of a mask as bits; 0 where it cannot."""
-        return 1.0 if self.activations == "static" else 4.0 if self.codebook else 0.0
+        return 1.0 if self.activations == "static" else 4.0 if self.codebook or self is FP32 else 0.0
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of a weight in a file, its share of scales and zero points included; values that are few are kept by number."""
         return (self.weight_bits + (32 + self.weight_bits) / self.group) / 8 if self.group else self.weight_bits / 8
+
+
+FP32 = Scheme(FULL_PRECISION, frozenset(), 32, "float")
+"""What needs no form of its own, and so is not registered."""
+
+
+def scheme_named(name: str) -> Scheme:
+    """A registered scheme, or fp32.
+
+    Raises:
+        UnknownName: it is neither.
+    """
+    return FP32 if name == FP32.name else cast(Scheme, registry.get("scheme", name))
 
 
 def group_size(wanted: int, columns: int) -> int:

@@ -19,13 +19,14 @@ from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable, samples_within, spread, take
 from planish.measurement import Diagnosis, Sensitivity
 from planish.metrics import Metric, get_metric
+from planish.plan import FULL_PRECISION
 from planish.quantize.alone import Alone, Ran, candidates, runs_alone
 from planish.quantize.apply import quantize_on
 from planish.quantize.arithmetic import sqnr_db
 from planish.quantize.contract import Equalization
 from planish.quantize.ground import Ground, equalized, folded
 from planish.quantize.schemes.int8 import INT8
-from planish.quantize.subjects import FULL_PRECISION, chosen_nodes
+from planish.quantize.subjects import chosen_nodes
 from planish.runtimes.contract import Runtime
 from planish.target import Target
 

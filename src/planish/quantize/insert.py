@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from planish.graph.fake_quantize import LARGEST_BIAS, fake_quantize_per_tensor_affine
+from planish.graph.fake_quantize import LARGEST_BIAS, PER_CHANNEL, fake_quantize_per_tensor_affine
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
@@ -40,10 +40,7 @@ def watch(
     reasons: dict[Node, str] = {}
     with torch.no_grad():
         for start in range(0, len(flat[0]) if observers else 0, BATCH):
-            environment = replay.start([value[start : start + BATCH] for value in flat])
-            for node in replay.nodes:
-                if node.op not in ("placeholder", "output"):
-                    environment[node] = replay.value(node, environment)
+            for node, environment in replay.visits([value[start : start + BATCH] for value in flat]):
                 if node in observers and node not in reasons:
                     found = environment[node]
                     if not isinstance(found, Tensor) or not found.is_floating_point():
@@ -53,7 +50,6 @@ def watch(
                     else:
                         largest[node] = max(largest[node], size)
                         observers[node].update(found)
-                replay.release(node, environment)
     for node, size in largest.items():
         if size <= TINY_RANGE:
             reasons.setdefault(node, f"{node.name} is zero on all of the calibration data")
@@ -65,23 +61,29 @@ def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str],
     by_name = {node.name: node for node in module.graph.nodes}
     unfit: dict[str, str] = {}
     for name, weight in placement.operators.items():
-        if weight is not None:
-            values = tensor_of(module, by_name[weight])
-            if not bool(torch.isfinite(values).all()):
-                unfit[name] = "its weight is not finite"
-            elif float(values.abs().max()) <= TINY_RANGE:
-                unfit[name] = "its weight is zero"
         node = by_name[nodes[name]]
-        bias = bias_of(node) if weight is not None else None
-        if bias is not None and not bool(torch.isfinite(tensor_of(module, bias)).all()):
-            unfit.setdefault(name, "its bias is not finite")
+        if weight is not None:
+            bias = bias_of(node)
+            reason = unfit_parameters(module, [by_name[weight]], [bias] if bias is not None else [])
+            if reason:
+                unfit[name] = reason
         parts = parts_of(node)
         for position in parts.activations if isinstance(parts, Parts) else ():
             source = source_among(node, position, placement)
-            reason = watched[source] if source is not None else "its input has no place for a quantizer"
-            if isinstance(reason, str):
-                unfit.setdefault(name, "its input " + reason)
+            found = watched[source] if source is not None else "its input has no place for a quantizer"
+            if isinstance(found, str):
+                unfit.setdefault(name, "its input " + found)
     return unfit
+
+
+def unfit_parameters(module: GraphModule, weights: Iterable[Node], biases: Iterable[Node]) -> str:
+    """Why parameters cannot be rounded: not finite, or weights of nothing but zeros; "" where they can."""
+    values = [tensor_of(module, weight) for weight in weights]
+    if not all(bool(torch.isfinite(weight).all()) for weight in values):
+        return "its weight is not finite"
+    if any(float(weight.abs().max()) <= TINY_RANGE for weight in values):
+        return "its weight is zero"
+    return "" if all(bool(torch.isfinite(tensor_of(module, bias)).all()) for bias in biases) else "its bias is not finite"
 
 
 def weight_quantizer(
@@ -153,7 +155,7 @@ def insert(module: GraphModule, value: str, readers: Sequence[Read], quantizer: 
         if grid.axis is None:
             target, arguments = fake_quantize_per_tensor_affine, (source, scale, zero_point, grid.low, grid.high)
         else:
-            target = aten.fake_quantize_per_channel_affine.default
+            target = PER_CHANNEL
             arguments = (source, scale, zero_point, grid.axis, grid.low, grid.high)
         node = graph.call_function(target, arguments)
     node.meta = own_values(source)

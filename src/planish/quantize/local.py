@@ -11,11 +11,11 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import pad
 
 from planish.graph.fake_quantize import dynamic_lstm, fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
-from planish.graph.parts import RECURRENT, Parts, parts_of, tensor_of, weights_of
-from planish.quantize.arithmetic import TINY_RANGE, Grid, GroupQuantizer, Quantizer, fake_quantize, int8_weights
+from planish.graph.parts import RECURRENT, Parts, parts_of, weights_of
+from planish.quantize.arithmetic import Grid, GroupQuantizer, Quantizer, fake_quantize, int8_weights
 from planish.quantize.codebook import CodebookQuantizer, fit_codebook
 from planish.quantize.contract import Observer, Scheme, group_size
-from planish.quantize.insert import insert, own_values, replace_argument
+from planish.quantize.insert import insert, own_values, replace_argument, unfit_parameters
 from planish.quantize.placement import Read
 from planish.quantize.subjects import unsupported
 from planish.target import Target
@@ -40,13 +40,8 @@ def why_not_locally(module: GraphModule, node: Node, scheme: Scheme) -> str:
     """Why an operator cannot take a scheme that has no static activations, or "" where it can."""
     if reason := unsupported(node, scheme):
         return reason
-    weights = [tensor_of(module, weight) for weight in weights_of(node, _parts(node))]
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
-        return "its weight is not finite"
-    if any(float(weight.abs().max()) <= TINY_RANGE for weight in weights):
-        return "its weight is zero"
-    parameters = [tensor_of(module, value) for value in node.all_input_nodes if value.op == "get_attr"]
-    return "" if all(bool(torch.isfinite(value).all()) for value in parameters) else "its bias is not finite"
+    parameters = [value for value in node.all_input_nodes if value.op == "get_attr"]
+    return unfit_parameters(module, weights_of(node, _parts(node)), parameters)
 
 
 def form_of(node: Node, scheme: Scheme) -> Callable[..., Any]:

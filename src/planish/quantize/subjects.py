@@ -8,11 +8,11 @@ from torch.fx import Node
 
 from planish import registry
 from planish.errors import PlanError, UnknownName
-from planish.graph.graph import Analysis
+from planish.graph.graph import Analysis, Graph
 from planish.graph.parts import parts_of
-from planish.quantize.contract import Scheme
+from planish.plan import FULL_PRECISION
+from planish.quantize.contract import Scheme, scheme_named
 
-FULL_PRECISION = "fp32"
 _NO_GRU = "no runtime has an int8 kernel of torch's GRU, which resets after the product; take int8-weights"
 _RECURRENT = {
     ("lstm", "static"): "planish writes no LSTM with ranges that are fixed beforehand; take int8-dynamic or int8-weights",
@@ -35,12 +35,18 @@ def chosen_nodes(analysis: Analysis, precisions: Mapping[str, str]) -> dict[str,
             known = ", ".join([FULL_PRECISION, *registry.names("scheme")])
             raise PlanError(f"precisions: the scheme of {name!r} must be one of {known}; got {str(scheme)[:40]!r}")
     wanted = {name: scheme for name, scheme in precisions.items() if scheme != FULL_PRECISION}
-    return {name: (found.node, registry.get("scheme", wanted[name])) for name, found in analysis.operators.items() if name in wanted}
+    return {name: (found.node, scheme_named(wanted[name])) for name, found in analysis.operators.items() if name in wanted}
+
+
+def everywhere(graph: Graph, analysis: Analysis, scheme: Scheme) -> dict[str, str]:
+    """The precisions that put every operator that has a form in a scheme into it."""
+    nodes = {node.name: node for node in graph.module.graph.nodes}
+    return {name: scheme.name for name, found in analysis.operators.items() if not unsupported(nodes[found.node], scheme)}
 
 
 def computes_in_int8(scheme: str) -> bool:
     """Whether operators of a scheme multiply integers; `scheme` may also be "fp32", "bf16" or "removed"."""
-    return scheme in registry.names("scheme") and registry.get("scheme", scheme).activations in ("static", "dynamic")
+    return scheme in registry.names("scheme") and scheme_named(scheme).activations != "float"
 
 
 def unsupported(node: Node, scheme: Scheme) -> str:

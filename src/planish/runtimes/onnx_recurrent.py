@@ -9,12 +9,13 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, fx
 
-from planish.graph.fake_quantize import dynamic_lstm
+from planish.graph.fake_quantize import PER_CHANNEL, dynamic_lstm
 from planish.graph.interpret import attribute
 from planish.graph.parts import parameter_of
+from planish.graph.qdq import held
+from planish.runtimes.onnx_schemes import rounded_rows
 
 aten = torch.ops.aten
-_PER_CHANNEL = aten.fake_quantize_per_channel_affine.default
 _LSTM_GATES = (0, 3, 1, 2)  # torch keeps i, f, g, o; ONNX i, o, f, c
 _GRU_GATES = (1, 0, 2)  # torch keeps r, z, n; ONNX z, r, h
 _DEQUANTIZED = "planish::Dequantized"
@@ -35,9 +36,9 @@ def pack_recurrent(module: fx.GraphModule) -> None:
         with module.graph.inserting_before(node):
             bias = _bias(module, node.name, weights[2:] if biased else (), weights[0], gates)
             if node.target is dynamic_lstm:
-                held = [_int8(module, name, weight, gates) for name, weight in matrices]
+                integers = [_int8(module, name, weight, gates) for name, weight in matrices]
                 # the operator rounds its input itself
-                node.args, node.target = (x.args[0], *states, *held[0], *held[1], bias, first), _dynamic
+                node.args, node.target = (x.args[0], *states, *integers[0], *integers[1], bias, first), _dynamic
             else:
                 values = [_matrix(module, name, weight, gates) for name, weight in matrices]
                 node.args = (x, *states, *values, bias, first)
@@ -56,33 +57,25 @@ def _ordered(value: Tensor, gates: Sequence[int]) -> Tensor:
     return torch.cat([each[gate] for gate in gates])
 
 
-def _held(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    module.register_buffer(name, value.contiguous())
-    return module.graph.get_attr(name)
-
-
 def _bias(module: fx.GraphModule, name: str, biases: Sequence[fx.Node], weight: fx.Node, gates: Sequence[int]) -> fx.Node:
     """Both biases [1, 2 * rows], zero where there are none."""
     parameter = parameter_of(weight)
     assert parameter is not None
     values = [_ordered(_parameter(module, bias), gates) for bias in biases] or [torch.zeros(2 * len(_parameter(module, parameter)))]
-    return _held(module, f"{name}_b", torch.cat(values).unsqueeze(0))
+    return held(module, f"{name}_b", torch.cat(values).unsqueeze(0))
 
 
 def _int8(module: fx.GraphModule, name: str, rounding: fx.Node, gates: Sequence[int]) -> tuple[fx.Node, fx.Node]:
     """A rounded matrix as int8 [1, inputs, rows], and its scales [rows, 1], in ONNX's order of gates."""
-    weight, scale, _, axis, low, high = rounding.args
-    assert isinstance(weight, fx.Node) and isinstance(scale, fx.Node) and axis == 0 and isinstance(low, int) and isinstance(high, int)
-    scales = _parameter(module, scale)
-    integers = (_parameter(module, weight) * scales.reciprocal()[:, None]).round().clamp(low, high).to(torch.int8)
-    stored = _held(module, f"{name}_int8", _ordered(integers, gates).t().unsqueeze(0))
-    return stored, _held(module, f"{name}_scales", _ordered(scales, gates).unsqueeze(1))
+    integers, scales = rounded_rows(module, rounding)
+    stored = held(module, f"{name}_int8", _ordered(integers, gates).t().unsqueeze(0).contiguous())
+    return stored, held(module, f"{name}_scales", _ordered(scales, gates).unsqueeze(1))
 
 
 def _matrix(module: fx.GraphModule, name: str, weight: fx.Node, gates: Sequence[int]) -> fx.Node:
     """A matrix [1, rows, inputs] in float: as it is stored, or made from int8."""
-    if weight.target is not _PER_CHANNEL:
-        return _held(module, name, _ordered(_parameter(module, weight), gates).unsqueeze(0))
+    if weight.target is not PER_CHANNEL:
+        return held(module, name, _ordered(_parameter(module, weight), gates).unsqueeze(0))
     stored, scales = _int8(module, name, weight, gates)
     return module.graph.call_function(_dequantized, (stored, scales))
 

@@ -7,15 +7,15 @@ import torch.onnx.ops
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
-from planish.graph.fake_quantize import along_groups, fake_quantize_dynamic, fake_quantize_per_group
+from planish.graph.fake_quantize import PER_CHANNEL, along_groups, fake_quantize_dynamic, fake_quantize_per_group
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 from planish.graph.parts import Parts, bias_of, parameter_of, parts_of
+from planish.graph.qdq import held
 
 aten = torch.ops.aten
 onnx = torch.onnx.ops
 _VERSION = 18
-_PER_CHANNEL = aten.fake_quantize_per_channel_affine.default
 
 
 def to_onnx_schemes(graph: Graph) -> Graph:
@@ -36,9 +36,9 @@ def to_onnx_schemes(graph: Graph) -> Graph:
         assert isinstance(rounding, fx.Node)
         if rounding.target is fake_quantize_per_group:
             _by_groups(module, node, parts, rounding)
-        elif rounding.target is _PER_CHANNEL and parts.kind == "embedding":
+        elif rounding.target is PER_CHANNEL and parts.kind == "embedding":
             _rows(module, node, rounding)
-        elif rounding.target is _PER_CHANNEL and _is_dynamic(node.args[parts.activations[0]]):
+        elif rounding.target is PER_CHANNEL and _is_dynamic(node.args[parts.activations[0]]):
             _dynamically(module, node, parts, rounding)
     module.graph.eliminate_dead_code()
     changed.module = fx.GraphModule(module, module.graph)
@@ -49,28 +49,20 @@ def _is_dynamic(value: object) -> bool:
     return isinstance(value, fx.Node) and value.target in (fake_quantize_dynamic, _quantized)
 
 
-def _held(module: fx.GraphModule, name: str, values: Tensor) -> fx.Node:
-    """A `get_attr` node, at the insertion point, of a buffer that is made once."""
-    leaf = name.replace(".", "_")
-    if not hasattr(module, leaf):
-        module.register_buffer(leaf, values.contiguous())
-    return module.graph.get_attr(leaf)
-
-
-def _constants(module: fx.GraphModule, rounding: fx.Node, count: int) -> list[Tensor]:
+def _constants(module: fx.GraphModule, rounding: fx.Node) -> list[Tensor]:
     """The parameter that a node rounds (through a transposition), its scale and its zero point."""
     parameter = parameter_of(rounding)
     assert parameter is not None
-    return [attribute(module, str(node.target)).detach() for node in (parameter, *rounding.args[1 : count + 1])]  # type: ignore[union-attr]
+    return [attribute(module, str(node.target)).detach() for node in (parameter, *rounding.args[1:3])]  # type: ignore[union-attr]
 
 
 def _integers(weight: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     return (weight * scale.reciprocal()).round().add(zero_point).clamp(low, high)
 
 
-def _rounded_rows(module: fx.GraphModule, rounding: fx.Node) -> tuple[Tensor, Tensor]:
+def rounded_rows(module: fx.GraphModule, rounding: fx.Node) -> tuple[Tensor, Tensor]:
     """A weight as int8 and its scales, for a quantizer that is symmetric along one axis."""
-    weight, scale, zero_point = _constants(module, rounding, 2)
+    weight, scale, zero_point = _constants(module, rounding)
     _, _, _, axis, low, high = rounding.args
     assert isinstance(low, int) and isinstance(high, int)
     shape = [-1 if axis == d else 1 for d in range(weight.dim())]
@@ -84,7 +76,7 @@ def _replace(node: fx.Node, value: fx.Node) -> None:
 
 
 def _dynamically(module: fx.GraphModule, node: fx.Node, parts: Parts, rounding: fx.Node) -> None:
-    weight, scale = _rounded_rows(module, rounding)
+    weight, scale = rounded_rows(module, rounding)
     activation = node.args[parts.activations[0]]
     assert isinstance(activation, fx.Node)
     if activation.target is fake_quantize_dynamic:
@@ -93,9 +85,9 @@ def _dynamically(module: fx.GraphModule, node: fx.Node, parts: Parts, rounding: 
         activation.replace_all_uses_with(integers)
         activation = integers
     with module.graph.inserting_before(node):
-        held = _held(module, f"{rounding.name}_int8", weight if parts.axis else weight.t())
-        scales = _held(module, f"{rounding.name}_scales", scale)
-        _replace(node, module.graph.call_function(_dynamic_product, (activation, held, scales, bias_of(node))))
+        stored = held(module, f"{rounding.name}_int8", (weight if parts.axis else weight.t()).contiguous())
+        scales = held(module, f"{rounding.name}_scales", scale)
+        _replace(node, module.graph.call_function(_dynamic_product, (activation, stored, scales, bias_of(node))))
 
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,10 +111,10 @@ def _dynamic_product(quantized: tuple[Tensor, Tensor, Tensor], weight: Tensor, s
 
 
 def _rows(module: fx.GraphModule, node: fx.Node, rounding: fx.Node) -> None:
-    weight, scale = _rounded_rows(module, rounding)
+    weight, scale = rounded_rows(module, rounding)
     with module.graph.inserting_before(node):
-        held, scales = _held(module, f"{rounding.name}_int8", weight), _held(module, f"{rounding.name}_scales", scale[:, None])
-        _replace(node, module.graph.call_function(_scaled_rows, (held, scales, node.args[1])))
+        stored, scales = held(module, f"{rounding.name}_int8", weight), held(module, f"{rounding.name}_scales", scale[:, None])
+        _replace(node, module.graph.call_function(_scaled_rows, (stored, scales, node.args[1])))
 
 
 def _scaled_rows(weight: Tensor, scales: Tensor, indices: Tensor) -> Tensor:
@@ -132,7 +124,7 @@ def _scaled_rows(weight: Tensor, scales: Tensor, indices: Tensor) -> Tensor:
 
 
 def _by_groups(module: fx.GraphModule, node: fx.Node, parts: Parts, rounding: fx.Node) -> None:
-    weight, scale, zero_point = _constants(module, rounding, 2)
+    weight, scale, zero_point = _constants(module, rounding)
     _, _, _, group, low, high = rounding.args
     assert isinstance(group, int) and isinstance(low, int) and isinstance(high, int)
     matrix = weight.t() if parts.axis else weight
@@ -141,12 +133,12 @@ def _by_groups(module: fx.GraphModule, node: fx.Node, parts: Parts, rounding: fx
     columns = scale.shape[1] * group
     packed = _packed(pad(_integers(matrix, scales, zeros, low, high).to(torch.uint8), (0, columns - matrix.shape[1])), bits)
     with module.graph.inserting_before(node):
-        held = _held(module, f"{rounding.name}_packed", packed.view(len(matrix), scale.shape[1], -1))
-        held_scales = _held(module, f"{rounding.name}_scales", scale)
-        held_zeros = _held(module, f"{rounding.name}_zeros", _packed(zero_point.to(torch.uint8), bits))
+        stored = held(module, f"{rounding.name}_packed", packed.reshape(len(matrix), scale.shape[1], -1).contiguous())
+        scales_read = held(module, f"{rounding.name}_scales", scale)
+        zeros_read = held(module, f"{rounding.name}_zeros", _packed(zero_point.to(torch.uint8), bits).contiguous())
         activation = node.args[parts.activations[0]]
         attributes = (matrix.shape[1], len(matrix), bits, group)
-        call = module.graph.call_function(_grouped_product, (activation, held, held_scales, held_zeros, bias_of(node), *attributes))
+        call = module.graph.call_function(_grouped_product, (activation, stored, scales_read, zeros_read, bias_of(node), *attributes))
         _replace(node, call)
 
 

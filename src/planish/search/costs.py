@@ -13,11 +13,12 @@ from scipy.optimize import nnls
 from planish.budget import Limit
 from planish.errors import BudgetError
 from planish.measure.kernels import Kernel
+from planish.plan import FULL_PRECISION
 from planish.search.factor import Table
 from planish.search.kernels import Grid, Term, fill_unmeasured, grids, terms_of
 from planish.search.lagrangian import Problem
 from planish.search.memory import memory_rows, size_rows
-from planish.search.space import FULL_PRECISION, Space
+from planish.search.space import Space
 
 _LINE_WEIGHT = 50.0
 """Of the line through all measurements, against those close to a limit: one at the limit has 100, one 4 % away 50."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planish import registry
 from planish.graph.graph import Operator, Size
 from planish.graph.macs import operator_macs
 from planish.measure.kernels import Kernel
-from planish.plan import rank_of
+from planish.plan import FULL_PRECISION, rank_of
+from planish.quantize.contract import scheme_named
 from planish.search.factor import Table
-from planish.search.space import FULL_PRECISION, Space, groups_of
+from planish.search.space import Space, groups_of
 
 if TYPE_CHECKING:
     from planish.graph.graph import Block
@@ -51,7 +51,7 @@ def kernel_of(operator: Operator, widths: Mapping[str, int], precision: str) -> 
         attributes["groups"] = max(1, channels // (weights or inputs[1:])[0][1])
     if not operator.reads and operator.kind != "embedding":
         attributes["from_input"] = 1
-    kind, executed = operator.kind, precision if precision == FULL_PRECISION else registry.get("scheme", precision).executed
+    kind, executed = operator.kind, scheme_named(precision).executed
     if kind == "matmul" and (matrix := next((shape for shape in weights if len(shape) == 2), None)) is not None:
         kind, inputs = "linear", inputs[:1]  # `addmm` and products with a parameter: weights are (inputs, outputs) there
         weights = (matrix[::-1], *(shape for shape in weights if len(shape) == 1))
@@ -116,7 +116,7 @@ class Term:
     def _kernel(self, kept: Mapping[str, int], precisions: Sequence[str]) -> Kernel | None:
         if self.operator is not None:
             return kernel_of(self.operator, kept, precisions[0] if precisions else FULL_PRECISION)
-        is_static = [p != FULL_PRECISION and registry.get("scheme", p).activations == "static" for p in precisions]
+        is_static = [scheme_named(precision).activations == "static" for precision in precisions]
         if len(set(is_static)) == 1 and (len(is_static) == 2 or not is_static[0]):
             return None
         shape = tuple(size.at(kept) for size in self.shape)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planish import registry
+from planish.plan import FULL_PRECISION
 from planish.prune.masks.pattern import parse_pattern
+from planish.quantize.contract import Scheme, scheme_named
 from planish.runtimes.storage import packed_bytes
 from planish.search.factor import Table
 from planish.search.kernels import adaptor_terms, spread, width_variables
-from planish.search.space import FULL_PRECISION, UNMASKED, Space
+from planish.search.space import UNMASKED, Space
 
 if TYPE_CHECKING:
     from planish.graph.graph import Operator, Size
@@ -35,20 +36,8 @@ def _elements(space: Space, shape: tuple[Size, ...], variables: tuple[int, ...])
     return total
 
 
-def _weight_bytes(scheme: str) -> float:
-    return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).weight_bytes)
-
-
-def _item_bytes(scheme: str) -> float:
-    return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).item_bytes)
-
-
-def _activation_bytes(scheme: str) -> float:
-    return 4.0 if scheme == FULL_PRECISION else float(registry.get("scheme", scheme).activation_bytes)
-
-
 def _bytes(
-    space: Space, operator: Operator, shape: tuple[Size, ...], of_scheme: Callable[[str], float] | None
+    space: Space, operator: Operator, shape: tuple[Size, ...], of_scheme: Callable[[Scheme], float] | None
 ) -> tuple[tuple[int, ...], Table]:
     """Bytes of a tensor of an operator: so many of each element by its precision, or four."""
     widths = width_variables(space, shape)
@@ -56,7 +45,7 @@ def _bytes(
     own = space.index.get(("precision", operator.name)) if of_scheme is not None else None
     if own is None or of_scheme is None:
         return spread(space, 4.0 * table, widths, space.bits_of(operator.name))
-    each = np.asarray([of_scheme(str(scheme)) for scheme in space.variables[own].values])
+    each = np.asarray([of_scheme(scheme_named(str(scheme))) for scheme in space.variables[own].values])
     return spread(space, table[..., None] * each, (*widths, own), space.bits_of(operator.name))
 
 
@@ -72,8 +61,8 @@ def _stored(space: Space, operator: Operator, shape: tuple[Size, ...]) -> tuple[
     table = np.zeros((*count.shape, len(schemes), space.sizes[mask]))
     for cell in np.ndindex(*table.shape):
         total, lines = float(count[cell[:-2]]), float(rows[cell[:-2]])
-        pattern, scheme = space.variables[mask].values[cell[-1]], schemes[cell[-2]]
-        each, item = _weight_bytes(scheme), _item_bytes(scheme)
+        pattern, scheme = space.variables[mask].values[cell[-1]], scheme_named(schemes[cell[-2]])
+        each, item = scheme.weight_bytes, scheme.item_bytes
         gone = 0.0 if pattern == UNMASKED else lines * parse_pattern(str(pattern)).gone(round(total / lines))
         table[cell] = min(total * each, packed_bytes(total, total - gone, item)) if gone and item else total * each
     if own is None:
@@ -97,7 +86,7 @@ def size_rows(space: Space, is_packed: bool = True) -> Factors:
         seen.add(operator.weight or operator.name)
         for number, shape in enumerate(weights):
             stored = _stored(space, operator, shape) if is_packed and number == 0 and len(shape) > 1 else None
-            out.append(stored or _bytes(space, operator, shape, _weight_bytes if len(shape) > 1 else None))
+            out.append(stored or _bytes(space, operator, shape, (lambda scheme: scheme.weight_bytes) if len(shape) > 1 else None))
     for term in adaptor_terms(space):
         assert term.operator is not None
         for shape in term.operator.weights:
@@ -126,5 +115,8 @@ def memory_rows(space: Space, weights: Factors) -> dict[str, Factors]:
         names = {o.name for o in alive[number]}
         if len(chosen) < _MOMENTS and not any(names <= other for other in chosen):
             chosen.append(names)
-            out[operators[number].name] = [*weights, *(_bytes(space, o, o.output, _activation_bytes) for o in alive[number])]
+            out[operators[number].name] = [
+                *weights,
+                *(_bytes(space, o, o.output, lambda scheme: scheme.activation_bytes) for o in alive[number]),
+            ]
     return out or {"start": list(weights)}

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from planish.errors import PlanError, UnknownName
-from planish.plan import Option, Plan
+from planish.plan import FULL_PRECISION, Option, Plan
 from planish.prune.masks.pattern import parse_pattern
 from planish.search.factor import Assignment, Table
 
 if TYPE_CHECKING:
     from planish.graph.graph import Analysis, Block, Operator, Size
 
-FULL_PRECISION = "fp32"
 UNMASKED = "none"
 
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from planish.graph.fake_quantize import fake_quantize_per_channel_affine, fake_quantize_per_group, fake_quantize_per_tensor_affine
+from planish.graph.fake_quantize import (
+    PER_CHANNEL,
+    fake_quantize_per_channel_affine,
+    fake_quantize_per_group,
+    fake_quantize_per_tensor_affine,
+)
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 
-_PER_CHANNEL = torch.ops.aten.fake_quantize_per_channel_affine.default
 _LEARNING = (fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine, fake_quantize_per_group)
 
 
@@ -28,7 +32,7 @@ def learning_scales(graph: Graph) -> Iterator[None]:
         graph: changed in place, and changed back; one whose scales are numbers in the program keeps them.
     """
     module = graph.module
-    swapped = [node for node in module.graph.nodes if node.target is _PER_CHANNEL and _scale(node) is not None]
+    swapped = [node for node in module.graph.nodes if node.target is PER_CHANNEL and _scale(node) is not None]
     for node in swapped:
         node.target = fake_quantize_per_channel_affine
     names = {str(scale.target) for node in module.graph.nodes if node.target in _LEARNING and (scale := _scale(node)) is not None}
@@ -48,7 +52,7 @@ def learning_scales(graph: Graph) -> Iterator[None]:
             assert values is not None
             owner.register_buffer(leaf, values.detach())
         for node in swapped:
-            node.target = _PER_CHANNEL
+            node.target = PER_CHANNEL
         module.recompile()
 
 

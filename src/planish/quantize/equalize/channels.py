@@ -12,6 +12,9 @@ from planish.graph.interpret import attribute
 from planish.graph.modes import short_name
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 
+POINTWISE = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "dropout_", "alias", "contiguous", "clone"})
+"""Operators with f(s x) = s f(x) for every number and s > 0 (in eval mode). ReLU6 is none: its upper bound stays where it is."""
+
 
 def weight_node(node: Node) -> Node | None:
     """The parameter of a convolution or linear map whose channels can be scaled; None for anything else."""

@@ -8,28 +8,18 @@ from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
 from planish.graph.parts import Parts, bias_of, parts_of
-from planish.quantize.equalize.channels import input_ranges, is_read_by, output_ranges, scale_inputs_, scale_outputs_, weight_node
-
-HOMOGENEOUS = frozenset(
-    [
-        "relu",
-        "relu_",
-        "leaky_relu",
-        "leaky_relu_",
-        "dropout",
-        "dropout_",
-        "alias",
-        "contiguous",
-        "clone",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-    ]
+from planish.quantize.equalize.channels import (
+    POINTWISE,
+    input_ranges,
+    is_read_by,
+    output_ranges,
+    scale_inputs_,
+    scale_outputs_,
+    weight_node,
 )
-"""Operators with f(s x) = s f(x) for every s > 0 and every channel (in eval mode). ReLU6 is none: its upper bound stays where it is."""
+
+HOMOGENEOUS = POINTWISE | {"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"}
+"""Operators with f(s x) = s f(x) for every s > 0 and every channel."""
 SWEEPS = 20
 SETTLED = 1e-3  # a sweep that changes no channel by more than this share is the last
 

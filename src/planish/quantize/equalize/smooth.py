@@ -13,7 +13,7 @@ from planish.graph.modes import short_name
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay, in_batches
 from planish.quantize.arithmetic import Quantizer
-from planish.quantize.equalize.channels import is_read_by, scale_inputs_, scale_outputs_, weight_node
+from planish.quantize.equalize.channels import POINTWISE, is_read_by, scale_inputs_, scale_outputs_, weight_node
 from planish.quantize.equalize.search import Reader, Sample, full_range, search
 from planish.quantize.insert import BATCH, own_values
 from planish.quantize.placement import Placement, source_among
@@ -22,8 +22,8 @@ aten = torch.ops.aten
 ROWS = 512  # of each activation, kept for the search
 SMOOTHED = "planish_smoothed"
 """Key of `node.meta`: the operator reads its activation in another scale than in the original."""
-_PASSED = frozenset({"dropout", "dropout_", "alias", "detach", "contiguous", "clone", "relu", "relu_", "leaky_relu", "leaky_relu_"})
-"""What a factor per channel may be moved over: it changes nothing in eval mode, or is positively homogeneous."""
+_PASSED = POINTWISE | {"detach"}
+"""What a factor per channel may be moved over."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,11 @@ def _watch(module: GraphModule, values: Collection[Node], flat: list[Tensor]) ->
     samples: dict[Node, Sample] = {}
     batches = in_batches(flat, BATCH) if values else []
     for batch in batches:
-        environment = replay.start(batch)
-        for node in replay.nodes:
-            if node.op not in ("placeholder", "output"):
-                environment[node] = replay.value(node, environment)
+        for node, environment in replay.visits(batch):
             if node in values:
                 rows = environment[node].detach()
                 samples.setdefault(node, Sample([], [], *torch.aminmax(rows.reshape(-1, rows.shape[-1]), dim=0), rows.dim() <= 2))
                 _add(samples[node], rows.reshape(-1, rows.shape[-1]), ROWS // len(batches))
-            replay.release(node, environment)
     return samples
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from planish.quantize.arithmetic import Grid, Quantizer, quantizer_from_range
 from planish.quantize.observers.histogram import Histogram
-from planish.quantize.observers.minmax import value_range
 
 _RATIOS = torch.linspace(1.0, 0.05, 96)
 _BINS = 2048
@@ -28,26 +27,18 @@ class Entropy:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._low: Tensor | None = None
-        self._high: Tensor | None = None
-        self._histogram = Histogram()
+        self._histogram = Histogram(grid.axis)
 
     def update(self, values: Tensor) -> None:
         """Add one batch of values."""
-        values = values.detach().float()
-        low, high = value_range(values, self.grid.axis)
-        self._low = low if self._low is None else torch.minimum(self._low, low)
-        self._high = high if self._high is None else torch.maximum(self._high, high)
-        if self.grid.axis is None:
-            self._histogram.add(values, float(torch.maximum(-low, high)))
+        self._histogram.add(values.detach().float())
 
     def quantizer(self) -> Quantizer:
         """The quantizer of the range with the least divergence; the widest of equals."""
-        if self._low is None or self._high is None:
-            raise ValueError("observer: at least one batch must be watched before a quantizer is asked for; got none")
-        low, high = self._low.clamp(max=0.0), self._high.clamp(min=0.0)
+        lowest, highest = self._histogram.ends()
+        low, high = lowest.clamp(max=0.0), highest.clamp(min=0.0)
         if self.grid.axis is not None or not bool(high > low):
-            return quantizer_from_range(self._low, self._high, self.grid)
+            return quantizer_from_range(lowest, highest, self.grid)
         values, count = self._histogram.points()
         divergences = torch.stack([self._divergence(values, count.double(), ratio * low, ratio * high) for ratio in _RATIOS])
         best = _RATIOS[int(divergences.argmin())]

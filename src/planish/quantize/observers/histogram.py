@@ -6,22 +6,36 @@ import torch
 from torch import Tensor
 
 from planish.quantize.arithmetic import TINY_RANGE
+from planish.quantize.observers.minmax import WatchedRange
 
 BINS = 4096  # on each side of zero: after a doubling at least 2048 are in use, 8 to 16 per step of an 8-bit grid
 VALUES_PER_UPDATE = 1 << 18  # more than that are thinned out: 2^18 give the error of an 8-bit grid to well under 1 %
 
 
 class Histogram:
-    """Counts of values, in bins that double in width when a value falls outside."""
+    """The range of values, and for one scale per tensor their counts, in bins that double in width when a value falls outside.
 
-    def __init__(self) -> None:
+    Args:
+        axis: of the grid; with one there are ranges alone.
+    """
+
+    def __init__(self, axis: int | None) -> None:
+        self._axis, self._range = axis, WatchedRange(axis)
         self._width = 0.0  # of a bin; 0 until a value other than zero was seen
         self._count = torch.zeros(2 * BINS, dtype=torch.float64)
         self._sum = torch.zeros(2 * BINS, dtype=torch.float64)
 
-    def add(self, values: Tensor, largest: float) -> None:
-        """Count float values, none of which is larger in magnitude than `largest`."""
-        values = thinned(values.flatten(), 0)
+    def add(self, values: Tensor) -> None:
+        """Take in float values."""
+        low, high = self._range.widen(values)
+        if self._axis is None:
+            self._count_values(thinned(values.flatten(), 0), float(torch.maximum(-low, high)))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value; ValueError where nothing was watched."""
+        return self._range.ends()
+
+    def _count_values(self, values: Tensor, largest: float) -> None:
         if largest > TINY_RANGE and self._width == 0:
             self._width = largest / (BINS - 2)
         while self._width > 0 and largest >= self._width * (BINS - 1):

@@ -17,20 +17,44 @@ class MinMax:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._low: Tensor | None = None
-        self._high: Tensor | None = None
+        self._range = WatchedRange(grid.axis)
 
     def update(self, values: Tensor) -> None:
         """Widen the range to `values`."""
-        low, high = value_range(values.detach(), self.grid.axis)
-        self._low = low if self._low is None else torch.minimum(self._low, low)
-        self._high = high if self._high is None else torch.maximum(self._high, high)
+        self._range.widen(values.detach())
 
     def quantizer(self) -> Quantizer:
         """The quantizer of the range watched so far."""
-        if self._low is None or self._high is None:
-            raise ValueError("observer: at least one batch must be watched before a quantizer is asked for; got none")
-        return quantizer_from_range(self._low, self._high, self.grid)
+        return quantizer_from_range(*self._range.ends(), self.grid)
+
+
+class WatchedRange:
+    """The smallest and largest values of all batches: of the tensor, or of each index of an axis."""
+
+    def __init__(self, axis: int | None) -> None:
+        self._axis = axis
+        self._ends: tuple[Tensor, Tensor] | None = None
+
+    def widen(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in a batch; returns its own range."""
+        low, high = value_range(values, self._axis)
+        self._ends = (low, high) if self._ends is None else (torch.minimum(self._ends[0], low), torch.maximum(self._ends[1], high))
+        return low, high
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value, shape [] or [channels].
+
+        Raises:
+            ValueError: nothing was watched.
+        """
+        if self._ends is None:
+            raise nothing_watched()
+        return self._ends
+
+
+def nothing_watched() -> ValueError:
+    """What an observer says that is asked for a quantizer too early."""
+    return ValueError("observer: at least one batch must be watched before a quantizer is asked for; got none")
 
 
 def value_range(values: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from planish.quantize.arithmetic import Grid, Quantizer, quantizer_from_range
-from planish.quantize.observers.minmax import value_range
+from planish.quantize.observers.minmax import nothing_watched, value_range
 
 MOMENTUM = 0.9
 
@@ -38,5 +38,5 @@ class MovingAverage:
     def quantizer(self) -> Quantizer:
         """The quantizer of the averaged range."""
         if not self._weight:
-            raise ValueError("observer: at least one batch must be watched before a quantizer is asked for; got none")
+            raise nothing_watched()
         return quantizer_from_range(self._low / self._weight, self._high / self._weight, self.grid)

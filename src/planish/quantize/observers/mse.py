@@ -7,7 +7,6 @@ from torch import Tensor
 
 from planish.quantize.arithmetic import Grid, Quantizer, fake_quantize, quantizer_from_range
 from planish.quantize.observers.histogram import VALUES_PER_UPDATE, Histogram, thinned
-from planish.quantize.observers.minmax import value_range
 
 RATIOS = torch.linspace(1.0, 0.2, 81)  # clipped ranges that are tried, as shares of the full one, widest first
 CLOSE = 1.2  # ranges whose error is within this factor of the least count as equal, and the widest of them is taken
@@ -33,29 +32,22 @@ class MeanSquaredError:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._low: Tensor | None = None
-        self._high: Tensor | None = None
-        self._histogram = Histogram()
+        self._histogram = Histogram(grid.axis)
         self._channels: list[Tensor] = []
 
     def update(self, values: Tensor) -> None:
         """Add one batch of values."""
         values = values.detach().float()
-        low, high = value_range(values, self.grid.axis)
-        self._low = low if self._low is None else torch.minimum(self._low, low)
-        self._high = high if self._high is None else torch.maximum(self._high, high)
-        if self.grid.axis is None:
-            self._histogram.add(values, float(torch.maximum(-low, high)))
-        else:
+        self._histogram.add(values)
+        if self.grid.axis is not None:
             self._add_channels(values.movedim(self.grid.axis, 0).flatten(1))
 
     def quantizer(self) -> Quantizer:
         """The quantizer with the least squared error on what was watched so far."""
-        if self._low is None or self._high is None:
-            raise ValueError("observer: at least one batch must be watched before a quantizer is asked for; got none")
+        low, high = self._histogram.ends()
         if self.grid.axis is None:
-            return self._search_tensor(self._low, self._high)
-        return self._search_channels(self._low, self._high, torch.cat(self._channels, dim=1))
+            return self._search_tensor(low, high)
+        return self._search_channels(low, high, torch.cat(self._channels, dim=1))
 
     def _add_channels(self, rows: Tensor) -> None:
         kept = sum(r.shape[1] for r in self._channels)
