@@ -29,6 +29,7 @@ from planish.metrics import interval, paired_interval
 from planish.plan import FULL_PRECISION, Plan
 from planish.pursuit import Pursuit
 from planish.quantize.diagnosis import diagnose
+from planish.quantize.bits import bit_operations
 from planish.quantize.subjects import computes_in_int8
 from planish.recovery import usual_samples
 from planish.report import figures
@@ -69,7 +70,8 @@ class _Side:
     probe: Probe
     graph: Graph
     analysis: Analysis
-    int8: frozenset[str]
+    precisions: Mapping[str, str]
+    """Of the operators that left full precision in this net."""
 
 
 def conclude(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, winner: Winner | None) -> Result:
@@ -254,7 +256,7 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     """The summary of a winner (or of the original alone), everything measured side by side, and its outputs on the example."""
     best = bench.best
     originals = [
-        _Side(replace(best, target=target), best.path, probe, bench.graph, bench.analysis, frozenset())
+        _Side(replace(best, target=target), best.path, probe, bench.graph, bench.analysis, {})
         for target, probe in best.living_probes(bench.graph.signature).items()
     ]
     if bench.judged[0] == "test":
@@ -262,10 +264,10 @@ def _judged(bench: Workbench, request: Request, study: Study, pursuit: Pursuit, 
     if winner is None or winner.exported.path is None:
         return _compare(bench, request, pursuit, originals, [], None)
     home = bench.home(winner.plan)
-    int8 = frozenset(n for n, s in winner.plan.precisions.items() if n not in winner.skipped and computes_in_int8(s))
+    precisions = {n: s for n, s in winner.plan.precisions.items() if n not in winner.skipped}
     with opened(bench, home.target.thread_counts, winner.exported.path) as probes:
         sides = [
-            _Side(replace(home, target=target), winner.exported.path, probe, winner.final, winner.analysis, int8)
+            _Side(replace(home, target=target), winner.exported.path, probe, winner.final, winner.analysis, precisions)
             for target, probe in probes.items()
         ]
         return _compare(bench, request, pursuit, originals, sides, winner)
@@ -391,6 +393,7 @@ def _compare(
             "size": _exact(after.size_bytes, before.size_bytes),
             "memory": _exact(after.peak_memory_bytes, before.peak_memory_bytes),
             "macs": _exact(after.macs, before.macs),
+            "bit_operations": _exact(after.bit_operations, before.bit_operations),
         },
         drop=lost,
         drop_interval=lost_interval,
@@ -420,7 +423,11 @@ def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str, outpu
     target, graph = side.baseline.target, side.graph
     quality, quality_interval = _quality(bench, side, outputs)
     total = macs(side.analysis)
-    int8 = sum(operator_macs(operator) for key, operator in side.analysis.operators.items() if key in side.int8)
+    int8 = sum(
+        operator_macs(operator)
+        for key, operator in side.analysis.operators.items()
+        if computes_in_int8(side.precisions.get(key, FULL_PRECISION))
+    )
     size = size_bytes(side.path)
     moved = size + sum(array.nbytes for array in bench.example)
     return Measurement(
@@ -433,6 +440,7 @@ def _measurement(bench: Workbench, side: _Side, timing: Timing, name: str, outpu
         size_bytes=size,
         peak_memory_bytes=peak_memory_bytes(target, side.path, graph.signature, bench.example),
         macs=total,
+        bit_operations=bit_operations(side.analysis, side.precisions, graph.floats),
         quality=quality,
         quality_interval=quality_interval,
         split=name,

@@ -70,6 +70,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         size_bytes: bytes of the runtime model on disk.
         peak_memory_bytes: peak resident bytes of a fresh process that ran it, less what the bare runtime takes; None: not measured.
         macs: multiply-accumulates of one call at `batch` samples, of the graph that was exported.
+        bit_operations: those, each times the bits of both of its factors; None: not counted.
         quality: the metric on the split named in `split`, from the artifact's own outputs; None where there is no data.
         quality_interval: 95 % bootstrap interval of `quality`.
         split: "test", "validation", or "" without quality.
@@ -89,6 +90,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     size_bytes: int
     peak_memory_bytes: int | None
     macs: int
+    bit_operations: int | None = None
     quality: float | None = None
     quality_interval: tuple[float, float] | None = None
     split: str = ""

@@ -107,7 +107,7 @@ class Summary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         original, optimized: both measured in the target, interleaved in the same run; optimized is None when nothing was measured.
         baselines: the original in every other runtime, eager and compiled included, by "runtime:device".
         elsewhere: their latency ÷ the original's where it is quickest, paired.
-        ratios: optimized ÷ original: "latency" (an Estimate, paired), "size", "memory", "macs".
+        ratios: optimized ÷ original: "latency" (an Estimate, paired), "size", "memory", "macs", "bit_operations".
         drop: quality lost on `split`, in the metric's unit (positive is worse); None without data.
         drop_interval: its paired bootstrap interval, of 95 % or the budget's confidence.
         split: "test", or "validation" or "evaluate" (then the verdict is selection-biased and says so).

@@ -142,6 +142,12 @@ def sides(summary: Summary) -> list[Line]:
         cells("size", lambda m: figures.size(m.size_bytes), ratio("size"), "the runtime model on disk"),
         cells("peak memory", lambda m: figures.size(m.peak_memory_bytes), ratio("memory"), "of the process, less the bare runtime"),
         cells("MACs", lambda m: figures.count(m.macs), ratio("macs"), "multiply-accumulates of a call"),
+        cells(
+            "bit operations",
+            lambda m: figures.count(m.bit_operations),
+            ratio("bit_operations"),
+            "MACs times the bits of both factors, as planned",
+        ),
         cells("roofline", bound, NOTHING, "the least time that this machine allows for the graph"),
         cells("executed kernels", kernels, NOTHING, "read back from the runtime"),
         cells(

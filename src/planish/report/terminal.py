@@ -175,6 +175,7 @@ def _sides(summary: Summary) -> str:
         line("size", lambda m: figures.size(m.size_bytes), ratios.get("size", "")),
         line("peak memory", lambda m: figures.size(m.peak_memory_bytes), ratios.get("memory", "")),
         line("MACs", lambda m: figures.count(m.macs), ratios.get("macs", "")),
+        line("bit operations", lambda m: figures.count(m.bit_operations), ratios.get("bit_operations", "")),
     ]
     parts = [
         folded(f"{summary.target}, batch {one.batch}"),
