@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ from planish.measurement import Diagnosis, Estimate, Measurement
 from planish.metrics import interval, paired_interval
 from planish.plan import FULL_PRECISION, Plan
 from planish.pursuit import Pursuit
-from planish.quantize.diagnosis import diagnose
 from planish.quantize.bits import bit_operations
+from planish.quantize.diagnosis import diagnose
 from planish.quantize.subjects import computes_in_int8
 from planish.recovery import usual_samples
 from planish.report import figures
