@@ -76,7 +76,8 @@ def test_openvino_computes_the_fake_quantized_module_on_int8_kernels(name: str, 
     split = calibration(graph, samples=3, seed=9)
     session = get_runtime("openvino").open(path, graph.signature, target)
     found = torch.from_numpy(session.run(list(split.inputs))[0])
-    assert sqnr_db(outputs(graph, split), found) > 30.0
+    # 139 to 148 dB were seen: an addition is computed in the convolution before it, and no value is rounded that the module does not round
+    assert sqnr_db(outputs(graph, split), found) > 100.0
     proof = session.proof()
     session.close()
     assert proof.float_kernels == 0, proof

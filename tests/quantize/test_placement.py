@@ -87,6 +87,17 @@ def test_residual_additions_between_int8_operators_are_int8() -> None:
     assert len(without.activations) == 8
 
 
+def test_a_sum_reads_what_an_operator_issues_for_it_alone_as_it_is() -> None:
+    model, example = nets.resnet(blocks=2, option="B")
+    found = placed(model, example, inputs=frozenset({"conv", "linear", "sum", "pool"}))
+    summands = [(value, read.position) for value, reads in found.activations.items() for read in reads if read.node.startswith("add")]
+    graph, _ = captured(model, example)
+    additions = [node for node in graph.module.graph.nodes if node.name.startswith("add")]
+    assert len(summands) == len(additions) == 6  # one each: the shortcut, be it a rectified sum or a convolution of its own
+    both = placed(model, example)
+    assert sum(read.node.startswith("add") for reads in both.activations.values() for read in reads) == 12
+
+
 def test_residual_streams_of_transformers_stay_in_float() -> None:
     model, example = nets.bert()
     found = placed(model, example)

@@ -135,9 +135,9 @@ def place(
     - Every activation input of an int8 operator gets a quantizer; it sits after the fused rectifier of what issues the value, and
       before operators that only move values, unless somebody reads the moved value in float.
     - A value has one quantizer, shared by all who read it in int8; who reads it in float reads the unquantized value.
-    - An addition or an averaging pool gets quantized inputs if its kind ("add", "pool") is in `inputs_of`, an int8 operator issues one
-      of its inputs, and its output goes to an int8 reader: alone between float neighbours it would only cost conversions and accuracy
-      (the residual stream of a Transformer stays in float).
+    - An addition or an averaging pool gets quantized inputs if its kind ("add", "sum", "pool") is in `inputs_of`, an int8 operator issues
+      one of its inputs, and its output goes to an int8 reader: alone between float neighbours it would only cost conversions and accuracy
+      (the residual stream of a Transformer stays in float). Of a "sum" one input stays as an int8 operator issued it for this reader alone.
     - Where `outputs_of` names an operator's kind, its output has a quantizer even if only float readers follow.
 
     Args:
@@ -175,7 +175,7 @@ def place(
             assert axis == inputs.axis, "a shared weight is contracted along different dimensions"
             readers.append(Read(node.name, inputs.weight))
     for node, kind in carried.items():
-        for position in (0, 1) if kind == "add" else (0,):
+        for position in _quantized_inputs(node, kind, chosen):
             reads.setdefault(_argument(node, position), set()).add((node, position))
     for node, kind in [*((n, _issuer(n, i, matrices)) for n, i in chosen.items()), *carried.items()]:
         if kind in outputs_of:
@@ -191,6 +191,17 @@ def place(
         skipped,
         repeats,
     )
+
+
+def _quantized_inputs(node: Node, kind: str, chosen: Collection[Node]) -> tuple[int, ...]:
+    """The arguments of a carried addition or pool that get a quantizer."""
+    if kind == "pool":
+        return (0,)
+    if kind == "sum":
+        for position in (0, 1):
+            if (value := _argument(node, position)) in chosen and len(value.users) == 1:
+                return (1 - position,)
+    return (0, 1)
 
 
 def _issuer(node: Node, parts: Parts, matrices: Collection[str]) -> str:
@@ -260,10 +271,11 @@ def _moves(node: Node) -> bool:
 
 
 def _carried(module: GraphModule, chosen: Mapping[Node, Parts], inputs_of: Collection[str]) -> dict[Node, str]:
-    """Additions and averaging pools that lie between int8 operators -> "add" or "pool"."""
+    """Additions and averaging pools that lie between int8 operators -> "add", "sum" or "pool"."""
     kinds = {}
+    addition = next((kind for kind in ("sum", "add") if kind in inputs_of), "")
     for node in module.graph.nodes:
-        kind = "add" if _is_residual(node) else "pool" if short_name(node) in POOLS else ""
+        kind = addition if _is_residual(node) else "pool" if short_name(node) in POOLS else ""
         if kind and kind in inputs_of:
             kinds[node] = kind
     fed: set[Node] = set()  # values that an int8 operator issues, moved and rectified
