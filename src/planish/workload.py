@@ -32,7 +32,10 @@ _HELD_OUT = 5000
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model whose weights are computed from others when it runs (weight norm as it was before parametrizations)."""
+    """A deep copy, also of a model whose weights are computed from others when it runs (weight norm as it was before parametrizations).
+
+    Tensors whose elements all are one number (the parameters of a model that is larger than memory) are shared: a copy would be as large as it looks.
+    """
     from torch import Tensor
 
     memo: dict[int, Any] = {}
@@ -40,6 +43,9 @@ def deep_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel() > 1 and not any(parameter.stride()):
+                memo[id(parameter)] = parameter
     return copy.deepcopy(model, memo)
 
 

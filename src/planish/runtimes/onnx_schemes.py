@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.onnx.ops
 from torch import Tensor, fx
@@ -128,18 +130,34 @@ def _by_groups(module: fx.GraphModule, node: fx.Node, parts: Parts, rounding: fx
     _, _, _, group, low, high = rounding.args
     assert isinstance(group, int) and isinstance(low, int) and isinstance(high, int)
     matrix = weight.t() if parts.axis else weight
+    tensors = packed_groups(matrix, scale, zero_point, group, low, high)
+    with module.graph.inserting_before(node):
+        read = [held(module, f"{rounding.name}_{name}", tensor) for name, tensor in tensors.items()]
+    multiply_by_groups(node, parts, read, matrix.shape[1], len(matrix), (high - low).bit_length(), group)
+
+
+def packed_groups(matrix: Tensor, scale: Tensor, zero_point: Tensor, group: int, low: int, high: int) -> dict[str, Tensor]:
+    """What `MatMulNBits` keeps of a matrix `[rows, columns]` whose groups have these scales and zero points, `[rows, groups]`.
+
+    Returns:
+        "packed", uint8 [rows, groups, bytes of a group]; "scales", float32 [rows, groups]; "zeros", uint8 [rows, bytes of the groups].
+    """
     scales, zeros = (along_groups(values, group, matrix.shape[1]) for values in (scale, zero_point))
     bits = (high - low).bit_length()
     columns = scale.shape[1] * group
     packed = _packed(pad(_integers(matrix, scales, zeros, low, high).to(torch.uint8), (0, columns - matrix.shape[1])), bits)
-    with module.graph.inserting_before(node):
-        stored = held(module, f"{rounding.name}_packed", packed.reshape(len(matrix), scale.shape[1], -1).contiguous())
-        scales_read = held(module, f"{rounding.name}_scales", scale)
-        zeros_read = held(module, f"{rounding.name}_zeros", _packed(zero_point.to(torch.uint8), bits).contiguous())
-        activation = node.args[parts.activations[0]]
-        attributes = (matrix.shape[1], len(matrix), bits, group)
-        call = module.graph.call_function(_grouped_product, (activation, stored, scales_read, zeros_read, bias_of(node), *attributes))
-        _replace(node, call)
+    return {
+        "packed": packed.reshape(len(matrix), scale.shape[1], -1).contiguous(),
+        "scales": scale,
+        "zeros": _packed(zero_point.to(torch.uint8), bits).contiguous(),
+    }
+
+
+def multiply_by_groups(node: fx.Node, parts: Parts, read: Sequence[fx.Node], inputs: int, outputs: int, bits: int, group: int) -> None:
+    """Puts `MatMulNBits` in the place of an operator; `read` are the nodes of `packed_groups`, in its order."""
+    with node.graph.inserting_before(node):
+        arguments = (node.args[parts.activations[0]], *read, bias_of(node), inputs, outputs, bits, group)
+        _replace(node, node.graph.call_function(_grouped_product, arguments))
 
 
 def _packed(values: Tensor, bits: int) -> Tensor:

@@ -61,6 +61,21 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
     pack_recurrent(prepared.module)
     if is_quantized(prepared):
         prepared = to_qdq(to_onnx_schemes(prepared))
+    model = traced(prepared)
+    finish(model, graph.signature)
+    if graph.floats != "fp32":
+        model.metadata_props[FLOATS] = graph.floats
+    pack_codebooks(model)
+    pack_zeros(model)
+    _save(model, path)
+
+
+def traced(prepared: Graph, optimize: bool = True) -> ir.Model:
+    """The ONNX model of a graph whose operators all have an ONNX form, with the exporter's names; the graph is changed.
+
+    Raises:
+        UsageError: an operator has none.
+    """
     set_mode(prepared, training=False)
     _drop_dropout(prepared.module)
     _copy_passed_through(prepared.module)
@@ -75,7 +90,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                optimize=True,
+                optimize=optimize,
                 verbose=False,
                 custom_translation_table=table,
             )
@@ -86,12 +101,7 @@ def to_onnx(graph: Graph, path: Path, rewrite: Callable[[Graph], Graph] | None =
     assert exported is not None
     model = exported.model
     write_dequantized(model)
-    _finish(model, graph.signature)
-    if graph.floats != "fp32":
-        model.metadata_props[FLOATS] = graph.floats
-    pack_codebooks(model)
-    pack_zeros(model)
-    _save(model, path)
+    return model
 
 
 def _innermost(error: BaseException) -> str:
@@ -227,7 +237,7 @@ def _copy_passed_through(module: fx.GraphModule) -> None:
     output.args = (tuple(results),)
 
 
-def _finish(model: ir.Model, signature: Signature) -> None:
+def finish(model: ir.Model, signature: Signature) -> None:
     """Names and axes of the signature; nothing of the machine that exported (paths, versions, stack traces)."""
     graph = model.graph
     names = {spec.name for spec in signature.inputs}

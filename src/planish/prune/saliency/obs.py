@@ -24,7 +24,7 @@ _STEPS = 256
 
 
 @dataclass
-class _Reader:
+class Reader:
     """A linear map while its columns go: W^T W [c, c], the inverse of the damped H = E[x x^T] [c, c], columns of each unit [units, m], and
     whether none of them ever varies [units]."""
 
@@ -115,14 +115,14 @@ def exact_scores(
     found: dict[str, NDArray[np.float64]] = {}
     for name in (name for name in analysis.groups if name in spent and spent[name] <= most_work):
         group = analysis.groups[name]
-        given = [_reader(parameters[weight], seen.moments[weight], group, group.unit_of[weight, 1]) for weight in seen.readers[name]]
+        given = [reader_of(parameters[weight], seen.moments[weight], group, group.unit_of[weight, 1]) for weight in seen.readers[name]]
         readers = [reader for reader in given if reader is not None]
         is_whole = len(readers) == len(given)
-        found[name] = finite(_in_turn(readers, group.units)) if is_whole else np.full(group.units, np.nan)
+        found[name] = finite(in_turn(readers, group.units)) if is_whole else np.full(group.units, np.nan)
     return found
 
 
-def _reader(weight: Tensor, moments: Moments, group: Group, unit_of: NDArray[np.int64]) -> _Reader | None:
+def reader_of(weight: Tensor, moments: Moments, group: Group, unit_of: NDArray[np.int64]) -> Reader | None:
     """A reader before anything went; None where its weight or what it reads is not finite."""
     gram = moments.second(centered=True)[0][0]
     rows = weight.double().reshape(len(weight), -1)
@@ -132,10 +132,10 @@ def _reader(weight: Tensor, moments: Moments, group: Group, unit_of: NDArray[np.
     varies = gram.diagonal() > _STILL * gram.diagonal().mean()
     gram = gram + torch.eye(len(gram), dtype=gram.dtype) * (_DAMPING * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
     energy = max(float(((rows @ gram) * rows).sum()), torch.finfo(torch.float32).tiny)
-    return _Reader(rows.T @ rows, torch.linalg.inv(gram), at, energy, ~varies[at].any(1))
+    return Reader(rows.T @ rows, torch.linalg.inv(gram), at, energy, ~varies[at].any(1))
 
 
-def _in_turn(readers: list[_Reader], units: int) -> NDArray[np.float64]:
+def in_turn(readers: list[Reader], units: int) -> NDArray[np.float64]:
     """The error made when each unit went; units that never vary cost nothing, whatever else costs nothing for want of samples."""
     is_still = torch.stack([reader.is_still for reader in readers]).all(0)
     left, reached, found = (~is_still).nonzero()[:, 0], 0.0, np.zeros(units)

@@ -1,0 +1,92 @@
+"""Models without weights: every parameter has its shape, and one number for memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import UsageError
+from planish.streaming.weights import Weights
+
+
+def hollow(shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of a shape that share one number."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Module:
+    """The model with hollow parameters, in evaluation mode; buffers are as they were made, or read where the file has them.
+
+    Args:
+        model: a function that builds it (each parameter is dropped as soon as it is made), or a module on the meta device.
+        weights: must hold every parameter, in its shape; of parameters that are one tensor, one name.
+
+    Raises:
+        UsageError: it builds no module; a parameter that the weights lack or have in another shape; or a buffer without values.
+    """
+    if not isinstance(model, nn.Module):
+        with _without_weights():
+            model = model()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: must be a torch.nn.Module or a function that builds one; got {type(model).__name__}")
+    shared: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                kept = shared.setdefault(id(parameter), nn.Parameter(hollow(parameter.shape), requires_grad=False))
+                module._parameters[name] = kept
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                path = next(f"{prefix}.{name}".lstrip(".") for prefix, owner in model.named_modules() if owner is module)
+                if path not in weights:
+                    raise UsageError(
+                        f"model: buffer {path!r} must have values; it lies on the meta device and the weights lack it; give a function "
+                        "that builds the model, not the model"
+                    )
+                module._buffers[name] = weights.read(path)
+    stored_names(model, weights)
+    return model.eval()
+
+
+def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:
+    """Every name of every parameter -> the name under which its values are stored.
+
+    Raises:
+        UsageError: there is none, or its shape differs.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same = names[id(parameter)]
+        stored = next((one for one in same if one in weights), None)
+        if stored is None:
+            some = ", ".join(list(weights)[:3])
+            raise UsageError(f"weights: {weights.path} must hold parameter {name!r}; it holds {some}, ...; names must be those of the model")
+        if weights.shape(stored) != tuple(parameter.shape):
+            raise UsageError(
+                f"weights: {stored!r} must have shape {list(parameter.shape)}, as in the model; it has {list(weights.shape(stored))}"
+            )
+        found[name] = stored
+    return found
+
+
+@contextlib.contextmanager
+def _without_weights() -> Iterator[None]:
+    """Within, a parameter goes to the meta device as soon as a module takes it; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,74 @@
+"""The ONNX model around tensors that lie in a file of their own: made from a hollow graph, so that none of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from planish.graph.graph import Graph
+from planish.graph.parts import Parts, parts_of
+from planish.graph.qdq import held
+from planish.runtimes.onnx_schemes import multiply_by_groups
+from planish.runtimes.to_onnx import finish, traced
+from planish.streaming.hollow import hollow
+from planish.streaming.pieces import Pieces
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """An operator whose weight is kept by groups.
+
+    Args:
+        prefix: of the names of its tensors among the pieces.
+        outputs, inputs: sizes of its matrix.
+        bits, group: of the integers, and how many share a scale.
+    """
+
+    prefix: str
+    outputs: int
+    inputs: int
+    bits: int
+    group: int
+
+
+def write_onnx(graph: Graph, grouped: Mapping[Node, Grouped], stored: Mapping[str, str], pieces: Pieces, path: Path) -> None:
+    """Writes `path`, whose tensors lie in the file of `pieces` beside it.
+
+    Args:
+        graph: hollow; it is used up.
+        grouped: operators of its program that multiply by groups.
+        stored: parameter -> its name among the pieces.
+        pieces: hold what the operators and the other parameters need.
+    """
+    module = graph.module
+    for name, stands_for in stored.items():
+        if stands_for in pieces:
+            owner, _, leaf = name.rpartition(".")
+            shape = pieces.shape(stands_for)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(hollow(shape), requires_grad=False))
+    names: dict[str, str] = {name: stands_for for name, stands_for in stored.items() if stands_for in pieces}
+    for node, how in grouped.items():
+        parts = parts_of(node)
+        assert isinstance(parts, Parts)
+        with module.graph.inserting_before(node):
+            read = []
+            for what in ("packed", "scales", "zeros"):
+                piece = f"{how.prefix}.{what}"
+                read.append(held(module, f"{node.name}_{what}", hollow(pieces.shape(piece), pieces.dtype(piece))))
+                names[str(read[-1].target)] = piece
+        multiply_by_groups(node, parts, read, how.inputs, how.outputs, how.bits, how.group)
+    module.graph.eliminate_dead_code()
+    graph.module = GraphModule(module, module.graph)
+    model = traced(graph, optimize=False)
+    for name, value in model.graph.initializers.items():
+        if name in names:
+            value.const_value = pieces.external(names[name])
+    finish(model, graph.signature)
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
