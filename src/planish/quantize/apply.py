@@ -14,6 +14,7 @@ from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable
 from planish.quantize.arithmetic import Quantizer, int8_weights, unsigned
 from planish.quantize.bias import correct_biases, round_biases_
+from planish.quantize.concatenations import with_shared
 from planish.quantize.contract import Equalization, Rounding
 from planish.quantize.equalize.smooth import unclipped
 from planish.quantize.ground import Ground, equalized, ground_of
@@ -124,7 +125,7 @@ def quantize_on(
     skipped.update(unfit)
     local = {name: scheme for name, scheme in local.items() if name not in unfit}
     whole = unclipped(reference, placement, ground.watched, ground.smoothed)
-    activations = {**ground.activations, **dict(whole.values())}
+    activations = with_shared({**ground.activations, **dict(whole.values())}, placement.shared)
     product = ground.graph.copy()
     module = product.module
     owners = {value: placement.repeats.get(value, value) for value in placement.activations}
@@ -165,7 +166,7 @@ def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runti
         left = {name: node for name, node in static.items() if name not in skipped}
         placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of, matrices)
         skipped.update(placement.skipped)
-        ground.watch(value for value in placement.activations if value not in placement.repeats)
+        ground.watch(placement.watched)
         unfit = why_not(module, placement, static, ground.watched)
         if not unfit:
             return placement, skipped
