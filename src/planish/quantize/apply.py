@@ -19,7 +19,7 @@ from planish.quantize.contract import Equalization, Rounding
 from planish.quantize.equalize.smooth import unclipped
 from planish.quantize.ground import Ground, equalized, ground_of
 from planish.quantize.insert import insert, watch, why_not
-from planish.quantize.local import quantize_locally, why_not_locally
+from planish.quantize.local import form_of, quantize_locally, why_not_locally
 from planish.quantize.placement import Placement, Read, narrow_reads, place
 from planish.quantize.round import round_
 from planish.quantize.subjects import chosen_nodes
@@ -138,6 +138,10 @@ def quantize_on(
         if (quantizer := activations.get(owner)) is not None:
             further = {width: (reads, narrow[owner, width]) for width, reads in narrow_of.get(value, {}).items()}
             _insert_activation(module, value, placement.activations[value], owner, quantizer, further)
+    in_product = {node.name: node for node in module.graph.nodes}
+    for name in placement.operators:
+        node = in_product[nodes[name]]
+        node.target = form_of(node, chosen[name][1])
     schemes = {nodes[name]: scheme for name, scheme in local.items()}
     quantize_locally(module, schemes, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()

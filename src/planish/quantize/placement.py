@@ -9,9 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
-from planish.graph.parts import Parts, parts_of
+from planish.graph.parts import Parts, parts_of, steps_of, tensor_of
 from planish.quantize.concatenations import grids_in_common, parts_of_concatenation
-from planish.quantize.movements import PADDINGS, POOLS, RECTIFIERS, argument, moves
+from planish.quantize.movements import PADDINGS, POOLS, RECTIFIERS, argument, is_rectified, moves
 
 ADDITIONS = frozenset({"add", "add_"})
 
@@ -137,6 +137,8 @@ def place(
         found = parts_of(node)
         if isinstance(found, Parts) and found.kind not in inputs_of:
             found = f"the runtime executes no {found.kind} in int8"
+        if isinstance(found, Parts) and found.kind == "conv_transpose" and (reason := _no_transposed(module, node)):
+            found = reason
         if isinstance(found, str):
             skipped[name] = found
             continue
@@ -175,6 +177,27 @@ def place(
         skipped,
         {value.name: source.name for value, source in repeats.items()},
         {owner.name: tuple(member.name for member in members) for owner, members in shared.items()},
+    )
+
+
+def _no_transposed(module: GraphModule, node: Node) -> str:
+    """Why a transposed convolution would not run in int8, or be slower than in float, in the runtime that has such a kernel; "" where it does.
+
+    OpenVINO on AVX-512: brgconv in int8 for one group, strides up to 3 and kernels no smaller than the stride, and only if zero is the
+    lowest integer of the input; else it runs in float, without a word. Dilated ones run as `jit_gemm`, 10 times slower than in float.
+    """
+    stride, dilation, groups = steps_of(node)
+    kernel = tensor_of(module, argument(node, 1)).shape[2:]
+    if groups > 1:
+        return "a transposed convolution in groups has no int8 kernel"
+    if max(dilation) > 1:
+        return "a dilated transposed convolution is slower in int8"
+    if max(stride) > 3 or min(kernel) < max(stride):
+        return "a transposed convolution has an int8 kernel only for strides up to 3 and kernels no smaller than the stride"
+    return (
+        ""
+        if is_rectified(argument(node, 0))
+        else "a transposed convolution has an int8 kernel only behind a rectifier; its input may be below zero"
     )
 
 
