@@ -26,6 +26,7 @@ _HOMES = {
     "load": "planish.artifact",
     "optimize": "planish.flow",
     "resume": "planish.flow",
+    "shrink": "planish.streaming.shrink",
     "verify": "planish.verification",
 }
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "optimize",
     "resume",
+    "shrink",
     "verify",
 ]
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from planish.plan import Plan as Plan
     from planish.plan import Recovery as Recovery
     from planish.result import Result as Result
+    from planish.streaming.shrink import shrink as shrink
     from planish.target import Target as Target
     from planish.verification import verify as verify
     from planish.workload import Workload as Workload

@@ -316,6 +316,55 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     return _show_result(console, _resumable(console, work, out, job, options["time_limit"]))
 
 
+@cli.command(
+    epilog=_example(
+        "planish shrink job.py --weights checkpoint/ --out llama.shrunk",
+        "planish shrink job.py --weights model.safetensors --scheme int8-weights --prune 0.25",
+    )
+)
+@job_argument
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="A safetensors file, or a folder of them, whose names are those of the model's parameters.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to write; NAME.shrunk by default.")
+@click.option("--scheme", default="int4-weights", show_default=True, help="What weights are kept in: int4-weights or int8-weights.")
+@click.option("--rounding", default="gptq", show_default=True, help="How they are rounded: gptq or nearest.")
+@click.option("--prune", type=float, default=0.0, show_default=True, help="Share of the hidden units that leaves each feed-forward layer.")
+@click.option("--observer", default=DEFAULT_OBSERVER, show_default=True, help="How scales are chosen.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@_common
+@click.pass_obj
+def shrink(console: Console, /, job: Path, weights: Path, **options: Any) -> None:
+    """A Transformer that does not fit into memory: weights read, pruned, rounded and written part by part. The job's `model` is a function
+    that builds the net; its weights are dropped as they are made."""
+    from planish import registry
+    from planish.report import figures
+
+    for kind in ("scheme", "rounding", "observer"):
+        registry.check(kind, options[kind])
+    workload = _load(console, job)
+    from planish.streaming.shrink import shrink as run
+
+    names = ("out", "scheme", "rounding", "prune", "observer", "overwrite", "seed")
+    with console.running():
+        found = run(workload, weights, events=console, **{name: options[name] for name in names})
+    worst = max(found.operators, key=lambda one: one.error)
+    lines = [
+        f"weights         {figures.size(found.bytes_before)} -> {figures.size(found.bytes_after)}",
+        f"peak memory     {figures.size(found.peak_memory_bytes)}, {figures.size(found.memory_before_bytes)} of it before",
+        f"worst operator  {worst.name}: {worst.error:.2%} of its output's power",
+        f"in float        {', '.join(found.skipped) or 'nothing'}",
+    ]
+    if found.cosine is not None and found.agreement is not None:
+        lines.insert(2, f"outputs         cosine {found.cosine:.4f}, agreement {found.agreement:.4f}, on {found.held_out} samples held out")
+    if found.note:
+        lines.append(found.note)
+    console.answer(found.to_json(), "\n".join([*lines, f"written: {found.path}", ""]))
+
+
 @cli.command(epilog=_example("planish resume out/net.planish job.py"))
 @artifact_argument
 @optional_job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from quantizing import captured, everything
@@ -159,7 +160,29 @@ def test_what_has_no_int8_form_is_named() -> None:
             return self.down(self.up(x))
 
     found = placed(Odd(), (torch.randn(2, 4, 5, 5),))
-    assert found.skipped == {"up": "transposed convolutions have no int8 kernel"}
+    assert found.skipped == {"up": "the runtime executes no conv_transpose in int8"}
     assert list(found.operators) == ["down"]
     unwanted = placed(Odd(), (torch.randn(2, 4, 5, 5),), inputs=frozenset({"linear"}))
     assert unwanted.skipped["down"] == "the runtime executes no conv in int8" and not unwanted.activations
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, ""),
+        ({"kernel_size": 2}, ""),
+        ({"groups": 2}, "a transposed convolution in groups has no int8 kernel"),
+        ({"dilation": 2}, "a dilated transposed convolution is slower in int8"),
+        ({"stride": 4}, "a transposed convolution has an int8 kernel only for strides up to 3 and kernels no smaller than the stride"),
+        ({"kernel_size": 1}, "a transposed convolution has an int8 kernel only for strides up to 3 and kernels no smaller than the stride"),
+        ({"is_rectified": False}, "a transposed convolution has an int8 kernel only behind a rectifier; its input may be below zero"),
+    ],
+)
+def test_a_transposed_convolution_is_int8_where_there_is_a_kernel(settings: dict[str, int], reason: str) -> None:
+    given = {"kernel_size": 4, "stride": 2, **settings}
+    rectifier = nn.ReLU() if given.pop("is_rectified", True) else nn.Tanh()
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), rectifier, nn.MaxPool2d(2), nn.ConvTranspose2d(4, 6, **given))
+    found = placed(model, (torch.randn(2, 4, 9, 9),), inputs=ALL | {"conv_transpose"})
+    assert found.skipped == ({"3": reason} if reason else {})
+    if not reason:
+        assert next(axis for _, axis in list(found.weights.values())[1:]) == 1

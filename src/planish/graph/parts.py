@@ -23,7 +23,7 @@ class Parts:
     """Positions among `node.args`.
 
     Args:
-        kind: "conv", "linear", "matmul", "embedding", "lstm" or "gru".
+        kind: "conv", "conv_transpose", "linear", "matmul", "attention", "embedding", "lstm" or "gru".
         activations: what gets activation quantizers.
         weight: the parameter, or a list that begins with the matrices of a recurrent layer; None where both operands are activations.
         axis: the weight's dimension that has a scale per index: outputs, or rows of an embedding.
@@ -41,11 +41,10 @@ def parts_of(node: Node) -> Parts | str:
     """The parts of an operator, or why it has no form but floating point."""
     name = short_name(node)
     if name in CONVOLUTIONS:
-        if name == "convolution" and node.args[6]:
-            return "transposed convolutions have no int8 kernel"
-        return _weighted(node, Parts("conv", (0,), 1, 0, 2))
+        is_transposed = name == "convolution" and node.args[6]
+        return _weighted(node, Parts("conv_transpose", (0,), 1, 1, 2) if is_transposed else Parts("conv", (0,), 1, 0, 2))
     if name.startswith("conv_transpose"):
-        return "transposed convolutions have no int8 kernel"
+        return _weighted(node, Parts("conv_transpose", (0,), 1, 1, 2))
     if name == "linear":
         return _weighted(node, Parts("linear", (0,), 1, 0, 2))
     if name == "addmm" and node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1:
@@ -67,9 +66,18 @@ def parts_of(node: Node) -> Parts | str:
             axis = tensor_of(held.graph.owning_module, held).dim() - 1
             return Parts("matmul", (0,), 1, axis) if axis > 0 else "its right operand is a vector"
         return Parts("matmul", (0, 1))
-    if name == "scaled_dot_product_attention":
-        return "attention is one operator in the program, whose products cannot be quantized one by one"
+    if name in ("scaled_dot_product_attention", "static_attention"):
+        is_grouped = node.kwargs.get("enable_gqa", False)
+        return "attention whose queries share keys has no int8 form" if is_grouped else Parts("attention", (0, 1, 2))
     return f"{name or node.op} has no int8 kernel"
+
+
+def steps_of(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Stride and dilation of a transposed convolution, which may be one number for all axes, and its groups."""
+    at = (3, 5, 8) if short_name(node) == "convolution" else (3, 7, 6)
+    stride, dilation, groups = (node.args[i] if len(node.args) > i else 1 for i in at)
+    spread = [tuple(value) if isinstance(value, (list, tuple)) else (value,) for value in (stride, dilation)]
+    return spread[0], spread[1], int(groups)  # type: ignore[arg-type]
 
 
 def _weighted(node: Node, parts: Parts) -> Parts | str:

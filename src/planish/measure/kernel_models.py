@@ -125,12 +125,12 @@ def build(
         return model.finish(*model.consumer(model.quantized(x) if int8 else x, kernel.output, layout, int8))
     if _is_fed(kernel):
         xs = [model.input(shape, "int64" if kernel.kind == "embedding" else "float32") for shape in _activations(kernel)[:1]]
-        xs = [model.quantized(x) if int8 else x for x in xs]
+        xs = [model.quantized(x) if int8 else x for x in xs]  # no transposed convolution: its input must be at least zero
     else:
         xs = []
     for shape in _produced(kernel):
         x = model.producer(shape, layout, int8, barred=_is_barred(kernel))
-        xs.append(model.quantized(x) if int8 else x)
+        xs.append(model.quantized(x, zero=0 if dict(kernel.attributes).get("transposed") else 128) if int8 else x)
     y = CORES[kernel.kind](model, kernel, xs, int8)
     is_positive = False
     if int8 and kernel.kind in quantized_outputs and kernel.fused and kernel.fused[0] not in ("relu", "relu6", *BINARY):

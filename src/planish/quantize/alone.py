@@ -16,6 +16,7 @@ from planish.graph.graph import Analysis
 from planish.graph.parts import Parts, parts_of, tensor_of, weights_of
 from planish.graph.replay import Environment, Replay
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights, unsigned
+from planish.quantize.concatenations import with_shared
 from planish.quantize.contract import Scheme
 from planish.quantize.equalize.smooth import readers_by_activation, smooth, unclipped
 from planish.quantize.ground import Ground
@@ -127,9 +128,9 @@ def _static(
     by_name = {node.name: node for node in module.graph.nodes}
     placement = place(module, nodes, runtime.quantize_inputs_of, ())
     reasons.update(placement.skipped)
-    ground.watch(value for value in placement.activations if value not in placement.repeats)
+    ground.watch(placement.watched)
     reasons.update(why_not(module, placement, nodes, ground.watched))
-    watched = ground.activations
+    watched = with_shared(ground.activations, placement.shared)
     if scheme.activation_bits < INT8.activation_bits:
         narrow = watch(module, ground.flat, list(watched), ground.make, unsigned(scheme.activation_bits))
         watched = {value: found for value, found in narrow.items() if isinstance(found, Quantizer)}

@@ -14,11 +14,12 @@ from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable
 from planish.quantize.arithmetic import Quantizer, int8_weights, unsigned
 from planish.quantize.bias import correct_biases, round_biases_
+from planish.quantize.concatenations import with_shared
 from planish.quantize.contract import Equalization, Rounding
 from planish.quantize.equalize.smooth import unclipped
 from planish.quantize.ground import Ground, equalized, ground_of
 from planish.quantize.insert import insert, watch, why_not
-from planish.quantize.local import quantize_locally, why_not_locally
+from planish.quantize.local import form_of, quantize_locally, why_not_locally
 from planish.quantize.placement import Placement, Read, narrow_reads, place
 from planish.quantize.round import round_
 from planish.quantize.subjects import chosen_nodes
@@ -124,7 +125,7 @@ def quantize_on(
     skipped.update(unfit)
     local = {name: scheme for name, scheme in local.items() if name not in unfit}
     whole = unclipped(reference, placement, ground.watched, ground.smoothed)
-    activations = {**ground.activations, **dict(whole.values())}
+    activations = with_shared({**ground.activations, **dict(whole.values())}, placement.shared)
     product = ground.graph.copy()
     module = product.module
     owners = {value: placement.repeats.get(value, value) for value in placement.activations}
@@ -137,6 +138,10 @@ def quantize_on(
         if (quantizer := activations.get(owner)) is not None:
             further = {width: (reads, narrow[owner, width]) for width, reads in narrow_of.get(value, {}).items()}
             _insert_activation(module, value, placement.activations[value], owner, quantizer, further)
+    in_product = {node.name: node for node in module.graph.nodes}
+    for name in placement.operators:
+        node = in_product[nodes[name]]
+        node.target = form_of(node, chosen[name][1])
     schemes = {nodes[name]: scheme for name, scheme in local.items()}
     quantize_locally(module, schemes, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()
@@ -165,7 +170,7 @@ def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runti
         left = {name: node for name, node in static.items() if name not in skipped}
         placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of, matrices)
         skipped.update(placement.skipped)
-        ground.watch(value for value in placement.activations if value not in placement.repeats)
+        ground.watch(placement.watched)
         unfit = why_not(module, placement, static, ground.watched)
         if not unfit:
             return placement, skipped

@@ -38,7 +38,7 @@ class Scheme:
 
     Args:
         name: as plans and users write it.
-        kinds: the kinds of operators that have a form in it: "conv", "linear", "matmul", "embedding", "lstm", "gru".
+        kinds: the kinds of operators that have a form in it: "conv", "conv_transpose", "linear", "matmul", "attention", "embedding", "lstm", "gru".
         weight_bits: of the grid that weights are rounded to.
         activations: "static" (int8, in ranges from calibration data), "dynamic" (int8, in the range of each call), or "float".
         group: how many weights along the inputs share a scale (fewer where that does not divide them); 0: all of one output.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.functional import pad
 
+from planish.graph.attention import static_attention
 from planish.graph.fake_quantize import dynamic_lstm, fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
 from planish.graph.parts import RECURRENT, Parts, parts_of, weights_of
 from planish.quantize.arithmetic import Grid, GroupQuantizer, Quantizer, fake_quantize, int8_weights
@@ -47,7 +48,10 @@ def why_not_locally(module: GraphModule, node: Node, scheme: Scheme) -> str:
 def form_of(node: Node, scheme: Scheme) -> Callable[..., Any]:
     """What computes an operator in a scheme, given rounded weights and activations: itself, unless it rounds something between its steps."""
     assert callable(node.target), node.format_node()
-    return dynamic_lstm if scheme.activations == "dynamic" and _parts(node).kind == "lstm" else node.target
+    kind = _parts(node).kind
+    if (kind, scheme.activations) == ("attention", "static"):
+        return static_attention
+    return dynamic_lstm if (kind, scheme.activations) == ("lstm", "dynamic") else node.target
 
 
 def local_quantizer(weight: Tensor, parts: Parts, scheme: Scheme, target: Target, make: Callable[[Grid], Observer]) -> WeightQuantizer:

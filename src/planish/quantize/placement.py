@@ -9,39 +9,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
-from planish.graph.parts import Parts, parts_of
+from planish.graph.parts import Parts, parts_of, steps_of, tensor_of
+from planish.quantize.concatenations import grids_in_common, parts_of_concatenation
+from planish.quantize.movements import PADDINGS, POOLS, RECTIFIERS, argument, is_rectified, moves
 
 ADDITIONS = frozenset({"add", "add_"})
-POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
-RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
-PADDINGS = frozenset({"pad", "constant_pad_nd"})
-MOVEMENTS = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "permute",
-        "transpose",
-        "slice",
-        "select",
-        "expand",
-        "contiguous",
-        "clone",
-        "dropout",
-        "dropout_",
-        "alias",
-        "detach",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "pad",
-        "constant_pad_nd",
-    ]
-)
-"""Operators whose output lies on the grid of their input: moving values, taking their maximum, and padding with zeros."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +33,10 @@ class Placement:
         weights: parameter node -> (readers, dimension with one scale per index).
         operators: the operators that are int8 -> the weight's node, or None.
         skipped: operators that stay in float -> why.
-        repeats: padded value -> the value that it moves, whose quantizer it gets once more (which changes no number): ONNX Runtime
-            passes int8 through slices and views but not through padding, and would add the two in float behind it.
+        repeats: value -> the value whose quantizer it gets too. A padded value that of what it moves, which changes no number: ONNX Runtime
+            passes int8 through slices and views but not through padding, and would add the two in float behind it. Parts of a
+            concatenation that of the whole.
+        shared: value -> the values on whose ranges its quantizer is chosen, itself among them: a concatenation and its parts.
     """
 
     activations: Mapping[str, tuple[Read, ...]]
@@ -70,16 +44,22 @@ class Placement:
     operators: Mapping[str, str | None]
     skipped: Mapping[str, str]
     repeats: Mapping[str, str]
+    shared: Mapping[str, tuple[str, ...]]
+
+    @property
+    def watched(self) -> list[str]:
+        """The values whose ranges decide on quantizers."""
+        return [value for value in self.activations if value not in self.repeats] + [v for members in self.shared.values() for v in members]
 
 
 def source_among(node: Node, position: int, placement: Placement) -> str | None:
-    """The value with a quantizer of its own that an operator's argument comes from, through movements; None if there is none."""
-    value = _argument(node, position)
-    while value.name not in placement.activations or value.name in placement.repeats:
-        if not _moves(value):
+    """The value whose quantizer an operator's argument has, through movements; None if it has none."""
+    value = argument(node, position)
+    while value.name not in placement.activations:
+        if not moves(value):
             return None
-        value = _argument(value, 0)
-    return value.name
+        value = argument(value, 0)
+    return placement.repeats.get(value.name, value.name)
 
 
 def narrow_reads(module: GraphModule, placement: Placement, bits: Mapping[str, int]) -> dict[str, dict[int, tuple[Read, ...]]]:
@@ -92,7 +72,7 @@ def narrow_reads(module: GraphModule, placement: Placement, bits: Mapping[str, i
     nodes = {node.name: node for node in module.graph.nodes}
 
     def wanted(node: Node) -> int:
-        return max(map(wanted, node.users), default=8) if node.name not in bits and _moves(node) else bits.get(node.name, 8)
+        return max(map(wanted, node.users), default=8) if node.name not in bits and moves(node) else bits.get(node.name, 8)
 
     out: dict[str, dict[int, tuple[Read, ...]]] = {}
     for value, reads in placement.activations.items():
@@ -135,9 +115,10 @@ def place(
     - Every activation input of an int8 operator gets a quantizer; it sits after the fused rectifier of what issues the value, and
       before operators that only move values, unless somebody reads the moved value in float.
     - A value has one quantizer, shared by all who read it in int8; who reads it in float reads the unquantized value.
-    - An addition or an averaging pool gets quantized inputs if its kind ("add", "sum", "pool") is in `inputs_of`, an int8 operator issues
-      one of its inputs, and its output goes to an int8 reader: alone between float neighbours it would only cost conversions and accuracy
-      (the residual stream of a Transformer stays in float). Of a "sum" one input stays as an int8 operator issued it for this reader alone.
+    - An addition, an averaging pool or a concatenation gets quantized inputs if its kind ("add", "sum", "pool", "cat") is in `inputs_of`,
+      an int8 operator issues one of its inputs, and its output goes to an int8 reader: alone between float neighbours it would only cost
+      conversions and accuracy (the residual stream of a Transformer stays in float). Of a "sum" one input stays as an int8 operator issued
+      it for this reader alone. What is concatenated shares one quantizer.
     - Where `outputs_of` names an operator's kind, its output has a quantizer even if only float readers follow.
 
     Args:
@@ -157,6 +138,8 @@ def place(
         found = parts_of(node)
         if isinstance(found, Parts) and found.kind not in inputs_of:
             found = f"the runtime executes no {found.kind} in int8"
+        if isinstance(found, Parts) and found.kind == "conv_transpose" and (reason := _no_transposed(module, node)):
+            found = reason
         if isinstance(found, str):
             skipped[name] = found
             continue
@@ -169,18 +152,22 @@ def place(
     weights: dict[Node, tuple[list[Read], int]] = {}
     for node, inputs in chosen.items():
         for position in inputs.activations:
-            reads.setdefault(_argument(node, position), set()).add((node, position))
+            reads.setdefault(argument(node, position), set()).add((node, position))
         if inputs.weight is not None:
-            readers, axis = weights.setdefault(_argument(node, inputs.weight), ([], inputs.axis))
+            readers, axis = weights.setdefault(argument(node, inputs.weight), ([], inputs.axis))
             assert axis == inputs.axis, "a shared weight is contracted along different dimensions"
             readers.append(Read(node.name, inputs.weight))
     for node, kind in carried.items():
-        for position in _quantized_inputs(node, kind, chosen):
-            reads.setdefault(_argument(node, position), set()).add((node, position))
+        for value, position in _quantized_inputs(node, kind, chosen):
+            reads.setdefault(value, set()).add((node, position))
     for node, kind in [*((n, _issuer(n, i, matrices)) for n, i in chosen.items()), *carried.items()]:
         if kind in outputs_of:
             _read_by_all(after_activation(node), reads)
     repeats = _lift_over_movements(reads, order)
+    concatenations = [node for node, kind in carried.items() if kind == "cat"]
+    shared = grids_in_common(concatenations, reads.keys() - repeats.keys(), order)
+    repeats.update({member: owner for owner, members in shared.items() for member in members if member is not owner})
+    repeats.update({value: repeats[source] for value, source in repeats.items() if source in repeats})
     return Placement(
         {
             value.name: tuple(Read(n.name, p) for n, p in sorted(reads[value], key=lambda r: (order[r[0]], r[1])))
@@ -189,19 +176,39 @@ def place(
         {value.name: (tuple(readers), axis) for value, (readers, axis) in weights.items()},
         issued,
         skipped,
-        repeats,
+        {value.name: source.name for value, source in repeats.items()},
+        {owner.name: tuple(member.name for member in members) for owner, members in shared.items()},
     )
 
 
-def _quantized_inputs(node: Node, kind: str, chosen: Collection[Node]) -> tuple[int, ...]:
-    """The arguments of a carried addition or pool that get a quantizer."""
-    if kind == "pool":
-        return (0,)
-    if kind == "sum":
-        for position in (0, 1):
-            if (value := _argument(node, position)) in chosen and len(value.users) == 1:
-                return (1 - position,)
-    return (0, 1)
+def _no_transposed(module: GraphModule, node: Node) -> str:
+    """Why a transposed convolution would not run in int8, or be slower than in float, in the runtime that has such a kernel; "" where it does.
+
+    OpenVINO on AVX-512: brgconv in int8 for one group, strides up to 3 and kernels no smaller than the stride, and only if zero is the
+    lowest integer of the input; else it runs in float, without a word. Dilated ones run as `jit_gemm`, 10 times slower than in float.
+    """
+    stride, dilation, groups = steps_of(node)
+    kernel = tensor_of(module, argument(node, 1)).shape[2:]
+    if groups > 1:
+        return "a transposed convolution in groups has no int8 kernel"
+    if max(dilation) > 1:
+        return "a dilated transposed convolution is slower in int8"
+    if max(stride) > 3 or min(kernel) < max(stride):
+        return "a transposed convolution has an int8 kernel only for strides up to 3 and kernels no smaller than the stride"
+    return (
+        ""
+        if is_rectified(argument(node, 0))
+        else "a transposed convolution has an int8 kernel only behind a rectifier; its input may be below zero"
+    )
+
+
+def _quantized_inputs(node: Node, kind: str, chosen: Collection[Node]) -> list[tuple[Node, int]]:
+    """The activations of a carried operator that get a quantizer, and the argument where it reads each."""
+    values = _carried_inputs(node, kind)
+    if kind == "cat":
+        return [(value, 0) for value in values]
+    mine = next((value for value in values if kind == "sum" and value in chosen and len(value.users) == 1), None)
+    return [(value, position) for position, value in enumerate(values) if value is not mine]
 
 
 def _issuer(node: Node, parts: Parts, matrices: Collection[str]) -> str:
@@ -209,21 +216,20 @@ def _issuer(node: Node, parts: Parts, matrices: Collection[str]) -> str:
     return "gemm" if parts.kind == "linear" and node.name in matrices else parts.kind
 
 
-def _argument(node: Node, position: int) -> Node:
-    value = node.args[position]
-    assert isinstance(value, Node), node.format_node()
-    return value
-
-
 def _read_by_all(value: Node, reads: dict[Node, set[tuple[Node, int]]]) -> None:
     """Every positional reader of `value` gets the quantized value."""
     for user in value.users:
-        for position, argument in enumerate(user.args):
-            if argument is value and user.op == "call_function":
+        if user.op == "call_function":
+            for position in _positions(user, value):
                 reads.setdefault(value, set()).add((user, position))
 
 
-def _lift_over_movements(reads: dict[Node, set[tuple[Node, int]]], order: Mapping[Node, int]) -> dict[str, str]:
+def _positions(user: Node, value: Node) -> list[int]:
+    """Where a node has a value among its arguments, or in a list there."""
+    return [i for i, given in enumerate(user.args) if given is value or (isinstance(given, (list, tuple)) and value in given)]
+
+
+def _lift_over_movements(reads: dict[Node, set[tuple[Node, int]]], order: Mapping[Node, int]) -> dict[Node, Node]:
     """Moves quantizers from the outputs of movements to their inputs, last first, where every reader of the output wants it quantized.
 
     Returns:
@@ -233,58 +239,53 @@ def _lift_over_movements(reads: dict[Node, set[tuple[Node, int]]], order: Mappin
     pending = sorted(reads, key=order.__getitem__)
     while pending:
         value = pending.pop()
-        if not _moves(value) or not all(_reads_all(user, value, reads) for user in value.users):
+        if not moves(value) or not all(_reads_all(user, value, reads) for user in value.users):
             continue
         if short_name(value) in PADDINGS:
             padded.append(value)
         else:
             del reads[value]
-        source = _argument(value, 0)
+        source = argument(value, 0)
         if source not in reads:
             pending = sorted([*pending, source], key=order.__getitem__)
         reads.setdefault(source, set()).add((value, 0))
-    repeats: dict[str, str] = {}
+    repeats: dict[Node, Node] = {}
     for value in padded:
-        source = _argument(value, 0)
+        source = argument(value, 0)
         while source not in reads or source in padded:
-            source = _argument(source, 0)
-        repeats[value.name] = source.name
+            source = argument(source, 0)
+        repeats[value] = source
     return repeats
 
 
 def _reads_all(user: Node, value: Node, reads: Mapping[Node, set[tuple[Node, int]]]) -> bool:
     """Whether `user` gets the quantized value at every argument where it reads `value`."""
-    positions = [position for position, argument in enumerate(user.args) if argument is value]
+    positions = _positions(user, value)
     return bool(positions) and all((user, position) in reads[value] for position in positions)
 
 
-def _moves(node: Node) -> bool:
-    """Whether a node's output lies on the grid of its first argument, which has a quantizer if it is an activation."""
-    name = short_name(node)
-    if name not in MOVEMENTS or not node.args or not isinstance(node.args[0], Node) or node.args[0].op == "get_attr":
-        return False
-    if name == "pad":
-        return node.args[2:3] in ((), ("constant",)) and node.args[3:4] in ((), (None,), (0,), (0.0,))
-    if name == "constant_pad_nd":
-        return node.args[2:3] in ((), (0,), (0.0,))
-    return True
+def _carried_inputs(node: Node, kind: str) -> tuple[Node, ...]:
+    """The activations of an addition, an averaging pool or a concatenation."""
+    return (
+        parts_of_concatenation(node) if kind == "cat" else tuple(argument(node, position) for position in range(1 if kind == "pool" else 2))
+    )
 
 
 def _carried(module: GraphModule, chosen: Mapping[Node, Parts], inputs_of: Collection[str]) -> dict[Node, str]:
-    """Additions and averaging pools that lie between int8 operators -> "add", "sum" or "pool"."""
+    """Additions, averaging pools and concatenations that lie between int8 operators -> "add", "sum", "pool" or "cat"."""
     kinds = {}
     addition = next((kind for kind in ("sum", "add") if kind in inputs_of), "")
     for node in module.graph.nodes:
-        kind = addition if _is_residual(node) else "pool" if short_name(node) in POOLS else ""
+        kind = addition if _is_residual(node) else "pool" if short_name(node) in POOLS else "cat" if parts_of_concatenation(node) else ""
         if kind and kind in inputs_of:
             kinds[node] = kind
     fed: set[Node] = set()  # values that an int8 operator issues, moved and rectified
     candidates: dict[Node, str] = {}
     for node in module.graph.nodes:
-        is_passed_on = short_name(node) in RECTIFIERS or _moves(node)
+        is_passed_on = short_name(node) in RECTIFIERS or moves(node)
         if node in chosen or (is_passed_on and node.args[0] in fed):
             fed.add(node)
-        elif node in kinds and any(argument in fed for argument in node.args[:2]):
+        elif node in kinds and any(value in fed for value in _carried_inputs(node, kinds[node])):
             candidates[node] = kinds[node]
             fed.add(node)
     wanted: set[Node] = set(chosen)  # nodes that read their activations in int8, and what passes values on to them
@@ -294,6 +295,6 @@ def _carried(module: GraphModule, chosen: Mapping[Node, Parts], inputs_of: Colle
         if node in candidates and is_read:
             carried[node] = candidates[node]
             wanted.add(node)
-        elif (short_name(node) in RECTIFIERS or _moves(node)) and is_read:
+        elif (short_name(node) in RECTIFIERS or moves(node)) and is_read:
             wanted.add(node)
     return dict(reversed(carried.items()))

@@ -136,6 +136,8 @@ def _reader(node: Node, parts: Parts, tensors: Mapping[str, Tensor]) -> Contract
     assert parts.weight is not None
     if parts.kind == "embedding":
         return "an embedding multiplies no inputs"
+    if parts.kind == "conv_transpose":
+        return "its inputs cannot be read as columns"
     if parts.kind in RECURRENT:
         return "a recurrent layer multiplies what it gives itself, step by step"
     if short_name(node.args[parts.weight]) == "fake_codebook":  # type: ignore[arg-type]

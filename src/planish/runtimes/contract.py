@@ -62,8 +62,8 @@ class Runtime(Protocol):
     """Precisions of an operator that it executes: always "fp32", and names of the registry's kind "scheme", each for all kinds of operators that
     have a form in it (a static one for those of `quantize_inputs_of`)."""
     quantize_inputs_of: frozenset[str]
-    """Operator kinds whose activation inputs want a quantizer around an int8 operator; empty without "int8". "add" is an addition of its
-    own; "sum" one that is computed in the operator which issues one of its inputs, before that is rounded."""
+    """Operator kinds (and "add", "sum", "pool", "cat") whose activation inputs want a quantizer around an int8 operator; empty without
+    "int8". "add" is an addition of its own; "sum" one that is computed in the operator which issues one of its inputs, before that is rounded."""
     quantize_outputs_of: frozenset[str]
     """Operator kinds that run in int8 only when their output is quantized too, whoever reads it (after a fused activation); "gemm" is a
     linear map of a matrix, of two axes."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import onnx_ir as ir
 import torch
 import torch.onnx.ops
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
+from planish.graph.attention import trace_attention
 from planish.graph.fake_quantize import PER_CHANNEL, along_groups, fake_quantize_dynamic, fake_quantize_per_group
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
@@ -28,6 +30,7 @@ def to_onnx_schemes(graph: Graph) -> Graph:
     """
     changed = graph.copy()
     module = changed.module
+    trace_attention(module)
     for node in list(module.graph.nodes):
         parts = parts_of(node)
         if not isinstance(parts, Parts) or parts.weight is None:
@@ -45,6 +48,19 @@ def to_onnx_schemes(graph: Graph) -> Graph:
     module.graph.eliminate_dead_code()
     changed.module = fx.GraphModule(module, module.graph)
     return changed
+
+
+def drop_zero_points(model: ir.Model) -> None:
+    """Weights of transposed convolutions are dequantized without a zero point, which is 0 by default, in place.
+
+    The exporter keeps equal constants once, and of two weights that share theirs OpenVINO computes the transposed convolution in float, and the
+    operators around it too, as soon as the model gets a shape that the file leaves open.
+    """
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type == "ConvTranspose" else None
+        rounding = weight.producer() if weight is not None else None
+        if rounding is not None and rounding.op_type == "DequantizeLinear":
+            rounding.replace_input_with(2, None)
 
 
 def _is_dynamic(value: object) -> bool:

@@ -41,8 +41,8 @@ class OnnxRuntime:
     devices = ("cpu",)
     model_file = "model.onnx"
     schemes = ("fp32", "int8", "int8-dynamic", "int8-weights", "int4-weights", "w4a8", "w4a4", "codebook", "codebook-mixture")
-    quantize_inputs_of = frozenset({"conv", "linear", "matmul", "add", "pool"})
-    quantize_outputs_of = frozenset({"conv", "gemm"})
+    quantize_inputs_of = frozenset({"conv", "linear", "matmul", "attention", "add", "pool", "cat"})
+    quantize_outputs_of = frozenset({"conv", "gemm", "cat"})
     short_convolution = 8
     stores_sparse = True
 

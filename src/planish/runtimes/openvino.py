@@ -43,7 +43,7 @@ class OpenVino:
     devices = ("cpu",)
     model_file = "model.onnx"
     schemes = ("fp32", "int8", "int8-weights", "int4-weights", "w4a8", "w4a4", "codebook", "codebook-mixture", "bf16")
-    quantize_inputs_of = frozenset({"conv", "linear", "matmul", "sum", "pool"})
+    quantize_inputs_of = frozenset({"conv", "conv_transpose", "linear", "matmul", "attention", "sum", "pool", "cat"})
     quantize_outputs_of: frozenset[str] = frozenset()
     short_convolution = 0
     stores_sparse = True

@@ -29,7 +29,7 @@ from planish.graph.quiet import silenced
 from planish.runtimes.codebooks import pack_codebooks
 from planish.runtimes.onnx_operators import scatter_slices, translations
 from planish.runtimes.onnx_recurrent import pack_recurrent, write_dequantized
-from planish.runtimes.onnx_schemes import to_onnx_schemes
+from planish.runtimes.onnx_schemes import drop_zero_points, to_onnx_schemes
 from planish.runtimes.packing import pack_zeros
 from planish.runtimes.storage import FLOATS
 from planish.signature import Signature
@@ -101,6 +101,7 @@ def traced(prepared: Graph, optimize: bool = True) -> ir.Model:
     assert exported is not None
     model = exported.model
     write_dequantized(model)
+    drop_zero_points(model)
     return model
 
 

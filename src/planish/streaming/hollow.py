@@ -66,7 +66,9 @@ def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:
         stored = next((one for one in same if one in weights), None)
         if stored is None:
             some = ", ".join(list(weights)[:3])
-            raise UsageError(f"weights: {weights.path} must hold parameter {name!r}; it holds {some}, ...; names must be those of the model")
+            raise UsageError(
+                f"weights: {weights.path} must hold parameter {name!r}; it holds {some}, ...; names must be those of the model"
+            )
         if weights.shape(stored) != tuple(parameter.shape):
             raise UsageError(
                 f"weights: {stored!r} must have shape {list(parameter.shape)}, as in the model; it has {list(weights.shape(stored))}"
@@ -81,7 +83,7 @@ def _without_weights() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
+        if param is not None and not param.is_meta:  # one that is shared stays one
             param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="meta"), requires_grad=False)
         register(self, name, param)
 

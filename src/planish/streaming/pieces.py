@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-_ALIGNED = 4096  # so that a runtime may map each tensor
+_ALIGNED = 64  # bytes, as safetensors has it
 _TYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
 
 

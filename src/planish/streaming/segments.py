@@ -55,7 +55,9 @@ def segments(module: GraphModule, inputs: Mapping[Node, Node]) -> list[Segment]:
     return [_segment(nodes, index, place, last, inputs) for index, nodes in enumerate(runs)]
 
 
-def _segment(nodes: Sequence[Node], index: int, place: Mapping[Node, int], last: Mapping[Node, int], inputs: Mapping[Node, Node]) -> Segment:
+def _segment(
+    nodes: Sequence[Node], index: int, place: Mapping[Node, int], last: Mapping[Node, int], inputs: Mapping[Node, Node]
+) -> Segment:
     read = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes))
     takes = tuple(node for node in read if node.op != "get_attr" and place.get(node, -1) < index)
     return Segment(

@@ -87,4 +87,5 @@ def refitted(weight: Tensor, gram: Tensor, kept: NDArray[np.int64]) -> Tensor:
     lost[at] = False
     away = lost.nonzero()[:, 0]
     moved = torch.linalg.solve(small, gram[at][:, away] @ weight[:, away].double().T)  # [kept, outputs]
-    return weight[:, at] + moved.T.to(weight.dtype)
+    found: Tensor = weight[:, at] + moved.T.to(weight.dtype)
+    return found

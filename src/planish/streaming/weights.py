@@ -92,7 +92,9 @@ def _files(path: Path) -> list[Path]:
             raise DataError(f"weights: {index} must name files beside it; got {str(wrong[0])[:80]!r}")
         found = [path / name for name in sorted(names)]
         if missing := [file.name for file in found if not file.is_file()]:
-            raise DataError(f"weights: {index} names {missing[0]}, which is not there; {len(found) - len(missing)} of {len(found)} files are")
+            raise DataError(
+                f"weights: {index} names {missing[0]}, which is not there; {len(found) - len(missing)} of {len(found)} files are"
+            )
         return found
     found = sorted(path.glob("*.safetensors"))
     if not found:

@@ -19,7 +19,7 @@ POINTWISE = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", 
 def weight_node(node: Node) -> Node | None:
     """The parameter of a convolution or linear map whose channels can be scaled; None for anything else."""
     parts = parts_of(node)
-    if not isinstance(parts, Parts) or parts.weight is None or parts.kind == "embedding":
+    if not isinstance(parts, Parts) or parts.weight is None or parts.kind not in ("conv", "linear", "matmul"):
         return None
     weight = node.args[parts.weight]
     assert isinstance(weight, Node)

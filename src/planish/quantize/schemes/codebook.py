@@ -2,7 +2,7 @@
 
 from planish.quantize.contract import Scheme
 
-CODEBOOK = Scheme("codebook", frozenset({"conv", "linear", "matmul"}), 4, "float", codebook="kmeans")
+CODEBOOK = Scheme("codebook", frozenset({"conv", "conv_transpose", "linear", "matmul"}), 4, "float", codebook="kmeans")
 """K-means puts the values where they err least: closer than sixteen even steps. Runtimes restore the weights while they load a file, so that
 it is the file alone that is smaller.
 """

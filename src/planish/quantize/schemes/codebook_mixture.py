@@ -2,5 +2,5 @@
 
 from planish.quantize.contract import Scheme
 
-CODEBOOK_MIXTURE = Scheme("codebook-mixture", frozenset({"conv", "linear", "matmul"}), 4, "float", codebook="mixture")
+CODEBOOK_MIXTURE = Scheme("codebook-mixture", frozenset({"conv", "conv_transpose", "linear", "matmul"}), 4, "float", codebook="mixture")
 """EM puts values where weights are dense, K-means where that saves squares: with rare large weights the mixture spends fewer values on them."""

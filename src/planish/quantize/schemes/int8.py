@@ -2,7 +2,7 @@
 
 from planish.quantize.contract import Scheme
 
-INT8 = Scheme("int8", frozenset({"conv", "linear", "matmul"}), 8, "static")
+INT8 = Scheme("int8", frozenset({"conv", "conv_transpose", "linear", "matmul", "attention"}), 8, "static")
 """Values are rounded once and stay int8 between operators: the quickest form of convolutions wherever int8 dot products exist. What lies
 outside the calibrated ranges is clipped, so that activations with rare large values (a Transformer's) lose most.
 """

@@ -1,0 +1,320 @@
+"""One pass over a program whose weights are read as they are needed, rounded, written and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.fx import Node
+
+from planish import registry
+from planish.data import Split
+from planish.errors import DataError, UsageError
+from planish.events import Events
+from planish.graph.graph import Graph
+from planish.graph.groups import analyse
+from planish.graph.moments import Moments
+from planish.graph.parts import Parts, is_parameter, parts_of
+from planish.graph.replay import Replay
+from planish.quantize.arithmetic import Grid, GroupQuantizer
+from planish.quantize.contract import Layer, Rounding, Scheme, group_size
+from planish.quantize.local import group_quantizer
+from planish.runtimes.onnx_schemes import packed_groups
+from planish.streaming.hollow import stored_names
+from planish.streaming.onnx_file import Grouped, write_onnx
+from planish.streaming.pieces import Pieces
+from planish.streaming.segments import Segment, segments
+from planish.streaming.units import Hidden, hidden_units, refitted, survivors
+from planish.streaming.values import Values
+from planish.streaming.weights import Weights
+
+MODEL, TENSORS = "model.onnx", "model.onnx.data"
+_BATCH = 8
+_HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
+_MOST_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class OperatorLoss:
+    """What rounding (and pruning) left of one operator.
+
+    Args:
+        name: of its weight.
+        inputs, outputs: sizes of the matrix that is written.
+        error: E|(w - w') x|^2 over E|w x|^2, on the calibration samples as the operators before give them.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The first output for the samples that were held out, `[n, ...]`, with the original's weights and with the new; None without any."""
+
+    original: NDArray[np.float32] | None
+    shrunk: NDArray[np.float32] | None
+
+
+@dataclass
+class _Waiting:
+    """What is written once it is known which of its rows stay."""
+
+    matrix: Tensor
+    quantizer: GroupQuantizer | None  # None: a bias
+    node: Node | None
+
+
+@dataclass
+class _Run:
+    """One batch: its values, and whether they are those of the original's weights."""
+
+    values: Values
+    is_original: bool
+
+
+@dataclass
+class Stream:
+    """The state of a pass: the program, its values, and what was written."""
+
+    graph: Graph
+    weights: Weights
+    calibration: Split
+    work: Path
+    scheme: Scheme
+    method: Rounding
+    share: float
+    observer: str
+    seed: int
+    grouped: dict[Node, Grouped] = field(default_factory=dict)
+    losses: list[OperatorLoss] = field(default_factory=list)
+    units: dict[str, tuple[int, int]] = field(default_factory=dict)
+    waiting: dict[str, _Waiting] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.replay = Replay(self.graph.module)
+        self.stored = stored_names(self.graph.module, self.weights)
+        self.make = registry.get("observer", self.observer)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        (self.work / "out").mkdir()
+        self.pieces = Pieces(self.work / "out" / TENSORS)
+        self.inputs, self.skipped = self._subjects()
+        hidden: list[Hidden] = []
+        if self.share:
+            shapes = {name: value.shape for name, value in self.graph.module.named_parameters(remove_duplicate=False)}
+            plain = {self._weight(node) for node in self.inputs if _parts(node).axis == 0}
+            hidden = hidden_units(analyse(self.graph), plain, shapes)
+            if not hidden:
+                raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
+        self.hidden = {one.reader: one for one in hidden}
+        self.made = {maker for one in hidden for maker in one.makers}
+
+    def _weight(self, node: Node) -> str:
+        weight = node.args[_parts(node).weight or 0]
+        assert isinstance(weight, Node)
+        return str(weight.target)
+
+    def _subjects(self) -> tuple[dict[Node, Node], dict[str, str]]:
+        """Operators whose weights are rounded -> what they multiply; and those that have a weight and stay in float -> why."""
+        found: dict[Node, Node] = {}
+        skipped: dict[str, str] = {}
+        readers: dict[str, int] = {}
+        for node in self.graph.module.graph.nodes:
+            if node.op == "get_attr" and node.target in self.stored:
+                readers[self.stored[str(node.target)]] = readers.get(self.stored[str(node.target)], 0) + len(node.users)
+        for node in self.graph.module.graph.nodes:
+            parts = parts_of(node) if node.op == "call_function" else ""
+            if not isinstance(parts, Parts) or parts.weight is None:
+                continue
+            weight = node.args[parts.weight]
+            if not (isinstance(weight, Node) and weight.op == "get_attr" and is_parameter(weight)):
+                continue
+            name = str(weight.target)
+            if readers[self.stored[name]] > 1:
+                skipped[name] = "its weight is shared with another operator"
+            elif parts.kind != "linear" and not (parts.kind == "matmul" and parts.axis == 1):
+                skipped[name] = f"{parts.kind} stays in float where weights stream past"
+            else:
+                source = node.args[parts.activations[0]]
+                assert isinstance(source, Node)
+                found[node] = source
+        if not found:
+            raise UsageError("model: it must have linear maps with weights of their own; it has none")
+        return found, skipped
+
+    def run(self, events: Events) -> Streamed:
+        """All segments, then the model file, beside its tensors; the outputs for what was held out."""
+        parts = segments(self.graph.module, self.inputs)
+        calibration, judging = self._runs()
+        events.stage("blocks")
+        for number, segment in enumerate(parts):
+            self._segment(segment, calibration, judging)
+            events.progress(number + 1, len(parts))
+        found = Streamed(*(self._outputs([run for run in judging if run.is_original is of]) for of in (True, False)))
+        events.stage("writing the model")
+        written = {name: stored for name, stored in self.stored.items() if stored in self.pieces}
+        write_onnx(self.graph, self.grouped, written, self.pieces, self.work / "out" / MODEL)
+        return found
+
+    def _runs(self) -> tuple[list[_Run], list[_Run]]:
+        """The batches that weights are fitted on, and those that are held out: of these one with the original's weights and one with the new."""
+        split = self.calibration
+        held = split.n // _HELD_OUT
+        calibration = self._batches(split, 0, split.n - held, "calibration", False)
+        return calibration, [
+            *self._batches(split, split.n - held, split.n, "original", True),
+            *self._batches(split, split.n - held, split.n, "shrunk", False),
+        ]
+
+    def _batches(self, split: Split, first: int, last: int, name: str, is_original: bool) -> list[_Run]:
+        fixed = self.graph.signature.inputs[0].shape[0]
+        size = fixed if isinstance(fixed, int) else _BATCH
+        found = []
+        for start in range(first, last - (last - first) % size if isinstance(fixed, int) else last, size):
+            run = _Run(Values(self.work / f"{name}-{start}"), is_original)
+            placeholders = [node for node in self.replay.nodes if node.op == "placeholder"]
+            for node, array in zip(placeholders, split.inputs, strict=True):
+                run.values.keep(node, torch.from_numpy(np.array(array[start : min(start + size, last)])))
+            found.append(run)
+        return found
+
+    def _segment(self, segment: Segment, calibration: Sequence[_Run], judging: Sequence[_Run]) -> None:
+        """Weights in, moments, rounded weights out, and every batch through."""
+        original = {node: self._read(node) for node in segment.tensors}
+        changed = dict(original)
+        moments: dict[Node, Moments] = {}
+        for node in segment.rounded:
+            source = self.inputs[node]
+            if source not in moments:
+                moments = {source: self._moments(source, calibration)}  # those of the one before are no longer needed
+            weight = node.args[_parts(node).weight or 0]
+            assert isinstance(weight, Node)
+            changed[weight] = self._rounded(node, original[weight], moments[source])
+        moments.clear()
+        for node, tensor in original.items():
+            self._write_float(node, tensor)
+        for run in (*calibration, *judging):
+            environment: dict[Node, Any] = dict(original if run.is_original else changed)
+            environment.update({node: run.values.read(node) for node in segment.takes})
+            for node in segment.nodes:
+                environment[node] = self.replay.value(node, environment)
+            for node in segment.gives:
+                run.values.keep(node, environment[node])
+            for node in segment.ends:
+                run.values.drop(node)
+
+    def _read(self, node: Node) -> Tensor:
+        name = str(node.target)
+        if name in self.stored:
+            return self.weights.read(self.stored[name])
+        return cast(Tensor, self.replay.value(node, {}))
+
+    def _moments(self, source: Node, runs: Sequence[_Run]) -> Moments:
+        found: Moments | None = None
+        rows = -(-_MOST_ROWS // len(runs))
+        for run in runs:
+            value = run.values.read(source).flatten(0, -2)
+            if len(value) > rows:
+                value = value[torch.randint(len(value), (rows,), generator=self.generator)]
+            found = found or Moments(1, value.shape[1])
+            found.add(value[None])
+        assert found is not None
+        if not bool(found.gram.isfinite().all()):
+            raise DataError(f"calibration: {source.name} must be finite for every sample; it is not, in float32")
+        return found
+
+    def _rounded(self, node: Node, weight: Tensor, moments: Moments) -> Tensor:
+        """What a weight becomes, in its own layout and size: columns of units that left are zeros there."""
+        name, axis = self._weight(node), _parts(node).axis
+        matrix = weight.t().contiguous() if axis else weight
+        gram = moments.second(centered=False)[0][0]
+        energy = float(((matrix.double() @ gram) * matrix).sum())
+        kept = None
+        if (hidden := self.hidden.get(name)) is not None:
+            kept = survivors(hidden, matrix, moments, self.share)
+            self.units[hidden.group.name] = (hidden.group.units, hidden.group.units if kept is None else len(kept))
+            self._let_go(hidden, kept)
+        dense = matrix
+        if kept is not None:
+            dense = refitted(matrix, gram, kept)
+            at = torch.from_numpy(kept)
+            inner = gram[at][:, at]
+        else:
+            inner = gram
+        rounded, quantizer = self._on_grid(dense, inner)
+        whole = torch.zeros_like(matrix) if kept is not None else rounded
+        if kept is not None:
+            whole[:, torch.from_numpy(kept)] = rounded
+        gone = (matrix - whole).double()
+        self.losses.append(OperatorLoss(name, dense.shape[1], dense.shape[0], float(((gone @ gram) * gone).sum()) / max(energy, 1e-30)))
+        if name in self.made:
+            self.waiting[name] = _Waiting(rounded, quantizer, node)
+        else:
+            self._write(node, name, rounded, quantizer)
+        return whole.t() if axis else whole
+
+    def _on_grid(self, matrix: Tensor, gram: Tensor) -> tuple[Tensor, GroupQuantizer]:
+        grid = Grid(0, 2**self.scheme.weight_bits - 1)
+
+        def scales(values: Tensor, group: int) -> GroupQuantizer:
+            return group_quantizer(values, grid, group, self.make)
+
+        group = group_size(self.scheme.group, matrix.shape[1])
+        quantizer = scales(matrix, group)
+        if "moments" not in self.method.needs:
+            return quantizer.rounded(matrix), quantizer
+        layer = Layer(matrix, quantizer, gram[None], lambda values: scales(values, group))
+        (found,) = self.method.rounded([layer], None, self.generator)
+        return found.weight, found.quantizer
+
+    def _let_go(self, hidden: Hidden, kept: Any) -> None:
+        """Writes what made the units of a layer, without the rows of those that left."""
+        for maker in hidden.makers:
+            waiting = self.waiting.pop(maker)
+            rows = slice(None) if kept is None else torch.from_numpy(kept)
+            if waiting.quantizer is None or waiting.node is None:
+                self.pieces.add(self.stored[maker], waiting.matrix[rows])
+                continue
+            of = waiting.quantizer
+            self._write(waiting.node, maker, waiting.matrix[rows], GroupQuantizer(of.grid, of.group, of.scale[rows], of.zero_point[rows]))
+
+    def _write(self, node: Node, name: str, matrix: Tensor, quantizer: GroupQuantizer) -> None:
+        grid = quantizer.grid
+        for what, tensor in packed_groups(matrix, quantizer.scale, quantizer.zero_point, quantizer.group, grid.low, grid.high).items():
+            self.pieces.add(f"{name}.{what}", tensor)
+        self.grouped[node] = Grouped(name, len(matrix), matrix.shape[1], self.scheme.weight_bits, quantizer.group)
+
+    def _write_float(self, node: Node, tensor: Tensor) -> None:
+        """A parameter that stays in float, once."""
+        name = str(node.target)
+        if (
+            name not in self.stored
+            or self.stored[name] in self.pieces
+            or any(user in self.inputs and self._weight(user) == name for user in node.users)
+        ):
+            return
+        if name in self.made:
+            self.waiting[name] = _Waiting(tensor, None, None)
+        else:
+            self.pieces.add(self.stored[name], tensor)
+
+    def _outputs(self, judging: Sequence[_Run]) -> NDArray[np.float32] | None:
+        """The first output of these runs, sample axis 0; None without any."""
+        (output,) = (node for node in self.replay.nodes if node.op == "output")
+        first = output.args[0][0]
+        found = [run.values.read(first).numpy() for run in judging]
+        return np.concatenate(found) if found else None
+
+
+def _parts(node: Node) -> Parts:
+    parts = parts_of(node)
+    assert isinstance(parts, Parts), parts
+    return parts
