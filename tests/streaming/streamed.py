@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import planish
 
 VOCABULARY = 64
+HIDDEN = 1
+"""As wide as the stream, in the large net: the second moments of a wider layer would be most of the memory."""
 
 
 class Decoder(nn.Module):
@@ -28,14 +30,14 @@ class Decoder(nn.Module):
         return self.model(input_ids=tokens).logits  # type: ignore[no-any-return]
 
 
-def llama(layers: int = 2, width: int = 64, tied: bool = False) -> nn.Module:
-    """The net with random weights."""
+def llama(layers: int = 2, width: int = 64, tied: bool = False, hidden: int = 3) -> nn.Module:
+    """The net with random weights; feed-forward layers are `hidden` times as wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=hidden * width,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -60,7 +62,7 @@ def job(build: Callable[[], nn.Module], samples: Tensor | None = None) -> planis
 def write(path: Path, layers: int, width: int) -> int:
     """A file of random weights, one tensor after the other, as `llama(layers, width)` names them; its bytes."""
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in llama(layers, width).named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in llama(layers, width, hidden=HIDDEN).named_parameters()}
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 4 * int(np.prod(shape))
@@ -77,20 +79,26 @@ def write(path: Path, layers: int, width: int) -> int:
 
 
 def main(mode: str, folder: Path, layers: int, width: int, spare: int) -> None:
-    """Shrink, or load at once, what lies in a folder, with at most `spare` bytes more than the process has once everything is imported."""
+    """Shrink, or load at once, what lies in a folder, with at most `spare` bytes more than the process has once everything is imported.
+
+    The limit is on private memory that may be written to: heap, stacks and anonymous maps. Mapped files do not count.
+    """
     from planish.streaming.shrink import shrink
 
     torch.set_num_threads(1)
-    shrink(job(llama), folder / "small", folder / "warm.shrunk", overwrite=True)  # what is imported late, and the allocator's pools
+    shrink(
+        job(lambda: llama(hidden=HIDDEN)), folder / "small", folder / "warm.shrunk", overwrite=True
+    )  # what is imported late, and the allocator's pools
     used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + spare, 1024 * used + spare))
+    print("limited", flush=True)
     if mode == "at once":
         from safetensors.torch import load_file
 
-        net = llama(layers, width)
+        net = llama(layers, width, hidden=HIDDEN)
         net.load_state_dict(load_file(folder / "large" / "model.safetensors"))
         return
-    found = shrink(job(lambda: llama(layers, width), tokens(16)), folder / "large", folder / "net.shrunk")
+    found = shrink(job(lambda: llama(layers, width, hidden=HIDDEN), tokens(16)), folder / "large", folder / "net.shrunk")
     print(json.dumps(found.to_json()))
 
 

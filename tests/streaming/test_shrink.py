@@ -133,20 +133,23 @@ def test_a_head_that_is_tied_to_its_embedding_stays_in_float(tmp_path: Path) -> 
     assert loss(outputs(found.path / "model.onnx", inputs, net), net, inputs) < 1e-3
 
 
-def test_memory_holds_a_part_at_a_time(tmp_path: Path) -> None:
-    layers, width, spare = 16, 256, 30_000_000
+@pytest.mark.parametrize("layers", [9, pytest.param(24, marks=pytest.mark.slow)])
+def test_memory_holds_a_part_at_a_time(layers: int, tmp_path: Path) -> None:
+    # what is spared is for the second moments of one layer and what is made of them (up to 15 matrices of 8 MB), its weights, and so long a program
+    width, spare = 1024, 150_000_000 + layers * 3_000_000
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
     streamed.write(tmp_path / "small" / "model.safetensors", 2, 64)
     size = streamed.write(tmp_path / "large" / "model.safetensors", layers, width)
-    assert size > 1.5 * spare
+    assert size > 1.2 * spare
 
     def run(mode: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, streamed.__file__, mode, str(tmp_path), str(layers), str(width), str(spare)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     at_once = run("at once")
-    assert at_once.returncode != 0 and "memory" in at_once.stderr.lower(), at_once.stderr[-2000:]
+    assert at_once.returncode != 0 and "allocate memory" in at_once.stderr, at_once.stderr[-2000:]
+    assert at_once.stdout == "limited\n", "it failed before there was a limit"
     done = run("shrink")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -82,11 +82,15 @@ def root_of_inverse(gram: Tensor, damping: float) -> Tensor:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     while True:
-        damped = gram + torch.diag_embed(damping * scale + (diagonal <= 0) * scale)
+        damped = gram.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping * scale + (diagonal <= 0) * scale)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these is as large as the Hessian of a model's widest layer
         if not bool(failed.any()):
+            inverse = torch.cholesky_inverse(factor)
+            del factor
             root: Tensor
-            root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            root, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not bool(failed.any()):
                 return root
         damping *= 10

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from planish.errors import UsageError
 from planish.streaming.weights import Weights
@@ -44,7 +46,7 @@ def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Mo
                 if path not in weights:
                     raise UsageError(
                         f"model: buffer {path!r} must have values; it lies on the meta device and the weights lack it; give a function "
-                        "that builds the model, not the model"
+                        "that builds the model, and make the buffer with its values (torch.zeros, not torch.empty)"
                     )
                 module._buffers[name] = weights.read(path)
     stored_names(model, weights)
@@ -77,9 +79,17 @@ def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:
     return found
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """What `torch.empty` makes lies on the meta device: parameters, before their module fills them. Buffers are made with their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        return func(*args, **({**given, "device": "meta"} if func is torch.empty else given))
+
+
 @contextlib.contextmanager
 def _without_weights() -> Iterator[None]:
-    """Within, a parameter goes to the meta device as soon as a module takes it; buffers stay real."""
+    """Within, a parameter goes to the meta device as soon as a module takes it, if it was not made there; buffers stay real."""
     register = nn.Module.register_parameter
 
     def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -89,6 +99,7 @@ def _without_weights() -> Iterator[None]:
 
     nn.Module.register_parameter = registered  # type: ignore[method-assign]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -51,7 +51,7 @@ class Gptq:
         order = layer.gram.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
         quantizer, columns = layer.quantizer, layer.weight.shape[1]
         each = [along_groups(values, quantizer.group, columns)[:, order] for values in (quantizer.scale, quantizer.zero_point)]
-        moved = Layer(layer.weight[:, order], GroupQuantizer(quantizer.grid, 1, *each), layer.gram[:, order][:, :, order])
+        moved = Layer(layer.weight[:, order], GroupQuantizer(quantizer.grid, 1, *each), layer.gram[:, order[:, None], order])
         found = torch.empty_like(layer.weight)
         found[:, order] = self._by_columns(moved, _Steps(moved))[0].float()
         return _on_grid(layer, found, quantizer)
