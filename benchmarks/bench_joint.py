@@ -24,11 +24,15 @@ from planish.measure.latency import interleaved, ratio
 from planish.measure.machine import available_targets, machine
 from planish.measure.probe import Probe
 from planish.metrics import get_metric, paired_interval
+from planish.report.file import read_summary
 from planish.runtimes.contract import get_runtime
 from planish.workbench import outputs_of
 
 _FIRST = 0.75
 """The share of drop and time that pruning gets where quantization follows it."""
+
+
+_WAYS = {"pruning": ("prune", "distill"), "int8": ("quantize", "distill"), "both at once": ("prune", "quantize", "distill")}
 
 
 def main() -> None:
@@ -40,29 +44,29 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=600, help="seconds of each way")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measure", action="store_true", help="only measure what lies at --out")
     parser.add_argument("--out", default=None, help="folder of the artifacts; a temporary one by default")
     arguments = parser.parse_args()
 
     job = cifar.job(arguments.depth, cifar.data_folder(arguments.data))
     work = Path(arguments.out or tempfile.mkdtemp(prefix="planish-bench-"))
-    made = {}
-    for name, techniques in (
-        ("pruning", ("prune", "distill")),
-        ("int8", ("quantize", "distill")),
-        ("both at once", ("prune", "quantize", "distill")),
-    ):
-        made[name] = optimized(job, work / f"{name}.planish", techniques, 1.0, arguments)
-    pruned = optimized(job, work / "pruned.planish", ("prune", "distill"), _FIRST, arguments)
-    splits = {name: getattr(job, name) for name in ("train", "validation", "test", "calibration")}
-    after = planish.Workload(model=pruned.module, example_inputs=job.example_inputs, metric=job.metric, name=f"{job.name}-pruned", **splits)
-    made["one after the other"] = optimized(after, work / "after.planish", ("quantize", "distill"), 1 - _FIRST, arguments)
+    made = {name: work / f"{name}.planish" for name in (*_WAYS, "one after the other")}
+    first = work / "pruned first.planish"
+    if not arguments.measure:
+        for name, techniques in _WAYS.items():
+            optimized(job, made[name], techniques, 1.0, arguments)
+        pruned = optimized(job, first, _WAYS["pruning"], _FIRST, arguments)
+        splits = {name: getattr(job, name) for name in ("train", "validation", "test", "calibration")}
+        after = planish.Workload(
+            model=pruned.module, example_inputs=job.example_inputs, metric=job.metric, name=f"{job.name}-pruned", **splits
+        )
+        optimized(after, made["one after the other"], _WAYS["int8"], 1 - _FIRST, arguments)
     compare(job, made, work, arguments)
-    bits = 1.0
-    for step in (pruned, made["one after the other"]):
-        bits *= step.ratios["bit_operations"].median
-    for name, result in made.items():
-        saved = 1 / (bits if name == "one after the other" else result.ratios["bit_operations"].median)
-        print(f"{name:20s} {saved:5.1f}x fewer bit operations; {result.verdict}: {result.summary.reason}")
+    for name, path in made.items():
+        summary, saved = read_summary(path), 1.0
+        for step in ([first] if name == "one after the other" else []) + [path]:
+            saved /= read_summary(step).ratios["bit_operations"].median
+        print(f"{name:20s} {saved:5.1f}x fewer bit operations; {summary.verdict}: {summary.reason}")
 
 
 def optimized(job: planish.Workload, out: Path, techniques: Sequence[str], share: float, arguments: argparse.Namespace) -> planish.Result:
@@ -82,7 +86,7 @@ def optimized(job: planish.Workload, out: Path, techniques: Sequence[str], share
         )
 
 
-def compare(job: planish.Workload, made: dict[str, planish.Result], work: Path, arguments: argparse.Namespace) -> None:
+def compare(job: planish.Workload, made: dict[str, Path], work: Path, arguments: argparse.Namespace) -> None:
     """Print latency and accuracy of the original in its quickest runtime and of each artifact, measured side by side."""
     split = job.materialize(work / "data").test
     assert split is not None and split.targets is not None
@@ -91,12 +95,11 @@ def compare(job: planish.Workload, made: dict[str, planish.Result], work: Path, 
     for target in available_targets("cpu", arguments.threads):
         if target.runtime in ("onnxruntime", "openvino"):
             (work / target.runtime).mkdir(exist_ok=True)
-            files[f"fp32 {target.runtime}"] = target, get_runtime(target.runtime).export(graph, work / target.runtime)
-    for name, result in made.items():
-        assert result.path is not None
-        artifact = open_artifact(result.path)
-        files[name] = artifact.manifest.target, artifact.model_path
-    probes = {name: Probe.open(target, path, graph.signature) for name, (target, path) in files.items()}
+            files[f"fp32 {target.runtime}"] = target, get_runtime(target.runtime).export(graph, work / target.runtime), graph.signature
+    for name, path in made.items():
+        artifact = open_artifact(path)
+        files[name] = artifact.manifest.target, artifact.model_path, artifact.manifest.signature
+    probes = {name: Probe.open(target, path, signature) for name, (target, path, signature) in files.items()}
     timings = interleaved(probes, [np.ascontiguousarray(array[:1]) for array in split.inputs], seconds=10.0)
     best = min((name for name in files if name.startswith("fp32")), key=lambda name: timings[name].latency_s.median)
     outputs = {name: outputs_of(probe, split) for name, probe in probes.items()}
