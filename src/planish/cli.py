@@ -331,7 +331,7 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write; NAME.shrunk by default.")
 @click.option("--scheme", default="int4-weights", show_default=True, help="What weights are kept in: int4-weights or int8-weights.")
-@click.option("--rounding", default="gptq", show_default=True, help="How they are rounded: gptq or nearest.")
+@click.option("--rounding", default="gptq", show_default=True, help="How they are rounded: gptq, adaround or nearest.")
 @click.option("--prune", type=float, default=0.0, show_default=True, help="Share of the hidden units that leaves each feed-forward layer.")
 @click.option("--observer", default=DEFAULT_OBSERVER, show_default=True, help="How scales are chosen.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
@@ -358,8 +358,11 @@ def shrink(console: Console, /, job: Path, weights: Path, **options: Any) -> Non
         f"worst operator  {worst.name}: {worst.error:.2%} of its output's power",
         f"in float        {', '.join(found.skipped) or 'nothing'}",
     ]
+    if found.units:
+        before, after = (sum(pair[side] for pair in found.units.values()) for side in (0, 1))
+        lines.insert(1, f"hidden units    {before} -> {after}, in {len(found.units)} feed-forward layers")
     if found.cosine is not None and found.agreement is not None:
-        lines.insert(2, f"outputs         cosine {found.cosine:.4f}, agreement {found.agreement:.4f}, on {found.held_out} samples held out")
+        lines.insert(1, f"outputs         cosine {found.cosine:.4f}, agreement {found.agreement:.4f}, on {found.held_out} samples held out")
     if found.note:
         lines.append(found.note)
     console.answer(found.to_json(), "\n".join([*lines, f"written: {found.path}", ""]))

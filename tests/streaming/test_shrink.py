@@ -109,6 +109,7 @@ def test_units_leave_and_the_rest_makes_up_for_them(net: nn.Module, weights: Pat
     job, inputs = streamed.job(streamed.llama), streamed.tokens()[42:]
     found = shrink(job, weights, tmp_path / "net.shrunk", scheme="int8-weights", prune=0.5)
     assert list(found.units.values()) == [(192, 96), (192, 96)]
+    assert {one.outputs for one in found.operators if "up_proj" in one.name or "gate_proj" in one.name} == {96}
     down = [one for one in found.operators if "down_proj" in one.name]
     assert [one.inputs for one in down] == [96, 96] and all(0.0 < one.error < 0.5 for one in down)
     monkeypatch.setattr("planish.streaming.stream.refitted", lambda weight, gram, kept: weight[:, torch.from_numpy(kept)])
@@ -127,6 +128,10 @@ def test_a_head_that_is_tied_to_its_embedding_stays_in_float(tmp_path: Path) -> 
     found = shrink(
         streamed.job(lambda: streamed.llama(tied=True)), tmp_path / "half.safetensors", tmp_path / "net.shrunk", scheme="int8-weights"
     )
+    state["model.lm_head.weight"] = state["model.model.embed_tokens.weight"] + 1
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(DataError, match="one tensor in the model"):
+        shrink(streamed.job(lambda: streamed.llama(tied=True)), tmp_path / "other.safetensors", tmp_path / "other.shrunk")
     assert len(found.operators) == 14
     assert list(found.skipped.values()) == ["its weight is shared with another operator"]
     inputs = streamed.tokens()[42:]
@@ -196,7 +201,7 @@ def test_arguments_that_cannot_be_are_refused(weights: Path, tmp_path: Path) -> 
         with pytest.raises(UsageError, match=next(iter(more))):
             shrink(job, weights, tmp_path / "net.shrunk", **more)  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
-    with pytest.raises(UsageError, match="overwrite"):
+    with pytest.raises(UsageError, match="--overwrite"):
         shrink(job, weights, tmp_path / "there")
     with pytest.raises(UsageError, match=r"must be a safetensors file or a folder"):
         shrink(job, tmp_path / "there", tmp_path / "net.shrunk")
@@ -208,6 +213,8 @@ def test_arguments_that_cannot_be_are_refused(weights: Path, tmp_path: Path) -> 
     one = planish.Workload(model=lambda: nn.Sequential(nn.Linear(4, 4)), example_inputs=(torch.ones(1, 4),), calibration=[torch.ones(8, 4)])
     with pytest.raises(UsageError, match="feed-forward"):
         shrink(one, tmp_path / "plain.safetensors", tmp_path / "net.shrunk", prune=0.5)
+    with pytest.raises(UsageError, match="32 units"):
+        shrink(job, weights, tmp_path / "net.shrunk", prune=0.1)
 
 
 def test_an_interrupted_run_leaves_nothing(weights: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from planish.errors import UsageError
+from planish.errors import DataError, UsageError
 from planish.streaming.weights import Weights
 
 
@@ -49,8 +49,16 @@ def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Mo
                         "that builds the model, and make the buffer with its values (torch.zeros, not torch.empty)"
                     )
                 module._buffers[name] = weights.read(path)
-    stored_names(model, weights)
+    _check_shared(model, weights)
     return model.eval()
+
+
+def _check_shared(model: nn.Module, weights: Weights) -> None:
+    """Refuse files that hold different values for names that are one tensor in the model."""
+    stored = stored_names(model, weights)
+    for name, stands_for in stored.items():
+        if name != stands_for and name in weights and not torch.equal(weights.read(name), weights.read(stands_for)):
+            raise DataError(f"weights: {name!r} and {stands_for!r} are one tensor in the model; {weights.path} has two that differ")
 
 
 def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:

@@ -100,7 +100,7 @@ def shrink(
         weights: a safetensors file, or a folder of them, whose names are those of the model's parameters.
         out: the folder to write; `NAME.shrunk` by default.
         scheme: "int4-weights" or "int8-weights".
-        rounding: "gptq" or "nearest".
+        rounding: "gptq", "adaround" or "nearest".
         prune: share of the hidden units that leaves each feed-forward layer.
         observer: chooses the scales.
         seed: of the positions that are drawn where there are more than 65,536.
@@ -121,7 +121,7 @@ def shrink(
     chosen, method = _settings(scheme, rounding, prune)
     out = Path(out) if out is not None else Path(f"{job.name}.shrunk")
     if out.exists() and not overwrite:
-        raise UsageError(f"out: {out} is there already; remove it, choose another, or say overwrite")
+        raise UsageError(f"out: {out} is there already; remove it, choose another, or give --overwrite (overwrite=True)")
     said = events or Silent()
     said.stage("capturing the model")
     source = Weights(weights)
@@ -175,7 +175,9 @@ def _settings(scheme: str, rounding: str, prune: float) -> tuple[Scheme, Roundin
         raise UsageError(f"scheme: must keep weights by group: int4-weights or int8-weights; got {scheme!r}")
     method: Rounding = registry.get("rounding", rounding)()
     if method.needs - {"moments"}:
-        raise UsageError(f"rounding: must be gptq or nearest where weights stream past; {rounding!r} needs {', '.join(method.needs)}")
+        raise UsageError(
+            f"rounding: must be gptq, adaround or nearest where weights stream past; {rounding!r} needs {', '.join(method.needs)}"
+        )
     if not 0.0 <= prune < 1.0:
         raise UsageError(f"prune: must be at least 0 and below 1; got {prune}")
     return chosen, method

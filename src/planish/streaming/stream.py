@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from planish.streaming.hollow import stored_names
 from planish.streaming.onnx_file import Grouped, write_onnx
 from planish.streaming.pieces import Pieces
 from planish.streaming.segments import Segment, segments
-from planish.streaming.units import Hidden, hidden_units, refitted, survivors
+from planish.streaming.units import Hidden, hidden_units, refitted, survivors, width_of
 from planish.streaming.values import Values
 from planish.streaming.weights import Weights
 
@@ -114,6 +114,9 @@ class Stream:
             hidden = hidden_units(analyse(self.graph), plain, shapes)
             if not hidden:
                 raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
+            if all(width_of(one, self.share) >= one.group.units for one in hidden):
+                widest = max(one.group.units for one in hidden)
+                raise UsageError(f"prune: must take 32 units or more, which leave together; {self.share} of {widest} are fewer")
         self.hidden = {one.reader: one for one in hidden}
         self.made = {maker for one in hidden for maker in one.makers}
 
@@ -284,6 +287,8 @@ class Stream:
                 self.pieces.add(self.stored[maker], waiting.matrix[rows])
                 continue
             of = waiting.quantizer
+            place = next(number for number, one in enumerate(self.losses) if one.name == maker)
+            self.losses[place] = replace(self.losses[place], outputs=len(waiting.matrix[rows]))
             self._write(waiting.node, maker, waiting.matrix[rows], GroupQuantizer(of.grid, of.group, of.scale[rows], of.zero_point[rows]))
 
     def _write(self, node: Node, name: str, matrix: Tensor, quantizer: GroupQuantizer) -> None:

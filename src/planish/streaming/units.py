@@ -54,6 +54,11 @@ def hidden_units(analysis: Analysis, rounded: Collection[str], shapes: Mapping[s
     return found
 
 
+def width_of(hidden: Hidden, share: float) -> int:
+    """How many units stay where `share` of them leave, at most."""
+    return max(-(-round((1 - share) * hidden.group.units) // _MULTIPLE) * _MULTIPLE, 1)
+
+
 def survivors(hidden: Hidden, weight: Tensor, moments: Moments, share: float) -> NDArray[np.int64] | None:
     """The units that stay once about `share` of them left, each time the one that costs its reader least; None where nothing can be told.
 
@@ -61,10 +66,9 @@ def survivors(hidden: Hidden, weight: Tensor, moments: Moments, share: float) ->
         hidden: the layer.
         weight: the reader's, `[outputs, units]`.
         moments: of what it reads.
-        share: of the units that leave, at most; 1 / 32 of a width that is no multiple of 32 stays in doubt.
+        share: of the units that leave, at most.
     """
-    units = hidden.group.units
-    width = max(-(-round((1 - share) * units) // _MULTIPLE) * _MULTIPLE, 1)
+    units, width = hidden.group.units, width_of(hidden, share)
     reader = reader_of(weight, moments, hidden.group, hidden.group.unit_of[hidden.reader, 1])
     if reader is None or width >= units:
         return None
