@@ -203,6 +203,8 @@ def test_arguments_that_cannot_be_are_refused(weights: Path, tmp_path: Path) -> 
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="--overwrite"):
         shrink(job, weights, tmp_path / "there")
+    with pytest.raises(UsageError, match="not replaced"):
+        shrink(job, weights, tmp_path / "there", overwrite=True)
     with pytest.raises(UsageError, match=r"must be a safetensors file or a folder"):
         shrink(job, tmp_path / "there", tmp_path / "net.shrunk")
     (tmp_path / "there" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')

@@ -104,7 +104,7 @@ def shrink(
         prune: share of the hidden units that leaves each feed-forward layer.
         observer: chooses the scales.
         seed: of the positions that are drawn where there are more than 65,536.
-        overwrite: replace a folder that is there.
+        overwrite: replace a folder that is there, if an earlier call wrote it.
         events: what the progress is told to.
 
     Returns:
@@ -122,6 +122,8 @@ def shrink(
     out = Path(out) if out is not None else Path(f"{job.name}.shrunk")
     if out.exists() and not overwrite:
         raise UsageError(f"out: {out} is there already; remove it, choose another, or give --overwrite (overwrite=True)")
+    if out.exists() and not (out / ACCOUNT).is_file():
+        raise UsageError(f"out: {out} is there and holds no {ACCOUNT}, so that it is not replaced; choose another")
     said = events or Silent()
     said.stage("capturing the model")
     source = Weights(weights)
