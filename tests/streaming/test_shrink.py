@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import streamed
 import torch
@@ -201,10 +202,16 @@ def test_arguments_that_cannot_be_are_refused(weights: Path, tmp_path: Path) -> 
         with pytest.raises(UsageError, match=next(iter(more))):
             shrink(job, weights, tmp_path / "net.shrunk", **more)  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="not replaced"):
+            shrink(job, weights, tmp_path / "there", overwrite=overwrite)
+        for held in (weights, weights.parent):
+            with pytest.raises(UsageError, match="holds the weights"):
+                shrink(job, weights, held, overwrite=overwrite)
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "shrunk.json").write_text("{}")
     with pytest.raises(UsageError, match="--overwrite"):
-        shrink(job, weights, tmp_path / "there")
-    with pytest.raises(UsageError, match="not replaced"):
-        shrink(job, weights, tmp_path / "there", overwrite=True)
+        shrink(job, weights, tmp_path / "earlier")
     with pytest.raises(UsageError, match=r"must be a safetensors file or a folder"):
         shrink(job, tmp_path / "there", tmp_path / "net.shrunk")
     (tmp_path / "there" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
@@ -217,6 +224,48 @@ def test_arguments_that_cannot_be_are_refused(weights: Path, tmp_path: Path) -> 
         shrink(one, tmp_path / "plain.safetensors", tmp_path / "net.shrunk", prune=0.5)
     with pytest.raises(UsageError, match="32 units"):
         shrink(job, weights, tmp_path / "net.shrunk", prune=0.1)
+
+
+class Scaled(nn.Module):
+    """Two linear maps with a saved and an unsaved buffer, and a map of a parameter; the batch is fixed if asked for."""
+
+    def __init__(self, batch: int = 0) -> None:
+        super().__init__()
+        self.first, self.last, self.learned = nn.Linear(16, 64), nn.Linear(64, 4), nn.Linear(16, 16)
+        self.query = nn.Parameter(torch.ones(1, 16))
+        self.register_buffer("scale", torch.ones(64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("shift", torch.full((64,), 0.1), persistent=False)
+        self.batch = batch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.batch:
+            x = x.view(self.batch, 16)
+        return self.last(torch.relu(self.first(x + self.learned(self.query)) * self.scale + self.shift))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+def test_buffers_are_read_and_held_out_samples_are_the_same_ones(batch: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Scaled(batch).eval()
+    net.get_buffer("scale").uniform_(0.1, 5.0)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    inputs = torch.randn(54, 16)
+    job = planish.Workload(model=lambda: Scaled(batch), example_inputs=(inputs[: batch or 1],), calibration=[inputs], name="scaled")
+    found = shrink(job, tmp_path / "net.safetensors", tmp_path / "net.shrunk", scheme="int8-weights")
+    assert "learned.weight" in found.skipped
+    assert found.held_out == (4 if batch else 6)
+    assert found.cosine is not None and found.cosine > 0.999
+    few = inputs[: batch or 8]
+    with torch.no_grad():
+        expected = net(few).numpy()
+    session = onnxruntime.InferenceSession(str(found.path / "model.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: few.numpy()})[0]
+    assert np.square(got - expected).sum() < 1e-3 * np.square(expected).sum()
+    state = {name: value for name, value in net.state_dict().items() if name != "scale"}
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(UsageError, match="must hold buffer 'scale'"):
+        shrink(job, tmp_path / "less.safetensors", tmp_path / "less.shrunk")
 
 
 def test_an_interrupted_run_leaves_nothing(weights: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,8 @@ from planish.graph.fake_quantize import fake_quantize_per_tensor_affine
 
 _decomposed = torch.ops.quantized_decomposed
 PROBABILITY = 1 / 255
-"""The step of the probabilities' grid: softmax gives 0 to 1 whatever comes in, so that nothing is calibrated and nothing clipped."""
+"""The step of the probabilities' grid: softmax gives 0 to 1 whatever comes in, so that nothing is calibrated and nothing clipped.
+A query that looks at many keys alike loses by it: where each gets less than half a step nothing is left (attention spread evenly over 512 keys)."""
 _HIDDEN = -3.0e38
 
 
@@ -82,7 +84,8 @@ def _attention(
     if mask is None:
         return torch.matmul(rounded(scores.softmax(-1)), value)
     if mask.dtype != torch.bool:
-        return torch.matmul(rounded((scores + mask).softmax(-1)), value)
+        found = torch.matmul(rounded((scores + mask.clamp_min(_HIDDEN)).softmax(-1)), value)
+        return found * (mask > -math.inf).any(-1, keepdim=True)
     found = torch.matmul(rounded((scores + torch.where(mask, 0.0, _HIDDEN)).softmax(-1)), value)
     return found * mask.any(-1, keepdim=True)
 

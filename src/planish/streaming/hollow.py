@@ -20,14 +20,14 @@ def hollow(shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float
 
 
 def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Module:
-    """The model with hollow parameters, in evaluation mode; buffers are as they were made, or read where the file has them.
+    """The model with hollow parameters, in evaluation mode; buffers are read, or as they were made if the model does not save them.
 
     Args:
         model: a function that builds it (each parameter is dropped as soon as it is made), or a module on the meta device.
         weights: must hold every parameter, in its shape; of parameters that are one tensor, one name.
 
     Raises:
-        UsageError: it builds no module; a parameter that the weights lack or have in another shape; or a buffer without values.
+        UsageError: it builds no module; a parameter that the weights lack or have in another shape; or a buffer that is saved and that they lack, or that has no values.
     """
     if not isinstance(model, nn.Module):
         with _without_weights():
@@ -40,15 +40,22 @@ def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Mo
             if parameter is not None:
                 kept = shared.setdefault(id(parameter), nn.Parameter(hollow(parameter.shape), requires_grad=False))
                 module._parameters[name] = kept
+    for prefix, module in model.named_modules():
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                path = next(f"{prefix}.{name}".lstrip(".") for prefix, owner in model.named_modules() if owner is module)
-                if path not in weights:
+            path = f"{prefix}.{name}".lstrip(".")
+            if buffer is not None and path in weights:
+                if weights.shape(path) != tuple(buffer.shape):
                     raise UsageError(
-                        f"model: buffer {path!r} must have values; it lies on the meta device and the weights lack it; give a function "
-                        "that builds the model, and make the buffer with its values (torch.zeros, not torch.empty)"
+                        f"weights: {path!r} must have shape {list(buffer.shape)}, as in the model; it has {list(weights.shape(path))}"
                     )
-                module._buffers[name] = weights.read(path)
+                module._buffers[name] = weights.read(path).to(buffer.dtype)
+            elif buffer is not None and name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                raise UsageError(f"weights: {weights.path} must hold buffer {path!r}, which the model saves with its parameters")
+            elif buffer is not None and buffer.is_meta:
+                raise UsageError(
+                    f"model: buffer {path!r} must have values; it lies on the meta device and the weights lack it; give a function "
+                    "that builds the model, and make the buffer with its values (torch.zeros, not torch.empty)"
+                )
     _check_shared(model, weights)
     return model.eval()
 

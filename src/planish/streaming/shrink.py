@@ -120,10 +120,7 @@ def shrink(
     began, before = time.monotonic(), _resident()
     chosen, method = _settings(scheme, rounding, prune)
     out = Path(out) if out is not None else Path(f"{job.name}.shrunk")
-    if out.exists() and not overwrite:
-        raise UsageError(f"out: {out} is there already; remove it, choose another, or give --overwrite (overwrite=True)")
-    if out.exists() and not (out / ACCOUNT).is_file():
-        raise UsageError(f"out: {out} is there and holds no {ACCOUNT}, so that it is not replaced; choose another")
+    _check_out(out, Path(weights), overwrite)
     said = events or Silent()
     said.stage("capturing the model")
     source = Weights(weights)
@@ -142,9 +139,9 @@ def shrink(
         if streamed.original is not None:
             said.stage("running the artifact")
             try:
-                outputs = _outputs(folder / MODEL, signature, calibration, held)
+                outputs = _outputs(folder / MODEL, signature, calibration, streamed.samples)
                 cosine, agreement = (_score(name, outputs, streamed.original) for name in ("cosine", "agreement"))
-            except RuntimeFailed as error:
+            except (RuntimeFailed, OSError) as error:
                 note = f"the artifact could not run here, so that nothing is known of its outputs: {error}"
         account = Shrunk(
             path=out,
@@ -164,11 +161,22 @@ def shrink(
         )
         (folder / ACCOUNT).write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
         if out.exists():
-            shutil.rmtree(out)
+            _check_out(out, Path(weights), overwrite)
+            out.rename(work / "replaced")
         folder.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return account
+
+
+def _check_out(out: Path, weights: Path, overwrite: bool) -> None:
+    """Refuse a place that holds what was not written by an earlier call, or what must be read."""
+    if weights.exists() and weights.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"out: {out} holds the weights; choose another")
+    if out.is_symlink() or (out.exists() and not (out / ACCOUNT).is_file()):
+        raise UsageError(f"out: {out} is there and is no folder with {ACCOUNT}, so that it is not replaced; choose another")
+    if out.exists() and not overwrite:
+        raise UsageError(f"out: {out} is there already; remove it, choose another, or give --overwrite (overwrite=True)")
 
 
 def _settings(scheme: str, rounding: str, prune: float) -> tuple[Scheme, Rounding]:
@@ -196,12 +204,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _outputs(model: Path, signature: Signature, split: Split, held: int) -> NDArray[np.float32]:
-    """The artifact's first output for the last `held` samples, from a process of its own."""
+def _outputs(model: Path, signature: Signature, split: Split, samples: slice) -> NDArray[np.float32]:
+    """The artifact's first output for some samples, from a process of its own."""
     probe = Probe.open(Target("onnxruntime", threads=1, facts=facts()), model, signature)
     try:
         first = signature.inputs[0].shape[0]
-        return probe.outputs([array[split.n - held :] for array in split.inputs], first if isinstance(first, int) else 8, 3600.0)[0]
+        return probe.outputs([array[samples] for array in split.inputs], first if isinstance(first, int) else 8, 3600.0)[0]
     finally:
         probe.close()
 

@@ -19,6 +19,7 @@ from planish.errors import DataError, UsageError
 from planish.events import Events
 from planish.graph.graph import Graph
 from planish.graph.groups import analyse
+from planish.graph.modes import short_name
 from planish.graph.moments import Moments
 from planish.graph.parts import Parts, is_parameter, parts_of
 from planish.graph.replay import Replay
@@ -36,7 +37,9 @@ from planish.streaming.weights import Weights
 
 MODEL, TENSORS = "model.onnx", "model.onnx.data"
 _BATCH = 8
+_RESHAPING = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "split", "split_with_sizes", "chunk", "slice"})
 _HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
+_MOST_HELD_OUT = 32
 _MOST_ROWS = 65536
 
 
@@ -62,6 +65,8 @@ class Streamed:
 
     original: NDArray[np.float32] | None
     shrunk: NDArray[np.float32] | None
+    samples: slice
+    """Which of the calibration samples."""
 
 
 @dataclass
@@ -111,7 +116,8 @@ class Stream:
         if self.share:
             shapes = {name: value.shape for name, value in self.graph.module.named_parameters(remove_duplicate=False)}
             plain = {self._weight(node) for node in self.inputs if _parts(node).axis == 0}
-            hidden = hidden_units(analyse(self.graph), plain, shapes)
+            fixed = {self._weight(node) for node in self.inputs if self._is_reshaped(node)}
+            hidden = [one for one in hidden_units(analyse(self.graph), plain, shapes) if one.reader not in fixed]
             if not hidden:
                 raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
             if all(width_of(one, self.share) >= one.group.units for one in hidden):
@@ -124,6 +130,19 @@ class Stream:
         weight = node.args[_parts(node).weight or 0]
         assert isinstance(weight, Node)
         return str(weight.target)
+
+    def _is_reshaped(self, node: Node) -> bool:
+        """Whether a shape is written out between an operator and those, with weights, that make what it reads."""
+        seen: set[Node] = set()
+        stack = [self.inputs[node]]
+        while stack:
+            source = stack.pop()
+            if source not in seen and source not in self.inputs:
+                seen.add(source)
+                if short_name(source) in _RESHAPING:
+                    return True
+                stack.extend(source.all_input_nodes)
+        return False
 
     def _subjects(self) -> tuple[dict[Node, Node], dict[str, str]]:
         """Operators whose weights are rounded -> what they multiply; and those that have a weight and stay in float -> why."""
@@ -143,10 +162,11 @@ class Stream:
             name = str(weight.target)
             if readers[self.stored[name]] > 1:
                 skipped[name] = "its weight is shared with another operator"
+            elif isinstance(source := node.args[parts.activations[0]] if parts.activations else None, Node) and source.op == "get_attr":
+                skipped[name] = "it multiplies a parameter"
             elif parts.kind != "linear" and not (parts.kind == "matmul" and parts.axis == 1):
                 skipped[name] = f"{parts.kind} stays in float where weights stream past"
             else:
-                source = node.args[parts.activations[0]]
                 assert isinstance(source, Node)
                 found[node] = source
         if not found:
@@ -161,7 +181,9 @@ class Stream:
         for number, segment in enumerate(parts):
             self._segment(segment, calibration, judging)
             events.progress(number + 1, len(parts))
-        found = Streamed(*(self._outputs([run for run in judging if run.is_original is of]) for of in (True, False)))
+        sides = [self._outputs([run for run in judging if run.is_original is of]) for of in (True, False)]
+        first = self.calibration.n - self._held_out
+        found = Streamed(sides[0], sides[1], slice(first, first + (0 if sides[0] is None else len(sides[0]))))
         events.stage("writing the model")
         written = {name: stored for name, stored in self.stored.items() if stored in self.pieces}
         write_onnx(self.graph, self.grouped, written, self.pieces, self.work / "out" / MODEL)
@@ -170,12 +192,18 @@ class Stream:
     def _runs(self) -> tuple[list[_Run], list[_Run]]:
         """The batches that weights are fitted on, and those that are held out: of these one with the original's weights and one with the new."""
         split = self.calibration
-        held = split.n // _HELD_OUT
+        held = self._held_out
         calibration = self._batches(split, 0, split.n - held, "calibration", False)
+        if not calibration:
+            raise DataError(f"calibration: a batch of the example's size is needed beside what is held out; {split.n} samples are there")
         return calibration, [
             *self._batches(split, split.n - held, split.n, "original", True),
             *self._batches(split, split.n - held, split.n, "shrunk", False),
         ]
+
+    @property
+    def _held_out(self) -> int:
+        return min(self.calibration.n // _HELD_OUT, _MOST_HELD_OUT)
 
     def _batches(self, split: Split, first: int, last: int, name: str, is_original: bool) -> list[_Run]:
         fixed = self.graph.signature.inputs[0].shape[0]
@@ -204,13 +232,21 @@ class Stream:
         moments.clear()
         for node, tensor in original.items():
             self._write_float(node, tensor)
+        dying = _last_reads(segment)
         for run in (*calibration, *judging):
+            gives = segment.gives if run in judging else tuple(node for node in segment.gives if node not in segment.outputs)
+            if not gives:
+                for node in segment.ends:
+                    run.values.drop(node)
+                continue
             environment: dict[Node, Any] = dict(original if run.is_original else changed)
             environment.update({node: run.values.read(node) for node in segment.takes})
-            for node in segment.nodes:
+            for number, node in enumerate(segment.nodes):
                 environment[node] = self.replay.value(node, environment)
-            for node in segment.gives:
-                run.values.keep(node, environment[node])
+                if node in gives:
+                    run.values.keep(node, environment[node])
+                for source in dying.get(number, ()):
+                    environment.pop(source, None)
             for node in segment.ends:
                 run.values.drop(node)
 
@@ -315,8 +351,21 @@ class Stream:
         """The first output of these runs, sample axis 0; None without any."""
         (output,) = (node for node in self.replay.nodes if node.op == "output")
         first = output.args[0][0]
+        if first.op == "get_attr":
+            return None
         found = [run.values.read(first).numpy() for run in judging]
         return np.concatenate(found) if found else None
+
+
+def _last_reads(segment: Segment) -> dict[int, list[Node]]:
+    """Position in a segment -> the values that nobody in it reads any more behind that."""
+    last = {node: number for number, node in enumerate(segment.nodes)}
+    for number, node in enumerate(segment.nodes):
+        last.update(dict.fromkeys(node.all_input_nodes, number))
+    found: dict[int, list[Node]] = {}
+    for node, number in last.items():
+        found.setdefault(number, []).append(node)
+    return found
 
 
 def _parts(node: Node) -> Parts:

@@ -16,7 +16,18 @@ from planish.errors import DataError, UsageError
 
 _MOST_HEADER_BYTES = 100_000_000  # what the format itself allows
 _INDEX = "model.safetensors.index.json"
-_WIDTHS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class _Place:
 
 
 class Weights:
-    """The floating-point tensors of a safetensors file, or of a folder with several, by name.
+    """The tensors of a safetensors file, or of a folder with several, by name.
 
     Args:
         path: a file; or a folder: the files that its `model.safetensors.index.json` names, else all that end in ".safetensors".
@@ -65,7 +76,7 @@ class Weights:
         return self._places[name].shape
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in float32.
+        """A tensor, in float32 if it is floating-point.
 
         Raises:
             DataError: it holds NaN or Inf.
@@ -74,7 +85,10 @@ class Weights:
         count = math.prod(place.shape)
         # read as integers of that width, since numpy knows no bfloat16
         raw = np.fromfile(place.file, dtype=f"<i{place.dtype.itemsize}", count=count, offset=place.offset)
-        found = torch.from_numpy(raw).view(place.dtype).view(place.shape).float()
+        found = torch.from_numpy(raw).view(place.dtype).view(place.shape)
+        if not place.dtype.is_floating_point:
+            return found
+        found = found.float()
         if not bool(found.isfinite().all()):
             raise DataError(f"weights: {name!r} in {place.file.name} must be finite; it holds NaN or Inf")
         return found
@@ -103,7 +117,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _header(file: Path) -> dict[str, _Place]:
-    """What a file says that it holds; integer tensors are left out."""
+    """What a file says that it holds; tensors of other types than these are left out."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -119,7 +133,7 @@ def _header(file: Path) -> dict[str, _Place]:
 def _place(file: Path, start: int, entry: dict[str, Any]) -> _Place | None:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
-    dtype = _WIDTHS.get(entry["dtype"])
+    dtype = _DTYPES.get(entry["dtype"])
     if not 0 <= begin <= end <= file.stat().st_size - start:
         raise ValueError(f"bytes {begin} to {end} are not in it; it may be cut off")
     if dtype is None:
