@@ -95,3 +95,15 @@ def test_a_step_of_training_goes_through() -> None:
     done = quantized(graph, analysis, get_runtime("onnxruntime"))
     done.graph.module(torch.randn(2, 9, 32))[0].square().mean().backward()
     assert all(bool(value.grad.abs().max() > 0) for value in done.graph.module.parameters() if value.dim() > 1)
+
+
+def test_a_query_that_a_mask_lets_see_nothing_gives_zeros() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    mask = torch.zeros(3, 3)
+    mask[1] = -torch.inf
+    mask[2, 0] = -torch.inf
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    found = static_attention(query, key, value, mask)
+    assert torch.equal(found[:, :, 1], torch.zeros(1, 2, 4))
+    assert float((found - expected).abs().max()) < 0.02
