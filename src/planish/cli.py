@@ -341,7 +341,7 @@ def shrink(console: Console, /, job: Path, weights: Path, **options: Any) -> Non
     """A Transformer that does not fit into memory: weights read, pruned, rounded and written part by part. The job's `model` is a function
     that builds the net; its weights are dropped as they are made."""
     from planish import registry
-    from planish.report import figures
+    from planish.report.shrunk_text import shrunk_text
 
     for kind in ("scheme", "rounding", "observer"):
         registry.check(kind, options[kind])
@@ -351,21 +351,8 @@ def shrink(console: Console, /, job: Path, weights: Path, **options: Any) -> Non
     names = ("out", "scheme", "rounding", "prune", "observer", "overwrite", "seed")
     with console.running():
         found = run(workload, weights, events=console, **{name: options[name] for name in names})
-    worst = max(found.operators, key=lambda one: one.error)
-    lines = [
-        f"weights         {figures.size(found.bytes_before)} -> {figures.size(found.bytes_after)}",
-        f"peak memory     {figures.size(found.peak_memory_bytes)}, {figures.size(found.memory_before_bytes)} of it before",
-        f"worst operator  {worst.name}: {worst.error:.2%} of its output's power",
-        f"in float        {', '.join(found.skipped) or 'nothing'}",
-    ]
-    if found.units:
-        before, after = (sum(pair[side] for pair in found.units.values()) for side in (0, 1))
-        lines.insert(1, f"hidden units    {before} -> {after}, in {len(found.units)} feed-forward layers")
-    if found.cosine is not None and found.agreement is not None:
-        lines.insert(1, f"outputs         cosine {found.cosine:.4f}, agreement {found.agreement:.4f}, on {found.held_out} samples held out")
-    if found.note:
-        lines.append(found.note)
-    console.answer(found.to_json(), "\n".join([*lines, f"written: {found.path}", ""]))
+    data = found.to_json()
+    console.answer(data, shrunk_text(data))
 
 
 @cli.command(epilog=_example("planish resume out/net.planish job.py"))

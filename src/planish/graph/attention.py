@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -18,6 +19,11 @@ A query that looks at many keys alike loses by it: where each gets less than hal
 _HIDDEN = -3.0e38
 
 
+def _on_grid(weights: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=torch.int32, device=weights.device)
+    return fake_quantize_per_tensor_affine(weights, weights.new_tensor(PROBABILITY), zero, 0, 255)
+
+
 def static_attention(
     query: Tensor,
     key: Tensor,
@@ -28,37 +34,33 @@ def static_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    rounded: Callable[[Tensor], Tensor] = _on_grid,
 ) -> Tensor:
     """`scaled_dot_product_attention` with rounded probabilities; softmax itself is in float.
 
     Args:
         query, key, value: rounded already; [..., queries or keys, width].
-        attn_mask: boolean, True where a query sees a key, or added to the scores, or None. A query that a boolean one lets see nothing
-            gives zeros, as in torch.
+        attn_mask: boolean, True where a query sees a key, or added to the scores, or None. A query that one lets see nothing gives zeros, as
+            in torch.
         dropout_p: not looked at.
         is_causal: whether queries see no later keys.
         scale: of the products; None for one over the root of the width.
         enable_gqa: False.
+        rounded: what rounds the probabilities.
     """
+    scores = torch.matmul(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None:
+        return torch.matmul(rounded(scores.softmax(-1)), value)
+    if attn_mask.dtype == torch.bool:
+        is_seen, added = attn_mask, torch.where(attn_mask, 0.0, _HIDDEN)
+    else:
+        is_seen, added = attn_mask > -math.inf, attn_mask.clamp_min(_HIDDEN)
+    return torch.matmul(rounded((scores + added).softmax(-1)), value) * is_seen.any(-1, keepdim=True)
 
-    def rounded(weights: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=torch.int32, device=weights.device)
-        return fake_quantize_per_tensor_affine(weights, weights.new_tensor(PROBABILITY), zero, 0, 255)
 
-    return _attention(query, key, value, attn_mask, is_causal, scale, rounded)
-
-
-def exported_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def exported_attention(*arguments: Any, **options: Any) -> Tensor:
     """The same with a quantize / dequantize pair, as it is traced for export."""
 
     def rounded(weights: Tensor) -> Tensor:
@@ -66,28 +68,7 @@ def exported_attention(
         found: Tensor = _decomposed.dequantize_per_tensor(_decomposed.quantize_per_tensor(weights, *grid), *grid)
         return found
 
-    return _attention(query, key, value, attn_mask, is_causal, scale, rounded)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    rounded: Callable[[Tensor], Tensor],
-) -> Tensor:
-    scores = torch.matmul(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if mask is None:
-        return torch.matmul(rounded(scores.softmax(-1)), value)
-    if mask.dtype != torch.bool:
-        found = torch.matmul(rounded((scores + mask.clamp_min(_HIDDEN)).softmax(-1)), value)
-        return found * (mask > -math.inf).any(-1, keepdim=True)
-    found = torch.matmul(rounded((scores + torch.where(mask, 0.0, _HIDDEN)).softmax(-1)), value)
-    return found * mask.any(-1, keepdim=True)
+    return static_attention(*arguments, **options, rounded=rounded)
 
 
 def trace_attention(module: fx.GraphModule) -> None:

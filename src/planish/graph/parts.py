@@ -80,6 +80,13 @@ def steps_of(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return spread[0], spread[1], int(groups)  # type: ignore[arg-type]
 
 
+def known_parts(node: Node) -> Parts:
+    """The parts of an operator that is known to have a form."""
+    parts = parts_of(node)
+    assert isinstance(parts, Parts), parts
+    return parts
+
+
 def _weighted(node: Node, parts: Parts) -> Parts | str:
     return parts if all(map(is_parameter, weights_of(node, parts))) else "its weight is computed by the program, not a parameter"
 

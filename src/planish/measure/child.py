@@ -25,6 +25,7 @@ import numpy as np
 
 from planish import registry
 from planish.errors import PlanishError, RuntimeFailed
+from planish.measure.resident import peak_resident_bytes
 from planish.runtimes.contract import Array, Session
 from planish.signature import Signature
 from planish.target import Target
@@ -139,11 +140,7 @@ class _Server:
 
     def memory(self) -> int:
         """Peak resident bytes of this process so far."""
-        if sys.platform == "linux":
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_resident_bytes()
 
     def close(self) -> None:
         if self._session is not None:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from planish import registry
 from planish.graph.fake_quantize import fake_quantize_dynamic
 from planish.graph.graph import Analysis
-from planish.graph.parts import Parts, parts_of, tensor_of, weights_of
+from planish.graph.parts import Parts, known_parts, parts_of, tensor_of, weights_of
 from planish.graph.replay import Environment, Replay
 from planish.quantize.arithmetic import Quantizer, fake_quantize, int8_weights, unsigned
 from planish.quantize.concatenations import with_shared
@@ -174,10 +174,8 @@ def _local(ground: Ground, analysis: Analysis, target: Target, scheme: Scheme) -
 def _argument_quantizers(
     node: Node, placement: Placement, activations: Mapping[str, Quantizer], inverse: Tensor | None
 ) -> dict[int, Rounded]:
-    parts = parts_of(node)
-    assert isinstance(parts, Parts), parts
     found: dict[int, Rounded] = {}
-    for position in parts.activations:
+    for position in known_parts(node).activations:
         source = source_among(node, position, placement)
         assert source is not None, node.format_node()
         found[position] = Rounded(activations[source], inverse)

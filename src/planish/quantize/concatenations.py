@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from planish.graph.modes import short_name
 from planish.quantize.arithmetic import Quantizer, quantizer_from_range
-from planish.quantize.movements import argument, is_rectified, moves
+from planish.quantize.movements import is_rectified, source_of
 
 
 def parts_of_concatenation(node: Node) -> tuple[Node, ...]:
@@ -34,7 +34,7 @@ def grids_in_common(concatenations: Iterable[Node], values: Collection[Node], or
     """
     sets: list[set[Node]] = []
     for node in concatenations:
-        parts = [source_of(part, values) for part in parts_of_concatenation(node)]
+        parts = [source_of(part, values.__contains__) for part in parts_of_concatenation(node)]
         joined = {node, *(part for part in parts if part is not None)}
         if node not in values or None in parts or len({_is_rectified(part) for part in joined}) > 1:
             continue
@@ -47,15 +47,6 @@ def grids_in_common(concatenations: Iterable[Node], values: Collection[Node], or
 
 def _is_rectified(value: Node) -> bool:
     return all(map(_is_rectified, found)) if (found := parts_of_concatenation(value)) else is_rectified(value)
-
-
-def source_of(value: Node, values: Collection[Node]) -> Node | None:
-    """The value among `values` that another is, or is moved from; None if there is none."""
-    while value not in values:
-        if not moves(value):
-            return None
-        value = argument(value, 0)
-    return value
 
 
 def with_shared(found: Mapping[str, Quantizer], shared: Mapping[str, tuple[str, ...]]) -> dict[str, Quantizer]:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from planish.graph.attention import static_attention
 from planish.graph.fake_quantize import dynamic_lstm, fake_codebook, fake_quantize_dynamic, fake_quantize_per_group
-from planish.graph.parts import RECURRENT, Parts, parts_of, weights_of
+from planish.graph.parts import RECURRENT, Parts, known_parts, weights_of
 from planish.quantize.arithmetic import Grid, GroupQuantizer, Quantizer, fake_quantize, int8_weights
 from planish.quantize.codebook import CodebookQuantizer, fit_codebook
 from planish.quantize.contract import Observer, Scheme, group_size
@@ -42,13 +42,13 @@ def why_not_locally(module: GraphModule, node: Node, scheme: Scheme) -> str:
     if reason := unsupported(node, scheme):
         return reason
     parameters = [value for value in node.all_input_nodes if value.op == "get_attr"]
-    return unfit_parameters(module, weights_of(node, _parts(node)), parameters)
+    return unfit_parameters(module, weights_of(node, known_parts(node)), parameters)
 
 
 def form_of(node: Node, scheme: Scheme) -> Callable[..., Any]:
     """What computes an operator in a scheme, given rounded weights and activations: itself, unless it rounds something between its steps."""
     assert callable(node.target), node.format_node()
-    kind = _parts(node).kind
+    kind = known_parts(node).kind
     if (kind, scheme.activations) == ("attention", "static"):
         return static_attention
     return dynamic_lstm if (kind, scheme.activations) == ("lstm", "dynamic") else node.target
@@ -90,28 +90,28 @@ def quantize_locally(module: GraphModule, chosen: Mapping[str, Scheme], choose: 
     dynamic: dict[Node, list[Node]] = {}
     for name, scheme in chosen.items():
         node = by_name[name]
-        parts = _parts(node)
+        parts = known_parts(node)
         for weight in weights_of(node, parts):
             readers.setdefault((weight, scheme.name, parts.kind, parts.axis), []).append(node)
         if scheme.activations == "dynamic":
             for position in parts.activations:
                 dynamic.setdefault(_argument(node, position), []).append(node)
     for (weight, *_), nodes in readers.items():
-        parts = _parts(nodes[0])
+        parts = known_parts(nodes[0])
         _insert_weight(module, weight, nodes, choose(weight, parts, chosen[nodes[0].name]))
     for value, nodes in dynamic.items():
         with module.graph.inserting_before(min(nodes)):
             rounded_value = module.graph.call_function(fake_quantize_dynamic, (value,))
         rounded_value.meta = own_values(value)
         for node in nodes:
-            for position in _parts(node).activations:
+            for position in known_parts(node).activations:
                 node.update_arg(position, rounded_value)
     for name, scheme in chosen.items():
         by_name[name].target = form_of(by_name[name], scheme)
 
 
 def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantizer: WeightQuantizer) -> None:
-    parts = _parts(nodes[0])
+    parts = known_parts(nodes[0])
     assert parts.weight is not None
     if isinstance(quantizer, Quantizer):
         insert(module, weight.name, [Read(node.name, parts.weight) for node in nodes], quantizer)
@@ -139,12 +139,6 @@ def _insert_weight(module: GraphModule, weight: Node, nodes: list[Node], quantiz
     value.meta = own_values(weight)
     for node in nodes:
         replace_argument(node, parts.weight, weight, value)
-
-
-def _parts(node: Node) -> Parts:
-    parts = parts_of(node)
-    assert isinstance(parts, Parts), parts
-    return parts
 
 
 def _argument(node: Node, position: int) -> Node:

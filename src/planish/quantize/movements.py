@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch.fx import Node
 
 from planish.graph.modes import short_name
@@ -54,6 +56,15 @@ def argument(node: Node, position: int) -> Node:
     """The value that a node has at a position, which is no list and no number."""
     value = node.args[position]
     assert isinstance(value, Node), node.format_node()
+    return value
+
+
+def source_of(value: Node, is_wanted: Callable[[Node], bool]) -> Node | None:
+    """The nearest wanted value that another is, or is moved from; None if there is none."""
+    while not is_wanted(value):
+        if not moves(value):
+            return None
+        value = argument(value, 0)
     return value
 
 

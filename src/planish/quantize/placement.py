@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from planish.graph.modes import short_name
 from planish.graph.parts import Parts, parts_of, steps_of, tensor_of
 from planish.quantize.concatenations import grids_in_common, parts_of_concatenation
-from planish.quantize.movements import PADDINGS, POOLS, RECTIFIERS, argument, is_rectified, moves
+from planish.quantize.movements import PADDINGS, POOLS, RECTIFIERS, argument, is_rectified, moves, source_of
 
 ADDITIONS = frozenset({"add", "add_"})
 
@@ -54,12 +54,8 @@ class Placement:
 
 def source_among(node: Node, position: int, placement: Placement) -> str | None:
     """The value whose quantizer an operator's argument has, through movements; None if it has none."""
-    value = argument(node, position)
-    while value.name not in placement.activations:
-        if not moves(value):
-            return None
-        value = argument(value, 0)
-    return placement.repeats.get(value.name, value.name)
+    value = source_of(argument(node, position), lambda value: value.name in placement.activations)
+    return None if value is None else placement.repeats.get(value.name, value.name)
 
 
 def narrow_reads(module: GraphModule, placement: Placement, bits: Mapping[str, int]) -> dict[str, dict[int, tuple[Read, ...]]]:
@@ -195,11 +191,9 @@ def _no_transposed(module: GraphModule, node: Node) -> str:
         return "a dilated transposed convolution is slower in int8"
     if max(stride) > 3 or min(kernel) < max(stride):
         return "a transposed convolution has an int8 kernel only for strides up to 3 and kernels no smaller than the stride"
-    return (
-        ""
-        if is_rectified(argument(node, 0))
-        else "a transposed convolution has an int8 kernel only behind a rectifier; its input may be below zero"
-    )
+    if not is_rectified(argument(node, 0)):
+        return "a transposed convolution has an int8 kernel only behind a rectifier; its input may be below zero"
+    return ""
 
 
 def _quantized_inputs(node: Node, kind: str, chosen: Collection[Node]) -> list[tuple[Node, int]]:

@@ -27,7 +27,8 @@ def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Mo
         weights: must hold every parameter, in its shape; of parameters that are one tensor, one name.
 
     Raises:
-        UsageError: it builds no module; a parameter that the weights lack or have in another shape; or a buffer that is saved and that they lack, or that has no values.
+        UsageError: it builds no module; a parameter that the weights lack or have in another shape; a buffer that is saved and that they
+            lack, or that has no values.
     """
     if not isinstance(model, nn.Module):
         with _without_weights():
@@ -42,22 +43,26 @@ def built(model: nn.Module | Callable[[], nn.Module], weights: Weights) -> nn.Mo
                 module._parameters[name] = kept
     for prefix, module in model.named_modules():
         for name, buffer in list(module._buffers.items()):
-            path = f"{prefix}.{name}".lstrip(".")
-            if buffer is not None and path in weights:
-                if weights.shape(path) != tuple(buffer.shape):
-                    raise UsageError(
-                        f"weights: {path!r} must have shape {list(buffer.shape)}, as in the model; it has {list(weights.shape(path))}"
-                    )
-                module._buffers[name] = weights.read(path).to(buffer.dtype)
-            elif buffer is not None and name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                raise UsageError(f"weights: {weights.path} must hold buffer {path!r}, which the model saves with its parameters")
-            elif buffer is not None and buffer.is_meta:
-                raise UsageError(
-                    f"model: buffer {path!r} must have values; it lies on the meta device and the weights lack it; give a function "
-                    "that builds the model, and make the buffer with its values (torch.zeros, not torch.empty)"
-                )
+            if buffer is not None:
+                path = f"{prefix}.{name}".lstrip(".")
+                module._buffers[name] = _buffer(path, buffer, name not in module._non_persistent_buffers_set, weights)
     _check_shared(model, weights)
     return model.eval()
+
+
+def _buffer(path: str, buffer: Tensor, is_saved: bool, weights: Weights) -> Tensor:
+    """The values of a buffer: those that are stored, else those that it was made with."""
+    if path in weights:
+        weights.check_shape(path, buffer.shape)
+        return weights.read(path).to(buffer.dtype)
+    if is_saved and buffer.is_floating_point():
+        raise UsageError(f"weights: {weights.path} must hold buffer {path!r}, which the model saves with its parameters")
+    if buffer.is_meta:
+        raise UsageError(
+            f"model: buffer {path!r} must have values; it lies on the meta device and the weights lack it; give a function "
+            "that builds the model, and make the buffer with its values (torch.zeros, not torch.empty)"
+        )
+    return buffer
 
 
 def _check_shared(model: nn.Module, weights: Weights) -> None:
@@ -86,10 +91,7 @@ def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:
             raise UsageError(
                 f"weights: {weights.path} must hold parameter {name!r}; it holds {some}, ...; names must be those of the model"
             )
-        if weights.shape(stored) != tuple(parameter.shape):
-            raise UsageError(
-                f"weights: {stored!r} must have shape {list(parameter.shape)}, as in the model; it has {list(weights.shape(stored))}"
-            )
+        weights.check_shape(stored, parameter.shape)
         found[name] = stored
     return found
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from planish.graph.graph import Graph
-from planish.graph.parts import Parts, parts_of
+from planish.graph.parts import known_parts
 from planish.graph.qdq import held
 from planish.runtimes.onnx_schemes import multiply_by_groups
 from planish.runtimes.to_onnx import finish, traced
@@ -43,26 +43,22 @@ def write_onnx(graph: Graph, grouped: Mapping[Node, Grouped], stored: Mapping[st
     Args:
         graph: hollow; it is used up.
         grouped: operators of its program that multiply by groups.
-        stored: parameter -> its name among the pieces.
+        stored: parameter -> its name among the pieces, if it is there.
         pieces: hold what the operators and the other parameters need.
     """
     module = graph.module
-    for name, stands_for in stored.items():
-        if stands_for in pieces:
-            owner, _, leaf = name.rpartition(".")
-            shape = pieces.shape(stands_for)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(hollow(shape), requires_grad=False))
-    names: dict[str, str] = {name: stands_for for name, stands_for in stored.items() if stands_for in pieces}
+    names = {name: stands_for for name, stands_for in stored.items() if stands_for in pieces}
+    for name, stands_for in names.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(hollow(pieces.shape(stands_for)), requires_grad=False))
     for node, how in grouped.items():
-        parts = parts_of(node)
-        assert isinstance(parts, Parts)
         with module.graph.inserting_before(node):
             read = []
             for what in ("packed", "scales", "zeros"):
                 piece = f"{how.prefix}.{what}"
                 read.append(held(module, f"{node.name}_{what}", hollow(pieces.shape(piece), pieces.dtype(piece))))
                 names[str(read[-1].target)] = piece
-        multiply_by_groups(node, parts, read, how.inputs, how.outputs, how.bits, how.group)
+        multiply_by_groups(node, known_parts(node), read, how.inputs, how.outputs, how.bits, how.group)
     module.graph.eliminate_dead_code()
     graph.module = GraphModule(module, module.graph)
     model = traced(graph, optimize=False)

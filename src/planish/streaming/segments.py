@@ -16,8 +16,7 @@ class Segment:
         nodes: in the order of the program.
         tensors: the parameters and buffers that they read.
         takes: values of earlier segments (and inputs) that they read.
-        gives: values of theirs that later segments read, or that are the program's first output.
-        outputs: those that no later segment reads.
+        gives: values of theirs that later segments read.
         ends: values that nobody reads behind this segment.
         rounded: operators among the nodes whose weights are rounded; each reads a value of `takes`.
     """
@@ -26,7 +25,6 @@ class Segment:
     tensors: tuple[Node, ...]
     takes: tuple[Node, ...]
     gives: tuple[Node, ...]
-    outputs: tuple[Node, ...]
     ends: tuple[Node, ...]
     rounded: tuple[Node, ...]
 
@@ -54,13 +52,18 @@ def segments(module: GraphModule, inputs: Mapping[Node, Node]) -> list[Segment]:
         for node in module.graph.nodes
         if node.op not in ("get_attr", "output")
     }
+    return [_segment(nodes, index, place, last, inputs) for index, nodes in enumerate(runs)]
+
+
+def first_output(module: GraphModule) -> Node:
+    """The value that the program gives first."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
-    first = output.args[0][0]
-    return [_segment(nodes, index, place, last, inputs, first) for index, nodes in enumerate(runs)]
+    value: Node = output.args[0][0]
+    return value
 
 
 def _segment(
-    nodes: Sequence[Node], index: int, place: Mapping[Node, int], last: Mapping[Node, int], inputs: Mapping[Node, Node], first: Node
+    nodes: Sequence[Node], index: int, place: Mapping[Node, int], last: Mapping[Node, int], inputs: Mapping[Node, Node]
 ) -> Segment:
     read = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes))
     takes = tuple(node for node in read if node.op != "get_attr" and place.get(node, -1) < index)
@@ -68,8 +71,7 @@ def _segment(
         tuple(nodes),
         tuple(node for node in read if node.op == "get_attr"),
         takes,
-        tuple(node for node in nodes if last[node] > index or node is first),
-        tuple(node for node in nodes if last[node] == index and node is first),
-        tuple(node for node in takes if last[node] == index and node is not first),
+        tuple(node for node in nodes if last[node] > index),
+        tuple(node for node in takes if last[node] == index),
         tuple(node for node in nodes if node in inputs),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from planish.events import Events, Silent
 from planish.graph.capture import capture
 from planish.measure.machine import facts
 from planish.measure.probe import Probe
+from planish.measure.resident import peak_resident_bytes, resident_bytes
 from planish.metrics import get_metric
 from planish.quantize.contract import Rounding, Scheme
 from planish.signature import Signature
@@ -30,6 +30,7 @@ from planish.streaming.hollow import built
 from planish.streaming.stream import MODEL, OperatorLoss, Stream
 from planish.streaming.weights import Weights
 from planish.target import Target
+from planish.workbench import outputs_of
 from planish.workload import Workload
 
 ACCOUNT = "shrunk.json"
@@ -117,7 +118,7 @@ def shrink(
 
     References: Frantar et al., GPTQ, 2023; Kurtic et al., ZipLM, 2023.
     """
-    began, before = time.monotonic(), _resident()
+    began, before = time.monotonic(), resident_bytes()
     chosen, method = _settings(scheme, rounding, prune)
     out = Path(out) if out is not None else Path(f"{job.name}.shrunk")
     _check_out(out, Path(weights), overwrite)
@@ -147,7 +148,7 @@ def shrink(
             path=out,
             bytes_before=source.nbytes,
             bytes_after=sum(file.stat().st_size for file in folder.iterdir()),
-            operators=tuple(stream.losses),
+            operators=tuple(stream.losses.values()),
             skipped=stream.skipped,
             units=stream.units,
             held_out=held,
@@ -155,7 +156,7 @@ def shrink(
             agreement=agreement,
             streamed_cosine=None if streamed.original is None else _score("cosine", streamed.shrunk, streamed.original),
             note=note,
-            peak_memory_bytes=_peak(),
+            peak_memory_bytes=peak_resident_bytes(),
             memory_before_bytes=before,
             seconds=time.monotonic() - began,
         )
@@ -193,23 +194,11 @@ def _settings(scheme: str, rounding: str, prune: float) -> tuple[Scheme, Roundin
     return chosen, method
 
 
-def _resident() -> int:
-    """Bytes that the process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def _peak() -> int:
-    """The most bytes that the process held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _outputs(model: Path, signature: Signature, split: Split, samples: slice) -> NDArray[np.float32]:
     """The artifact's first output for some samples, from a process of its own."""
     probe = Probe.open(Target("onnxruntime", threads=1, facts=facts()), model, signature)
     try:
-        first = signature.inputs[0].shape[0]
-        return probe.outputs([array[samples] for array in split.inputs], first if isinstance(first, int) else 8, 3600.0)[0]
+        return outputs_of(probe, Split([array[samples] for array in split.inputs], None, samples.stop - samples.start))[0]
     finally:
         probe.close()
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from planish.graph.graph import Graph
 from planish.graph.groups import analyse
 from planish.graph.modes import short_name
 from planish.graph.moments import Moments
-from planish.graph.parts import Parts, is_parameter, parts_of
+from planish.graph.parts import Parts, is_parameter, known_parts, parts_of
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import Grid, GroupQuantizer
 from planish.quantize.contract import Layer, Rounding, Scheme, group_size
@@ -30,7 +30,7 @@ from planish.runtimes.onnx_schemes import packed_groups
 from planish.streaming.hollow import stored_names
 from planish.streaming.onnx_file import Grouped, write_onnx
 from planish.streaming.pieces import Pieces
-from planish.streaming.segments import Segment, segments
+from planish.streaming.segments import Segment, first_output, segments
 from planish.streaming.units import Hidden, hidden_units, refitted, survivors, width_of
 from planish.streaming.values import Values
 from planish.streaming.weights import Weights
@@ -69,6 +69,10 @@ class Streamed:
     """Which of the calibration samples."""
 
 
+Role = Literal["calibration", "original", "shrunk"]
+_JUDGED: tuple[Role, ...] = ("original", "shrunk")
+
+
 @dataclass
 class _Waiting:
     """What is written once it is known which of its rows stay."""
@@ -80,10 +84,10 @@ class _Waiting:
 
 @dataclass
 class _Run:
-    """One batch: its values, and whether they are those of the original's weights."""
+    """One batch: its values, and what it is for: to fit weights on, or to judge by, with the original's weights or with the new."""
 
     values: Values
-    is_original: bool
+    role: Role
 
 
 @dataclass
@@ -100,7 +104,7 @@ class Stream:
     observer: str
     seed: int
     grouped: dict[Node, Grouped] = field(default_factory=dict)
-    losses: list[OperatorLoss] = field(default_factory=list)
+    losses: dict[str, OperatorLoss] = field(default_factory=dict)
     units: dict[str, tuple[int, int]] = field(default_factory=dict)
     waiting: dict[str, _Waiting] = field(default_factory=dict)
 
@@ -112,11 +116,12 @@ class Stream:
         (self.work / "out").mkdir()
         self.pieces = Pieces(self.work / "out" / TENSORS)
         self.inputs, self.skipped = self._subjects()
+        self.first = first_output(self.graph.module)
         hidden: list[Hidden] = []
         if self.share:
             shapes = {name: value.shape for name, value in self.graph.module.named_parameters(remove_duplicate=False)}
-            plain = {self._weight(node) for node in self.inputs if _parts(node).axis == 0}
-            fixed = {self._weight(node) for node in self.inputs if self._is_reshaped(node)}
+            plain = {str(_weight(node).target) for node in self.inputs if known_parts(node).axis == 0}
+            fixed = {str(_weight(node).target) for node in self.inputs if self._is_reshaped(node)}
             hidden = [one for one in hidden_units(analyse(self.graph), plain, shapes) if one.reader not in fixed]
             if not hidden:
                 raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
@@ -125,11 +130,6 @@ class Stream:
                 raise UsageError(f"prune: must take 32 units or more, which leave together; {self.share} of {widest} are fewer")
         self.hidden = {one.reader: one for one in hidden}
         self.made = {maker for one in hidden for maker in one.makers}
-
-    def _weight(self, node: Node) -> str:
-        weight = node.args[_parts(node).weight or 0]
-        assert isinstance(weight, Node)
-        return str(weight.target)
 
     def _is_reshaped(self, node: Node) -> bool:
         """Whether a shape is written out between an operator and those, with weights, that make what it reads."""
@@ -176,79 +176,78 @@ class Stream:
     def run(self, events: Events) -> Streamed:
         """All segments, then the model file, beside its tensors; the outputs for what was held out."""
         parts = segments(self.graph.module, self.inputs)
-        calibration, judging = self._runs()
+        runs = self._runs()
         events.stage("blocks")
         for number, segment in enumerate(parts):
-            self._segment(segment, calibration, judging)
+            self._segment(segment, runs)
             events.progress(number + 1, len(parts))
-        sides = [self._outputs([run for run in judging if run.is_original is of]) for of in (True, False)]
+        original, shrunk = (self._outputs([run for run in runs if run.role == role]) for role in _JUDGED)
         first = self.calibration.n - self._held_out
-        found = Streamed(sides[0], sides[1], slice(first, first + (0 if sides[0] is None else len(sides[0]))))
+        found = Streamed(original, shrunk, slice(first, first + (0 if original is None else len(original))))
         events.stage("writing the model")
-        written = {name: stored for name, stored in self.stored.items() if stored in self.pieces}
-        write_onnx(self.graph, self.grouped, written, self.pieces, self.work / "out" / MODEL)
+        write_onnx(self.graph, self.grouped, self.stored, self.pieces, self.work / "out" / MODEL)
         return found
 
-    def _runs(self) -> tuple[list[_Run], list[_Run]]:
-        """The batches that weights are fitted on, and those that are held out: of these one with the original's weights and one with the new."""
-        split = self.calibration
-        held = self._held_out
-        calibration = self._batches(split, 0, split.n - held, "calibration", False)
+    def _runs(self) -> list[_Run]:
+        """The batches that weights are fitted on, then those that are held out, once with the original's weights and once with the new."""
+        end = self.calibration.n - self._held_out
+        calibration = self._batches(0, end, "calibration")
         if not calibration:
-            raise DataError(f"calibration: a batch of the example's size is needed beside what is held out; {split.n} samples are there")
-        return calibration, [
-            *self._batches(split, split.n - held, split.n, "original", True),
-            *self._batches(split, split.n - held, split.n, "shrunk", False),
-        ]
+            raise DataError(
+                f"calibration: a batch of the example's size is needed beside what is held out; {self.calibration.n} samples are there"
+            )
+        return calibration + [run for role in _JUDGED for run in self._batches(end, self.calibration.n, role)]
 
     @property
     def _held_out(self) -> int:
         return min(self.calibration.n // _HELD_OUT, _MOST_HELD_OUT)
 
-    def _batches(self, split: Split, first: int, last: int, name: str, is_original: bool) -> list[_Run]:
+    def _batches(self, first: int, last: int, role: Role) -> list[_Run]:
         fixed = self.graph.signature.inputs[0].shape[0]
         size = fixed if isinstance(fixed, int) else _BATCH
+        placeholders = [node for node in self.replay.nodes if node.op == "placeholder"]
         found = []
         for start in range(first, last - (last - first) % size if isinstance(fixed, int) else last, size):
-            run = _Run(Values(self.work / f"{name}-{start}"), is_original)
-            placeholders = [node for node in self.replay.nodes if node.op == "placeholder"]
-            for node, array in zip(placeholders, split.inputs, strict=True):
+            run = _Run(Values(self.work / f"{role}-{start}"), role)
+            for node, array in zip(placeholders, self.calibration.inputs, strict=True):
                 run.values.keep(node, torch.from_numpy(np.array(array[start : min(start + size, last)])))
             found.append(run)
         return found
 
-    def _segment(self, segment: Segment, calibration: Sequence[_Run], judging: Sequence[_Run]) -> None:
+    def _segment(self, segment: Segment, runs: Sequence[_Run]) -> None:
         """Weights in, moments, rounded weights out, and every batch through."""
         original = {node: self._read(node) for node in segment.tensors}
         changed = dict(original)
         moments: dict[Node, Moments] = {}
         for node in segment.rounded:
-            source = self.inputs[node]
+            source, weight = self.inputs[node], _weight(node)
             if source not in moments:
-                moments = {source: self._moments(source, calibration)}  # those of the one before are no longer needed
-            weight = node.args[_parts(node).weight or 0]
-            assert isinstance(weight, Node)
+                moments = {source: self._moments(source, runs)}  # those of the one before are no longer needed
             changed[weight] = self._rounded(node, original[weight], moments[source])
         moments.clear()
         for node, tensor in original.items():
             self._write_float(node, tensor)
         dying = _last_reads(segment)
-        for run in (*calibration, *judging):
-            gives = segment.gives if run in judging else tuple(node for node in segment.gives if node not in segment.outputs)
-            if not gives:
-                for node in segment.ends:
-                    run.values.drop(node)
-                continue
-            environment: dict[Node, Any] = dict(original if run.is_original else changed)
-            environment.update({node: run.values.read(node) for node in segment.takes})
-            for number, node in enumerate(segment.nodes):
-                environment[node] = self.replay.value(node, environment)
-                if node in gives:
-                    run.values.keep(node, environment[node])
-                for source in dying.get(number, ()):
-                    environment.pop(source, None)
+        for run in runs:
+            gives = set(segment.gives) | ({self.first}.intersection(segment.nodes) if run.role in _JUDGED else set())
+            if gives:
+                self._run(segment, run, original if run.role == "original" else changed, gives, dying)
             for node in segment.ends:
-                run.values.drop(node)
+                if node is not self.first:
+                    run.values.drop(node)
+
+    def _run(
+        self, segment: Segment, run: _Run, tensors: Mapping[Node, Tensor], gives: Collection[Node], dying: Sequence[Sequence[Node]]
+    ) -> None:
+        """One batch through a segment: its values are dropped as soon as nobody in it reads them any more."""
+        environment: dict[Node, Any] = dict(tensors)
+        environment.update({node: run.values.read(node) for node in segment.takes})
+        for number, node in enumerate(segment.nodes):
+            environment[node] = self.replay.value(node, environment)
+            if node in gives:
+                run.values.keep(node, environment[node])
+            for source in dying[number]:
+                environment.pop(source, None)
 
     def _read(self, node: Node) -> Tensor:
         name = str(node.target)
@@ -258,8 +257,9 @@ class Stream:
 
     def _moments(self, source: Node, runs: Sequence[_Run]) -> Moments:
         found: Moments | None = None
-        rows = -(-_MOST_ROWS // len(runs))
-        for run in runs:
+        fitting = [run for run in runs if run.role == "calibration"]
+        rows = -(-_MOST_ROWS // len(fitting))
+        for run in fitting:
             value = run.values.read(source).flatten(0, -2)
             if len(value) > rows:
                 value = value[torch.randint(len(value), (rows,), generator=self.generator)]
@@ -272,7 +272,7 @@ class Stream:
 
     def _rounded(self, node: Node, weight: Tensor, moments: Moments) -> Tensor:
         """What a weight becomes, in its own layout and size: columns of units that left are zeros there."""
-        name, axis = self._weight(node), _parts(node).axis
+        name, axis = str(_weight(node).target), known_parts(node).axis
         matrix = weight.t().contiguous() if axis else weight
         gram = moments.second(centered=False)[0][0]
         energy = float(((matrix.double() @ gram) * matrix).sum())
@@ -281,19 +281,17 @@ class Stream:
             kept = survivors(hidden, matrix, moments, self.share)
             self.units[hidden.group.name] = (hidden.group.units, hidden.group.units if kept is None else len(kept))
             self._let_go(hidden, kept)
-        dense = matrix
-        if kept is not None:
-            dense = refitted(matrix, gram, kept)
-            at = torch.from_numpy(kept)
-            inner = gram[at][:, at]
+        if kept is None:
+            rounded, quantizer = self._on_grid(matrix, gram)
+            whole = rounded
         else:
-            inner = gram
-        rounded, quantizer = self._on_grid(dense, inner)
-        whole = torch.zeros_like(matrix) if kept is not None else rounded
-        if kept is not None:
-            whole[:, torch.from_numpy(kept)] = rounded
+            at = torch.from_numpy(kept)
+            rounded, quantizer = self._on_grid(refitted(matrix, gram, kept), gram[at][:, at])
+            whole = torch.zeros_like(matrix)
+            whole[:, at] = rounded
         gone = (matrix - whole).double()
-        self.losses.append(OperatorLoss(name, dense.shape[1], dense.shape[0], float(((gone @ gram) * gone).sum()) / max(energy, 1e-30)))
+        error = float(((gone @ gram) * gone).sum()) / max(energy, 1e-30)
+        self.losses[name] = OperatorLoss(name, rounded.shape[1], len(rounded), error)
         if name in self.made:
             self.waiting[name] = _Waiting(rounded, quantizer, node)
         else:
@@ -323,8 +321,7 @@ class Stream:
                 self.pieces.add(self.stored[maker], waiting.matrix[rows])
                 continue
             of = waiting.quantizer
-            place = next(number for number, one in enumerate(self.losses) if one.name == maker)
-            self.losses[place] = replace(self.losses[place], outputs=len(waiting.matrix[rows]))
+            self.losses[maker] = replace(self.losses[maker], outputs=len(waiting.matrix[rows]))
             self._write(waiting.node, maker, waiting.matrix[rows], GroupQuantizer(of.grid, of.group, of.scale[rows], of.zero_point[rows]))
 
     def _write(self, node: Node, name: str, matrix: Tensor, quantizer: GroupQuantizer) -> None:
@@ -339,7 +336,7 @@ class Stream:
         if (
             name not in self.stored
             or self.stored[name] in self.pieces
-            or any(user in self.inputs and self._weight(user) == name for user in node.users)
+            or any(user in self.inputs and _weight(user) is node for user in node.users)
         ):
             return
         if name in self.made:
@@ -349,26 +346,25 @@ class Stream:
 
     def _outputs(self, judging: Sequence[_Run]) -> NDArray[np.float32] | None:
         """The first output of these runs, sample axis 0; None without any."""
-        (output,) = (node for node in self.replay.nodes if node.op == "output")
-        first = output.args[0][0]
-        if first.op == "get_attr":
+        if self.first.op == "get_attr":
             return None
-        found = [run.values.read(first).numpy() for run in judging]
+        found = [run.values.read(self.first).numpy() for run in judging]
         return np.concatenate(found) if found else None
 
 
-def _last_reads(segment: Segment) -> dict[int, list[Node]]:
+def _weight(node: Node) -> Node:
+    """The parameter of an operator whose weight is rounded."""
+    weight = node.args[known_parts(node).weight or 0]
+    assert isinstance(weight, Node)
+    return weight
+
+
+def _last_reads(segment: Segment) -> list[list[Node]]:
     """Position in a segment -> the values that nobody in it reads any more behind that."""
     last = {node: number for number, node in enumerate(segment.nodes)}
     for number, node in enumerate(segment.nodes):
         last.update(dict.fromkeys(node.all_input_nodes, number))
-    found: dict[int, list[Node]] = {}
+    found: list[list[Node]] = [[] for _ in segment.nodes]
     for node, number in last.items():
-        found.setdefault(number, []).append(node)
+        found[number].append(node)
     return found
-
-
-def _parts(node: Node) -> Parts:
-    parts = parts_of(node)
-    assert isinstance(parts, Parts), parts
-    return parts

@@ -75,6 +75,15 @@ class Weights:
         """The sizes of a tensor."""
         return self._places[name].shape
 
+    def check_shape(self, name: str, shape: torch.Size) -> None:
+        """Refuse a tensor that the model has in another shape.
+
+        Raises:
+            UsageError: it has.
+        """
+        if self.shape(name) != tuple(shape):
+            raise UsageError(f"weights: {name!r} must have shape {list(shape)}, as in the model; it has {list(self.shape(name))}")
+
     def read(self, name: str) -> Tensor:
         """A tensor, in float32 if it is floating-point.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
-from planish.graph.parts import Parts, bias_of, parts_of
+from planish.graph.parts import Parts, bias_of, known_parts, parts_of
 from planish.quantize.equalize.channels import (
     POINTWISE,
     input_ranges,
@@ -53,8 +53,7 @@ def _partner(module: GraphModule, second: Node) -> Node | None:
     """The operator whose output channels are the input channels of `second` and of nothing else."""
     if not _is_whole(module, second):
         return None
-    parts = parts_of(second)
-    assert isinstance(parts, Parts)
+    parts = known_parts(second)
     value = second.args[parts.activations[0]]
     while isinstance(value, Node) and len(value.users) == 1:
         found = parts_of(value)

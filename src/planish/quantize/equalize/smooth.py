@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from planish.graph.modes import short_name
-from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
+from planish.graph.parts import Parts, bias_of, known_parts, parts_of, tensor_of
 from planish.graph.replay import Replay, in_batches
 from planish.quantize.arithmetic import Quantizer
 from planish.quantize.equalize.channels import POINTWISE, is_read_by, scale_inputs_, scale_outputs_, weight_node
@@ -130,9 +130,7 @@ def unclipped(
 
 
 def _position(node: Node) -> int:
-    parts = parts_of(node)
-    assert isinstance(parts, Parts)
-    return parts.activations[0]
+    return known_parts(node).activations[0]
 
 
 def _activation(node: Node) -> Node:
