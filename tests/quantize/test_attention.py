@@ -1,4 +1,4 @@
-"""Attention in static int8: probabilities on a fixed grid, masks of all kinds, both products on int8 kernels."""
+"""Attention in static int8: probabilities on a grid up to their largest, masks of all kinds, both products on int8 kernels."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_error_is_half_a_step_of_each_probability_at_most(mask: str) -> None
     seen[0, 0, 2] = False
     given = {"none": None, "boolean": seen, "causal": None, "added": torch.randn(5, 5)}[mask]
     exact = F.scaled_dot_product_attention(q, k, v, given, is_causal=mask == "causal")
-    found = static_attention(q, k, v, given, is_causal=mask == "causal")
+    found = static_attention(q, k, v, given, is_causal=mask == "causal", step=torch.tensor(1 / 255))
     bound = v.abs().sum(-2, keepdim=True) / 510
     assert bool(((exact - found).abs() <= bound * 1.001 + 1e-6).all()) and not torch.equal(exact, found)
     if mask == "boolean":
@@ -104,6 +104,32 @@ def test_a_query_that_a_mask_lets_see_nothing_gives_zeros() -> None:
     mask[1] = -torch.inf
     mask[2, 0] = -torch.inf
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
-    found = static_attention(query, key, value, mask)
+    found = static_attention(query, key, value, mask, step=torch.tensor(1 / 255))
     assert torch.equal(found[:, :, 1], torch.zeros(1, 2, 4))
     assert float((found - expected).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_attention_that_is_spread_over_many_keys_keeps_its_output(runtime: str, tmp_path: Path) -> None:
+    """With steps of 1/255 all of it would be gone: each of 600 keys gets a third of a step."""
+    known = get_runtime(runtime, require=False)
+    if known.missing():
+        pytest.skip(f"{runtime} is not installed")
+    model = net("none")
+    with torch.no_grad():
+        for layer in (model.query, model.key):
+            layer.weight.mul_(0.1)
+    graph, analysis = captured(model, (torch.randn(2, 600, 32),))
+    target = Target(runtime, facts=facts())
+    done = quantized(graph, analysis, known, target)
+    split = calibration(graph, samples=2, seed=9)
+    expected = outputs(graph, split)
+    step = done.graph.module.scaled_dot_product_attention_probability_scale
+    assert 1 / 600 / 255 < float(step) < 1 / 2550
+    assert sqnr_db(expected, outputs(done.graph, split)) > 15.0
+    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
+    found = torch.from_numpy(session.run(list(split.inputs))[0])
+    session.close()
+    assert sqnr_db(expected, found) > 15.0
+    step.fill_(1 / 255)
+    assert sqnr_db(expected, outputs(done.graph, split)) < 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,8 @@ def _static(
         narrow = watch(module, ground.flat, list(watched), ground.make, unsigned(scheme.activation_bits))
         watched = {value: found for value, found in narrow.items() if isinstance(found, Quantizer)}
     inverses = {name: found.inverse for found in ground.smoothed for name in found.readers}
+    attentions = [nodes[name] for name in placement.operators if analysis.operators[name].kind == "attention"]
+    steps = ground.probability_steps(attentions)
     whole = unclipped(module, placement, ground.watched, ground.smoothed) if scheme.activation_bits == INT8.activation_bits else {}
     alone = []
     for name, weight in placement.operators.items():
@@ -149,7 +152,10 @@ def _static(
             weights[str(by_name[weight].target)] = fake_quantize(tensor_of(module, by_name[weight]), quantizer)
         rounding = _argument_quantizers(node, placement, activations, inverses.get(node.name))
         original = originals[node.name]
-        alone.append(Alone(name, scheme.name, original, form_of(original, scheme), weights, rounding))
+        form = form_of(original, scheme)
+        if node.name in attentions:
+            form = functools.partial(form, step=steps[node.name])
+        alone.append(Alone(name, scheme.name, original, form, weights, rounding))
     return alone, reasons
 
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from planish import registry
 from planish.data import Split
 from planish.errors import PlanError
+from planish.graph.attention import static_attention
 from planish.graph.graph import Analysis, Graph
 from planish.graph.replay import Replay, affordable
 from planish.quantize.arithmetic import Quantizer, int8_weights, unsigned
@@ -142,6 +143,7 @@ def quantize_on(
     for name in placement.operators:
         node = in_product[nodes[name]]
         node.target = form_of(node, chosen[name][1])
+    _insert_steps(module, ground)
     schemes = {nodes[name]: scheme for name, scheme in local.items()}
     quantize_locally(module, schemes, lambda weight, parts, scheme: ground.local_quantizer(weight.name, parts, scheme, target))
     module.graph.lint()
@@ -175,6 +177,17 @@ def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runti
         if not unfit:
             return placement, skipped
         skipped.update(unfit)
+
+
+def _insert_steps(module: GraphModule, ground: Ground) -> None:
+    """Gives each attention in a static scheme the step of its probabilities, as a buffer `NODE_probability_scale`."""
+    attentions = [node for node in module.graph.nodes if node.target is static_attention]
+    steps = ground.probability_steps([node.name for node in attentions])
+    for node in attentions:
+        name = f"{node.name}_probability_scale"
+        module.register_buffer(name, steps[node.name].clone())
+        with module.graph.inserting_before(node):
+            node.update_kwarg("step", module.graph.get_attr(name))
 
 
 def _narrow(ground: Ground, wanted: Collection[tuple[str, int]]) -> dict[tuple[str, int], Quantizer]:

@@ -19,7 +19,7 @@ from planish.quantize.arithmetic import Grid, Quantizer
 from planish.quantize.contract import Equalization, Observer, Scheme, check_equalization
 from planish.quantize.equalize.cross_layer import equalize_layers
 from planish.quantize.equalize.smooth import Smoothed, readers_by_activation, smooth
-from planish.quantize.insert import first_source, watch, weight_quantizer
+from planish.quantize.insert import first_source, probability_steps, watch, weight_quantizer
 from planish.quantize.local import WeightQuantizer, local_quantizer
 from planish.quantize.placement import Placement, Read
 from planish.runtimes.contract import Runtime
@@ -43,6 +43,7 @@ class Ground:
     make: type[Observer]
     watched: dict[str, Quantizer | str] = field(default_factory=dict)
     smoothed: tuple[Smoothed, ...] = ()
+    _steps: dict[str, Tensor] = field(default_factory=dict)
     _weights: dict[tuple[str, tuple[Read, ...], tuple[float, ...], Grid], Quantizer] = field(default_factory=dict)
     _local: dict[tuple[str, Parts, str, int], WeightQuantizer] = field(default_factory=dict)
 
@@ -60,6 +61,11 @@ class Ground:
     def activations(self) -> dict[str, Quantizer]:
         """The quantizers of the values that were watched and have one."""
         return {value: found for value, found in self.watched.items() if isinstance(found, Quantizer)}
+
+    def probability_steps(self, attentions: Sequence[str]) -> Mapping[str, Tensor]:
+        """The steps of the probabilities of some attentions (fx node names), and of those that were asked for before."""
+        self._steps.update(probability_steps(self.module, self.flat, [name for name in attentions if name not in self._steps]))
+        return self._steps
 
     def weight_quantizer(
         self, weight: str, readers: tuple[Read, ...], grid: Grid, placement: Placement, activations: Mapping[str, Quantizer]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from planish.graph.attention import LEVELS, probabilities
 from planish.graph.fake_quantize import LARGEST_BIAS, PER_CHANNEL, fake_quantize_per_tensor_affine
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
@@ -54,6 +55,26 @@ def watch(
         if size <= TINY_RANGE:
             reasons.setdefault(node, f"{node.name} is zero on all of the calibration data")
     return {node.name: reasons[node] if node in reasons else found.quantizer() for node, found in observers.items()}
+
+
+def probability_steps(module: GraphModule, flat: Sequence[Tensor], attentions: Sequence[str]) -> dict[str, Tensor]:
+    """For each attention the step of its probabilities' grid, with which the largest on the calibration data is the last point.
+
+    Args:
+        module: run in the mode that it is in.
+        flat: inputs of all calibration samples, sample axis 0.
+        attentions: fx node names.
+    """
+    replay = Replay(module)
+    largest = {replay.by_name[name]: TINY_RANGE for name in attentions}
+    with torch.no_grad():
+        for start in range(0, len(flat[0]) if largest else 0, BATCH):
+            for node, environment in replay.visits([value[start : start + BATCH] for value in flat]):
+                if node in largest:
+                    options = map_arg(node.kwargs, environment.__getitem__)
+                    weights, _ = probabilities(*replay.arguments(node, environment), **options)
+                    largest[node] = max(largest[node], float(weights.amax()))
+    return {node.name: torch.tensor(size / LEVELS) for node, size in largest.items()}
 
 
 def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str], watched: Mapping[str, Quantizer | str]) -> dict[str, str]:
