@@ -55,9 +55,7 @@ def _on_grid(weights: Tensor, step: Tensor) -> Tensor:
     return fake_quantize_per_tensor_affine(weights, step, zero, 0, LEVELS)
 
 
-def static_attention(
-    *arguments: Any, step: Tensor | float, rounded: Callable[[Tensor, Any], Tensor] = _on_grid, **options: Any
-) -> Tensor:
+def static_attention(*arguments: Any, step: Tensor | float, rounded: Callable[[Tensor, Any], Tensor] = _on_grid, **options: Any) -> Tensor:
     """`scaled_dot_product_attention` with rounded probabilities; softmax itself is in float.
 
     Args:

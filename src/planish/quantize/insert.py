@@ -71,7 +71,7 @@ def probability_steps(module: GraphModule, flat: Sequence[Tensor], attentions: S
         for start in range(0, len(flat[0]) if largest else 0, BATCH):
             for node, environment in replay.visits([value[start : start + BATCH] for value in flat]):
                 if node in largest:
-                    options = map_arg(node.kwargs, environment.__getitem__)
+                    options: Any = map_arg(node.kwargs, environment.__getitem__)
                     weights, _ = probabilities(*replay.arguments(node, environment), **options)
                     largest[node] = max(largest[node], float(weights.amax()))
     return {node.name: torch.tensor(size / LEVELS) for node, size in largest.items()}
