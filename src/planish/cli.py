@@ -329,12 +329,12 @@ def optimize(console: Console, /, job: Path, techniques: str, **options: Any) ->
     required=True,
     help="A safetensors file, or a folder of them, whose names are those of the model's parameters.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The folder to write; NAME.shrunk by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="The artifact to write; NAME.shrunk by default.")
 @click.option("--scheme", default="int4-weights", show_default=True, help="What weights are kept in: int4-weights or int8-weights.")
 @click.option("--rounding", default="gptq", show_default=True, help="How they are rounded: gptq, adaround or nearest.")
 @click.option("--prune", type=float, default=0.0, show_default=True, help="Share of the hidden units that leaves each feed-forward layer.")
 @click.option("--observer", default=DEFAULT_OBSERVER, show_default=True, help="How scales are chosen.")
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @_common
 @click.pass_obj
 def shrink(console: Console, /, job: Path, weights: Path, **options: Any) -> None:
@@ -348,7 +348,7 @@ def shrink(console: Console, /, job: Path, weights: Path, **options: Any) -> Non
     workload = _load(console, job)
     from planish.streaming.shrink import shrink as run
 
-    names = ("out", "scheme", "rounding", "prune", "observer", "overwrite", "seed")
+    names = ("out", "scheme", "rounding", "prune", "observer", "overwrite", "seed", "threads")
     with console.running():
         found = run(workload, weights, events=console, **{name: options[name] for name in names})
     data = found.to_json()

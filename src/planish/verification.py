@@ -133,7 +133,7 @@ def verify(path: str | Path, job: Workload | None = None, *, threads: int | None
             )
         if not timing.latency_s.trustworthy:
             findings.append("the latency is not trustworthy: the machine is too noisy")
-        judged = _Quality(None, "", "", "no job was given") if job is None else _quality(artifact, probe, job, events)
+        judged = _quality(artifact, probe, job, events)
     agrees, said = judged.against(claimed, is_same_machine=is_same_machine)
     holds = holds and agrees
     findings += said
@@ -228,10 +228,14 @@ class _Quality:
         return False, [says]
 
 
-def _quality(artifact: Artifact, probe: Probe, job: Workload, events: Events) -> _Quality:
+def _quality(artifact: Artifact, probe: Probe, job: Workload | None, events: Events) -> _Quality:
     """The quality on the job's judged split, by its metric or `evaluate`; without labels against the original's outputs in torch."""
     from planish.workbench import outputs_of, predictor
 
+    if job is None:
+        return _Quality(None, "", "", "no job was given")
+    if artifact.measurements["optimized"].quality is None:  # the job's model may be larger than memory (`planish shrink`)
+        return _Quality(None, "", "", "none is claimed")
     events.stage("computing quality")
     metric = job.metric_object(artifact.signature)
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:

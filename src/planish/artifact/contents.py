@@ -66,12 +66,14 @@ class Artifact:
         """The compressed net's parameters and buffers by name, read from safetensors (which holds numbers and nothing else).
 
         Raises:
-            ArtifactError: the file is not safetensors.
+            ArtifactError: the file is not safetensors, or the model alone holds them (`planish shrink` keeps them once).
         """
         import safetensors
         import safetensors.numpy
 
         path = self.path / WEIGHTS
+        if WEIGHTS not in self.manifest.files:
+            raise ArtifactError(f"{self.path} keeps its weights in {self.manifest.model} alone, as its runtime reads them")
         try:
             return safetensors.numpy.load_file(path)
         except safetensors.SafetensorError as err:

@@ -20,6 +20,7 @@ PLAN = "plan.json"
 MEASUREMENTS = "measurements.json"
 WEIGHTS = "weights.safetensors"
 RESULT = "result.json"
+SHRUNK = "shrunk.json"
 DEPLOY = "deploy.py"
 CHECK = "check"
 LARGEST_JSON = 64 * 2**20

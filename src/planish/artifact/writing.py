@@ -111,8 +111,9 @@ def write(
     target: Target,
     threads_tried: int = 0,
     measurements: Mapping[str, Measurement],
-    weights: Mapping[str, NDArray[np.generic]],
+    weights: Mapping[str, NDArray[np.generic]] | None,
     files: Sequence[Path] = (),
+    moves: bool = False,
     result_json: bytes | None = None,
     check: tuple[Sequence[NDArray[np.generic]], Sequence[NDArray[np.generic]]] | None = None,
     test_looks: int = 0,
@@ -131,8 +132,9 @@ def write(
         target: where it runs.
         threads_tried: how many threads it was measured with at most; the target's by default.
         measurements: "original" and "optimized"; the optimized one's machine and versions become the manifest's.
-        weights: parameters and buffers by name.
+        weights: parameters and buffers by name; None: the model's own files are all that holds them.
         files: further files that the model needs beside it (external data).
+        moves: the model and the files are moved there, not copied; they must lie on the same disk.
         result_json: the JSON of the result's summary, for the report.
         check: flat inputs of a batch and the model's flat outputs for them, computed again when it is loaded elsewhere.
         test_looks: how often the test split was looked at.
@@ -152,13 +154,13 @@ def write(
     path = Path(folder)
     check_output(path, overwrite)
     made = measurements["optimized"]
-    arrays = {key: np.ascontiguousarray(value) for key, value in weights.items()}
     contents: dict[str, bytes] = {
         PLAN: msgspec.json.format(msgspec.json.encode(plan, order="sorted"), indent=1),
         MEASUREMENTS: msgspec.json.format(msgspec.json.encode(dict(measurements)), indent=1),
-        WEIGHTS: safetensors.numpy.save(arrays),
         DEPLOY: deploy_script(target, model.name, signature, plan.floats).encode(),
     }
+    if weights is not None:
+        contents[WEIGHTS] = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in weights.items()})
     if result_json is not None:
         contents[RESULT] = result_json
     for kind, batch in zip(("input", "output"), check or ((), ()), strict=True):
@@ -175,7 +177,7 @@ def write(
         raise ArtifactError(f"{path} could not be written: {err.strerror}; nothing was changed") from err
     try:
         for source in (model, *files):
-            shutil.copyfile(source, temporary / source.name)
+            (os.replace if moves else shutil.copyfile)(source, temporary / source.name)
         for file, data in contents.items():
             (temporary / file).parent.mkdir(exist_ok=True)
             (temporary / file).write_bytes(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from planish.artifact import open_artifact, study_folder
-from planish.artifact.manifest import RESULT, read_small
+from planish.artifact.manifest import RESULT, SHRUNK, read_small
 from planish.errors import ArtifactError, UsageError
 from planish.report.page import MARK, page
 from planish.result import Summary
@@ -23,7 +23,12 @@ def read_summary(path: Path) -> Summary:
     kept = study_folder(path) / RESULT
     raw = read_small(kept) if not path.exists() and kept.exists() else open_artifact(path).result_json()
     if raw is None:
-        raise ArtifactError(f"{path} does not hold {RESULT}, which a page is made from; optimize it again")
+        account = path / SHRUNK
+        raise ArtifactError(
+            f"{path} is of `planish shrink`, which searches nothing, so that there is no page; {account} says what was done"
+            if account.exists()
+            else f"{path} does not hold {RESULT}, which a page is made from; optimize it again"
+        )
     try:
         return msgspec.json.decode(raw, type=Summary)
     except msgspec.MsgspecError as err:

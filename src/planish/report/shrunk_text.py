@@ -18,11 +18,12 @@ def shrunk_text(data: Mapping[str, Any]) -> str:
     if data["units"]:
         before, after = (sum(pair[side] for pair in data["units"].values()) for side in (0, 1))
         lines.append(f"hidden units    {before} -> {after}, in {len(data['units'])} feed-forward layers")
+    latency = data["latency_s"]
+    is_one = data["threads"] == 1
     lines += [
+        f"latency         {figures.seconds(latency['median'])}, on {data['threads']} thread{'' if is_one else 's'}; the original is not timed",
         f"peak memory     {figures.size(data['peak_memory_bytes'])}, {figures.size(data['memory_before_bytes'])} of it before",
         f"worst operator  {worst['name']}: {worst['error']:.2%} of its output's power",
         f"in float        {', '.join(data['skipped']) or 'nothing'}",
     ]
-    if data["note"]:
-        lines.append(data["note"])
     return "\n".join([*lines, f"written: {data['path']}", ""])

@@ -131,8 +131,18 @@ def _dynamic_product(quantized: tuple[Tensor, Tensor, Tensor], weight: Tensor, s
 def _rows(module: fx.GraphModule, node: fx.Node, rounding: fx.Node) -> None:
     weight, scale = rounded_rows(module, rounding)
     with module.graph.inserting_before(node):
-        stored, scales = held(module, f"{rounding.name}_int8", weight), held(module, f"{rounding.name}_scales", scale[:, None])
-        _replace(node, module.graph.call_function(_scaled_rows, (stored, scales, node.args[1])))
+        read = [held(module, f"{rounding.name}_int8", weight), held(module, f"{rounding.name}_scales", scale[:, None])]
+    look_up_rows(node, read)
+
+
+def look_up_rows(node: fx.Node, read: Sequence[fx.Node]) -> None:
+    """Puts a look-up of int8 rows, which are then multiplied with their scales, in the place of an embedding.
+
+    Args:
+        read: the nodes of the rows, int8 [rows, width], and of their scales, float32 [rows, 1].
+    """
+    with node.graph.inserting_before(node):
+        _replace(node, node.graph.call_function(_scaled_rows, (*read, node.args[1])))
 
 
 def _scaled_rows(weight: Tensor, scales: Tensor, indices: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from planish.graph.graph import Graph
 from planish.graph.parts import known_parts
 from planish.graph.qdq import held
-from planish.runtimes.onnx_schemes import multiply_by_groups
+from planish.runtimes.onnx_schemes import look_up_rows, multiply_by_groups
 from planish.runtimes.to_onnx import finish, traced
 from planish.streaming.hollow import hollow
 from planish.streaming.pieces import Pieces
@@ -37,12 +37,15 @@ class Grouped:
     group: int
 
 
-def write_onnx(graph: Graph, grouped: Mapping[Node, Grouped], stored: Mapping[str, str], pieces: Pieces, path: Path) -> None:
+def write_onnx(
+    graph: Graph, grouped: Mapping[Node, Grouped], rows: Mapping[Node, str], stored: Mapping[str, str], pieces: Pieces, path: Path
+) -> None:
     """Writes `path`, whose tensors lie in the file of `pieces` beside it.
 
     Args:
         graph: hollow; it is used up.
         grouped: operators of its program that multiply by groups.
+        rows: embeddings whose rows are int8 -> the prefix of the names of their tensors among the pieces.
         stored: parameter -> its name among the pieces, if it is there.
         pieces: hold what the operators and the other parameters need.
     """
@@ -51,14 +54,21 @@ def write_onnx(graph: Graph, grouped: Mapping[Node, Grouped], stored: Mapping[st
     for name, stands_for in names.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(hollow(pieces.shape(stands_for)), requires_grad=False))
-    for node, how in grouped.items():
+
+    def read(node: Node, prefix: str, kinds: Sequence[str]) -> list[Node]:
+        found = []
         with module.graph.inserting_before(node):
-            read = []
-            for what in ("packed", "scales", "zeros"):
-                piece = f"{how.prefix}.{what}"
-                read.append(held(module, f"{node.name}_{what}", hollow(pieces.shape(piece), pieces.dtype(piece))))
-                names[str(read[-1].target)] = piece
-        multiply_by_groups(node, known_parts(node), read, how.inputs, how.outputs, how.bits, how.group)
+            for what in kinds:
+                piece = f"{prefix}.{what}"
+                found.append(held(module, f"{node.name}_{what}", hollow(pieces.shape(piece), pieces.dtype(piece))))
+                names[str(found[-1].target)] = piece
+        return found
+
+    for node, how in grouped.items():
+        tensors = read(node, how.prefix, ("packed", "scales", "zeros"))
+        multiply_by_groups(node, known_parts(node), tensors, how.inputs, how.outputs, how.bits, how.group)
+    for node, prefix in rows.items():
+        look_up_rows(node, read(node, prefix, ("rows", "row_scales")))
     module.graph.eliminate_dead_code()
     graph.module = GraphModule(module, module.graph)
     model = traced(graph, optimize=False)

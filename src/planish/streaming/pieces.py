@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _ALIGNED = 64  # bytes, as safetensors has it
-_TYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
+_TYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8, torch.int8: ir.DataType.INT8}
 
 
 @dataclass(frozen=True)

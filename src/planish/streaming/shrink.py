@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from planish import registry
+from planish.artifact import check_output, write
+from planish.artifact.deployed import LEAST_SQNR_DB, sqnr_db
+from planish.artifact.manifest import SHRUNK
 from planish.data import Split
 from planish.errors import RuntimeFailed, UsageError
 from planish.events import Events, Silent
 from planish.graph.capture import capture
-from planish.measure.machine import facts
+from planish.measure.latency import Timing, interleaved
+from planish.measure.machine import facts, machine, usable_cores
+from planish.measure.memory import peak_memory_bytes, size_bytes
 from planish.measure.probe import Probe
 from planish.measure.resident import peak_resident_bytes, resident_bytes
+from planish.measurement import Estimate, Measurement, Proof
 from planish.metrics import get_metric
+from planish.plan import DEFAULT_SALIENCY, Plan
 from planish.quantize.contract import Rounding, Scheme
+from planish.runtimes.contract import Array, get_runtime
 from planish.signature import Signature
 from planish.streaming.hollow import built
 from planish.streaming.stream import MODEL, OperatorLoss, Stream
@@ -33,7 +43,8 @@ from planish.target import Target
 from planish.workbench import outputs_of
 from planish.workload import Workload
 
-ACCOUNT = "shrunk.json"
+_SECONDS = 2.0
+"""Of counted time, for the latency."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +52,16 @@ class Shrunk:
     """What was written, and how near it is.
 
     Args:
-        path: of the folder: `model.onnx`, its tensors in `model.onnx.data`, and this account in `shrunk.json`.
+        path: of the artifact, which `planish.load` and `planish verify` take as any other; this account lies in it as `shrunk.json`.
         bytes_before: of the weights in the files that were read. bytes_after: of what was written.
         operators: in the order of the program.
         skipped: operators with a weight that stays in float -> why.
         units: hidden units that stayed in each feed-forward layer -> (before, after); empty without pruning.
         held_out: calibration samples that nothing was fitted on; the figures behind are theirs.
         cosine: mean cosine similarity of the artifact's first output, in ONNX Runtime, with the original's, along its last axis; None
-            where nothing was held out, or where it could not run. agreement: share of equal argmax there.
+            where nothing was held out. agreement: share of equal argmax there.
         streamed_cosine: the same of what PyTorch computed while the weights went past.
-        note: why the artifact could not run here, or "".
+        latency_s: of one call of the artifact with the job's example, on `threads` threads. The original, which need not fit, is not run.
         peak_memory_bytes: most that the process held, with everything else that it holds; memory_before_bytes: when it began.
         seconds: the whole call.
     """
@@ -65,14 +76,16 @@ class Shrunk:
     cosine: float | None
     agreement: float | None
     streamed_cosine: float | None
-    note: str
+    latency_s: Estimate
+    threads: int
     peak_memory_bytes: int
     memory_before_bytes: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "path": str(self.path)}
+        found: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
+        return found
 
 
 def shrink(
@@ -85,6 +98,7 @@ def shrink(
     prune: float = 0.0,
     observer: str = "mse",
     seed: int = 0,
+    threads: int | None = None,
     overwrite: bool = False,
     events: Events | None = None,
 ) -> Shrunk:
@@ -99,22 +113,24 @@ def shrink(
         job: `model` is a function that builds the net (with random weights, which are dropped as they are made), or the net on the meta
             device; `calibration` are the samples. Metric and labels are not used.
         weights: a safetensors file, or a folder of them, whose names are those of the model's parameters.
-        out: the folder to write; `NAME.shrunk` by default.
+        out: the artifact to write; `NAME.shrunk` by default.
         scheme: "int4-weights" or "int8-weights".
         rounding: "gptq", "adaround" or "nearest".
         prune: share of the hidden units that leaves each feed-forward layer.
         observer: chooses the scales.
         seed: of the positions that are drawn where there are more than 65,536.
-        overwrite: replace a folder that is there, if an earlier call wrote it.
+        threads: of one call of the artifact; all usable cores by default.
+        overwrite: replace an artifact that is there.
         events: what the progress is told to.
 
     Returns:
-        The account, which `shrunk.json` holds too. The folder is there when all of it is, and not before.
+        The account. The artifact is there when all of it is, and not before.
 
     Raises:
         UsageError: an argument that is none of these, weights that do not fit the model, or a folder that is there.
         DataError: files that are no safetensors, tensors or samples that are not finite.
-        CaptureError: the model cannot be traced.
+        CaptureError: the model cannot be traced. MissingPackage: ONNX Runtime is not installed.
+        RuntimeFailed: what was made could not run here; it is left beside `out`, under the name that the message gives.
 
     References: Frantar et al., GPTQ, 2023; Kurtic et al., ZipLM, 2023.
     """
@@ -122,6 +138,8 @@ def shrink(
     chosen, method = _settings(scheme, rounding, prune)
     out = Path(out) if out is not None else Path(f"{job.name}.shrunk")
     _check_out(out, Path(weights), overwrite)
+    target = Target("onnxruntime", threads=threads or usable_cores(), facts=facts())
+    versions = get_runtime(target.runtime).versions()
     said = events or Silent()
     said.stage("capturing the model")
     source = Weights(weights)
@@ -134,50 +152,139 @@ def shrink(
         signature = graph.signature
         with torch.no_grad():
             streamed = stream.run(said)
-        folder = work / "out"
-        held = 0 if streamed.original is None else len(streamed.original)
-        cosine, agreement, note = None, None, ""
-        if streamed.original is not None:
-            said.stage("running the artifact")
-            try:
-                outputs = _outputs(folder / MODEL, signature, calibration, streamed.samples)
-                cosine, agreement = (_score(name, outputs, streamed.original) for name in ("cosine", "agreement"))
-            except (RuntimeFailed, OSError) as error:
-                note = f"the artifact could not run here, so that nothing is known of its outputs: {error}"
+        model = work / "out" / MODEL
+        example = [np.ascontiguousarray(value.numpy()) for value in job.flatten(job.example_inputs)]
+        held_out = Split([array[streamed.samples] for array in calibration.inputs], None, streamed.held_out)
+        try:
+            ran = _run(target, model, signature, example, held_out, said)
+        except (RuntimeFailed, OSError) as error:
+            aside = _set_aside(model.parent, out)
+            raise RuntimeFailed(
+                getattr(error, "kind", "crashed"), f"what was made could not run here: {error}; it is in {aside}, with nothing known of it"
+            ) from error
+        noise = None if ran.outputs is None or streamed.shrunk is None else sqnr_db(streamed.shrunk, ran.outputs)
+        if noise is not None and noise < LEAST_SQNR_DB:
+            aside = _set_aside(model.parent, out)
+            raise RuntimeFailed("mismatch", f"what was made gives {noise:.0f} dB of what it gave in PyTorch only; it is in {aside}")
+        scores = {} if ran.outputs is None else {name: _score(name, ran.outputs, streamed.original) for name in ("cosine", "agreement")}
         account = Shrunk(
             path=out,
             bytes_before=source.nbytes,
-            bytes_after=sum(file.stat().st_size for file in folder.iterdir()),
+            bytes_after=size_bytes(model),
             operators=tuple(stream.losses.values()),
             skipped=stream.skipped,
             units=stream.units,
-            held_out=held,
-            cosine=cosine,
-            agreement=agreement,
+            held_out=streamed.held_out,
+            cosine=scores.get("cosine"),
+            agreement=scores.get("agreement"),
             streamed_cosine=None if streamed.original is None else _score("cosine", streamed.shrunk, streamed.original),
-            note=note,
+            latency_s=ran.timing.latency_s,
+            threads=target.threads,
             peak_memory_bytes=peak_resident_bytes(),
             memory_before_bytes=before,
             seconds=time.monotonic() - began,
         )
-        (folder / ACCOUNT).write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
-        if out.exists():
-            _check_out(out, Path(weights), overwrite)
-            out.rename(work / "replaced")
-        folder.rename(out)
+        (model.parent / SHRUNK).write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
+        plan = Plan(
+            target.name,
+            widths=stream.widths,
+            precisions=stream.precisions,
+            saliency="obs" if prune else DEFAULT_SALIENCY,
+            observer=observer,
+            rounding=rounding,
+            seed=seed,
+        )
+        _check_out(out, Path(weights), overwrite)
+        write(
+            out,
+            name=job.name,
+            model=model,
+            plan=plan,
+            signature=signature,
+            target=target,
+            measurements={"optimized": _measurement(target, versions, len(example[0]), stream.macs_left, model, ran, noise)},
+            weights=None,
+            files=[file for file in model.parent.iterdir() if file != model],
+            moves=True,
+            check=(example, ran.example),
+            notes=(_note(account),),
+            overwrite=overwrite,
+        )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return account
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """What came of running the artifact in a process of its own.
+
+    Args:
+        outputs: its first output for the samples that were held out; None without any.
+        example: its outputs for the example.
+    """
+
+    outputs: NDArray[np.float32] | None
+    example: list[Array]
+    timing: Timing
+    proof: Proof
+    peak_memory_bytes: int
+
+
+def _run(target: Target, model: Path, signature: Signature, example: list[Array], held_out: Split, events: Events) -> _Ran:
+    events.stage("running the artifact")
+    with Probe.open(target, model, signature) as probe:
+        outputs = outputs_of(probe, held_out)[0] if held_out.n else None
+        kept = [np.array(array) for array in probe.outputs(example)]
+        timing = interleaved({"artifact": probe}, example, seconds=_SECONDS)["artifact"]
+        proof = probe.proof()
+    return _Ran(outputs, kept, timing, proof, peak_memory_bytes(target, model, signature, example))
+
+
+def _measurement(
+    target: Target, versions: dict[str, str], batch: int, macs: int, model: Path, ran: _Ran, noise: float | None
+) -> Measurement:
+    return Measurement(
+        runtime=target.name,
+        machine=machine(),
+        threads=target.threads,
+        batch=batch,
+        latency_s=ran.timing.latency_s,
+        cpu_s=ran.timing.cpu_s,
+        size_bytes=size_bytes(model),
+        peak_memory_bytes=ran.peak_memory_bytes,
+        macs=macs,
+        sqnr_db=noise if noise is None or math.isfinite(noise) else None,
+        proof=ran.proof,
+        versions=versions,
+        warm_up=ran.timing.warm_up,
+    )
+
+
+def _note(account: Shrunk) -> str:
+    """What a user of the artifact should know."""
+    judged = (
+        "nothing was held out to judge it by"
+        if account.cosine is None
+        else f"cosine {account.cosine:.4f} and agreement {account.agreement:.4f} with the original's outputs, on {account.held_out} samples"
+    )
+    return f"made by `planish shrink`, of weights that went past part by part: {judged}; the original was not timed; see {SHRUNK}"
+
+
+def _set_aside(folder: Path, out: Path) -> Path:
+    """Moves what was made beside the place where the artifact would be, under a name that is free."""
+    number = 1
+    while (aside := out.with_name(f"{out.name}.unrun{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
 def _check_out(out: Path, weights: Path, overwrite: bool) -> None:
-    """Refuse a place that holds what was not written by an earlier call, or what must be read."""
+    """Refuse a place that holds what is no artifact, or what must be read."""
     if weights.exists() and weights.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"out: {out} holds the weights; choose another")
-    if out.is_symlink() or (out.exists() and not (out / ACCOUNT).is_file()):
-        raise UsageError(f"out: {out} is there and is no folder with {ACCOUNT}, so that it is not replaced; choose another")
-    if out.exists() and not overwrite:
-        raise UsageError(f"out: {out} is there already; remove it, choose another, or give --overwrite (overwrite=True)")
+    check_output(out, overwrite)
 
 
 def _settings(scheme: str, rounding: str, prune: float) -> tuple[Scheme, Rounding]:
@@ -192,15 +299,6 @@ def _settings(scheme: str, rounding: str, prune: float) -> tuple[Scheme, Roundin
     if not 0.0 <= prune < 1.0:
         raise UsageError(f"prune: must be at least 0 and below 1; got {prune}")
     return chosen, method
-
-
-def _outputs(model: Path, signature: Signature, split: Split, samples: slice) -> NDArray[np.float32]:
-    """The artifact's first output for some samples, from a process of its own."""
-    probe = Probe.open(Target("onnxruntime", threads=1, facts=facts()), model, signature)
-    try:
-        return outputs_of(probe, Split([array[samples] for array in split.inputs], None, samples.stop - samples.start))[0]
-    finally:
-        probe.close()
 
 
 def _score(metric: str, outputs: Any, reference: Any) -> float:

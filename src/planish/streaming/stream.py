@@ -19,13 +19,15 @@ from planish.errors import DataError, UsageError
 from planish.events import Events
 from planish.graph.graph import Graph
 from planish.graph.groups import analyse
+from planish.graph.macs import macs
 from planish.graph.modes import short_name
 from planish.graph.moments import Moments
 from planish.graph.parts import Parts, is_parameter, known_parts, parts_of
 from planish.graph.replay import Replay
-from planish.quantize.arithmetic import Grid, GroupQuantizer
+from planish.quantize.arithmetic import Grid, GroupQuantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Layer, Rounding, Scheme, group_size
 from planish.quantize.local import group_quantizer
+from planish.quantize.schemes.int8_weights import INT8_WEIGHTS
 from planish.runtimes.onnx_schemes import packed_groups
 from planish.streaming.hollow import stored_names
 from planish.streaming.onnx_file import Grouped, write_onnx
@@ -41,6 +43,8 @@ _RESHAPING = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten"
 _HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
 _MOST_HELD_OUT = 32
 _MOST_ROWS = 65536
+_ROWS = 4096
+"""Of an embedding that are rounded at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class OperatorLoss:
     """What rounding (and pruning) left of one operator.
 
     Args:
-        name: of its weight.
-        inputs, outputs: sizes of the matrix that is written.
-        error: E|(w - w') x|^2 over E|w x|^2, on the calibration samples as the operators before give them.
+        name: of the graph.
+        inputs, outputs: sizes of the matrix that is written; of an embedding its rows and their width.
+        error: E|(w - w') x|^2 over E|w x|^2, on the calibration samples as the operators before give them; of an embedding that of its rows.
     """
 
     name: str
@@ -67,6 +71,11 @@ class Streamed:
     shrunk: NDArray[np.float32] | None
     samples: slice
     """Which of the calibration samples."""
+
+    @property
+    def held_out(self) -> int:
+        """How many those are."""
+        return int(self.samples.stop - self.samples.start)
 
 
 Role = Literal["calibration", "original", "shrunk"]
@@ -104,6 +113,7 @@ class Stream:
     observer: str
     seed: int
     grouped: dict[Node, Grouped] = field(default_factory=dict)
+    rows: dict[Node, str] = field(default_factory=dict)
     losses: dict[str, OperatorLoss] = field(default_factory=dict)
     units: dict[str, tuple[int, int]] = field(default_factory=dict)
     waiting: dict[str, _Waiting] = field(default_factory=dict)
@@ -115,14 +125,16 @@ class Stream:
         self.generator = torch.Generator().manual_seed(self.seed)
         (self.work / "out").mkdir()
         self.pieces = Pieces(self.work / "out" / TENSORS)
-        self.inputs, self.skipped = self._subjects()
+        self.analysis = analyse(self.graph)
+        self.operators = {operator.node: name for name, operator in self.analysis.operators.items()}
+        self.inputs, self.embeddings, self.skipped = self._subjects()
         self.first = first_output(self.graph.module)
         hidden: list[Hidden] = []
         if self.share:
             shapes = {name: value.shape for name, value in self.graph.module.named_parameters(remove_duplicate=False)}
             plain = {str(_weight(node).target) for node in self.inputs if known_parts(node).axis == 0}
             fixed = {str(_weight(node).target) for node in self.inputs if self._is_reshaped(node)}
-            hidden = [one for one in hidden_units(analyse(self.graph), plain, shapes) if one.reader not in fixed]
+            hidden = [one for one in hidden_units(self.analysis, plain, shapes) if one.reader not in fixed]
             if not hidden:
                 raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
             if all(width_of(one, self.share) >= one.group.units for one in hidden):
@@ -130,6 +142,22 @@ class Stream:
                 raise UsageError(f"prune: must take 32 units or more, which leave together; {self.share} of {widest} are fewer")
         self.hidden = {one.reader: one for one in hidden}
         self.made = {maker for one in hidden for maker in one.makers}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units that stay, by group, of the layers that some left."""
+        return {name: kept for name, (units, kept) in self.units.items() if kept < units}
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """The scheme of each operator whose weights were written in it."""
+        grouped = {self.operators[node.name]: self.scheme.name for node in self.grouped}
+        return grouped | {self.operators[node.name]: INT8_WEIGHTS.name for node in self.rows}
+
+    @property
+    def macs_left(self) -> int:
+        """Multiply-accumulates of the example with the units that stay."""
+        return macs(self.analysis, self.widths)
 
     def _is_reshaped(self, node: Node) -> bool:
         """Whether a shape is written out between an operator and those, with weights, that make what it reads."""
@@ -144,14 +172,15 @@ class Stream:
                 stack.extend(source.all_input_nodes)
         return False
 
-    def _subjects(self) -> tuple[dict[Node, Node], dict[str, str]]:
-        """Operators whose weights are rounded -> what they multiply; and those that have a weight and stay in float -> why."""
+    def _subjects(self) -> tuple[dict[Node, Node], frozenset[Node], dict[str, str]]:
+        """Operators whose weights are rounded -> what they multiply; embeddings whose rows are; and those that stay in float -> why."""
         found: dict[Node, Node] = {}
         skipped: dict[str, str] = {}
-        readers: dict[str, int] = {}
+        embeddings: dict[Node, str] = {}
+        readers: dict[str, list[Node]] = {}
         for node in self.graph.module.graph.nodes:
             if node.op == "get_attr" and node.target in self.stored:
-                readers[self.stored[str(node.target)]] = readers.get(self.stored[str(node.target)], 0) + len(node.users)
+                readers.setdefault(self.stored[str(node.target)], []).extend(node.users)
         for node in self.graph.module.graph.nodes:
             parts = parts_of(node) if node.op == "call_function" else ""
             if not isinstance(parts, Parts) or parts.weight is None:
@@ -159,8 +188,10 @@ class Stream:
             weight = node.args[parts.weight]
             if not (isinstance(weight, Node) and weight.op == "get_attr" and is_parameter(weight)):
                 continue
-            name = str(weight.target)
-            if readers[self.stored[name]] > 1:
+            name, stored = self._name(node), self.stored[str(weight.target)]
+            if parts.kind == "embedding":
+                embeddings[node] = stored
+            elif sum(_kind(reader) != "embedding" for reader in readers[stored]) > 1:
                 skipped[name] = "its weight is shared with another operator"
             elif isinstance(source := node.args[parts.activations[0]] if parts.activations else None, Node) and source.op == "get_attr":
                 skipped[name] = "it multiplies a parameter"
@@ -171,7 +202,12 @@ class Stream:
                 found[node] = source
         if not found:
             raise UsageError("model: it must have linear maps with weights of their own; it has none")
-        return found, skipped
+        unread = {node for node, stored in embeddings.items() if all(one in found or one in embeddings for one in readers[stored])}
+        skipped.update({self._name(node): "its weight is read in float too" for node in embeddings if node not in unread})
+        return found, frozenset(unread), skipped
+
+    def _name(self, node: Node) -> str:
+        return self.operators.get(node.name, node.name)
 
     def run(self, events: Events) -> Streamed:
         """All segments, then the model file, beside its tensors; the outputs for what was held out."""
@@ -185,7 +221,7 @@ class Stream:
         first = self.calibration.n - self._held_out
         found = Streamed(original, shrunk, slice(first, first + (0 if original is None else len(original))))
         events.stage("writing the model")
-        write_onnx(self.graph, self.grouped, self.stored, self.pieces, self.work / "out" / MODEL)
+        write_onnx(self.graph, self.grouped, self.rows, self.stored, self.pieces, self.work / "out" / MODEL)
         return found
 
     def _runs(self) -> list[_Run]:
@@ -218,6 +254,8 @@ class Stream:
         """Weights in, moments, rounded weights out, and every batch through."""
         original = {node: self._read(node) for node in segment.tensors}
         changed = dict(original)
+        for node in self.embeddings.intersection(segment.nodes):
+            changed[_weight(node)] = self._rounded_rows(node, original[_weight(node)])
         moments: dict[Node, Moments] = {}
         for node in segment.rounded:
             source, weight = self.inputs[node], _weight(node)
@@ -270,9 +308,30 @@ class Stream:
             raise DataError(f"calibration: {source.name} must be finite for every sample; it is not, in float32")
         return found
 
+    def _rounded_rows(self, node: Node, weight: Tensor) -> Tensor:
+        """An embedding with each row in int8, and written so, once: a few thousand rows at a time, since its copies may be large."""
+        prefix = self.stored[str(_weight(node).target)]
+        whole, scales = torch.empty_like(weight), []
+        grid = int8_weights(INT8_WEIGHTS.largest_weight(0))
+        for start in range(0, len(weight), _ROWS):
+            watcher = self.make(grid)
+            watcher.update(weight[start : start + _ROWS])
+            found = watcher.quantizer()
+            scales.append(found.scale)
+            whole[start : start + _ROWS] = fake_quantize(weight[start : start + _ROWS], found)
+        scale = torch.cat(scales)[:, None]
+        error = float((weight - whole).square().sum() / weight.square().sum().clamp_min(1e-30))
+        self.losses[self._name(node)] = OperatorLoss(self._name(node), weight.shape[0], weight.shape[1], error)
+        self.rows[node] = prefix
+        if f"{prefix}.rows" not in self.pieces:
+            self.pieces.add(f"{prefix}.rows", (whole / scale).round().to(torch.int8))
+            self.pieces.add(f"{prefix}.row_scales", scale)
+        return whole
+
     def _rounded(self, node: Node, weight: Tensor, moments: Moments) -> Tensor:
         """What a weight becomes, in its own layout and size: columns of units that left are zeros there."""
         name, axis = str(_weight(node).target), known_parts(node).axis
+        called = self._name(node)
         matrix = weight.t().contiguous() if axis else weight
         gram = moments.second(centered=False)[0][0]
         energy = float(((matrix.double() @ gram) * matrix).sum())
@@ -291,7 +350,7 @@ class Stream:
             whole[:, at] = rounded
         gone = (matrix - whole).double()
         error = float(((gone @ gram) * gone).sum()) / max(energy, 1e-30)
-        self.losses[name] = OperatorLoss(name, rounded.shape[1], len(rounded), error)
+        self.losses[called] = OperatorLoss(called, rounded.shape[1], len(rounded), error)
         if name in self.made:
             self.waiting[name] = _Waiting(rounded, quantizer, node)
         else:
@@ -321,7 +380,8 @@ class Stream:
                 self.pieces.add(self.stored[maker], waiting.matrix[rows])
                 continue
             of = waiting.quantizer
-            self.losses[maker] = replace(self.losses[maker], outputs=len(waiting.matrix[rows]))
+            called = self._name(waiting.node)
+            self.losses[called] = replace(self.losses[called], outputs=len(waiting.matrix[rows]))
             self._write(waiting.node, maker, waiting.matrix[rows], GroupQuantizer(of.grid, of.group, of.scale[rows], of.zero_point[rows]))
 
     def _write(self, node: Node, name: str, matrix: Tensor, quantizer: GroupQuantizer) -> None:
@@ -336,7 +396,7 @@ class Stream:
         if (
             name not in self.stored
             or self.stored[name] in self.pieces
-            or any(user in self.inputs and _weight(user) is node for user in node.users)
+            or all(user in self.embeddings or (user in self.inputs and _weight(user) is node) for user in node.users)
         ):
             return
         if name in self.made:
@@ -350,6 +410,11 @@ class Stream:
             return None
         found = [run.values.read(self.first).numpy() for run in judging]
         return np.concatenate(found) if found else None
+
+
+def _kind(node: Node) -> str:
+    parts = parts_of(node)
+    return parts.kind if isinstance(parts, Parts) else ""
 
 
 def _weight(node: Node) -> Node:
