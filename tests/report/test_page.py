@@ -112,7 +112,7 @@ def test_what_quantization_loses_is_a_table_with_a_figure_of_the_worst() -> None
     assert "with all as planned the outputs keep 24.0 dB, accuracy 0.8800 (0.8958 in float); 64 samples of validation" in section
     assert re.search(r"head fp32 3\.1 equal 24\.0 0\.8930 0\.2 % kept in fp32", section)
     assert re.search(r"layer3\. 0\. fc int8-weights 11\.5 31\.5 24\.4 0\.8930 0\.2 % weights alone, in int8", section)
-    assert re.search(r"conv2 int8 36\.0 36\.0 – – 0\.2 % stays in int8", section)
+    assert re.search(r"conv2 int8 36\.0 36\.0 – – 0\.2 % none: left in int8", section)
     assert "head (the last operator) is kept in fp32" in section
     inline = re.search(r'<script type="application/json" id="data-sensitivity">(.*?)</script>', text, re.DOTALL)
     assert inline is not None

@@ -26,7 +26,9 @@ from planish.measure.probe import Probe
 from planish.quantize.apply import quantize
 from planish.report.file import read_summary
 from planish.runtimes.contract import get_runtime
+from planish.streaming.hollow import stored_names
 from planish.streaming.shrink import shrink
+from planish.streaming.weights import Weights
 from planish.target import Target
 
 
@@ -146,7 +148,7 @@ def test_a_head_that_is_tied_to_its_embedding_is_kept_in_a_form_of_its_own(tmp_p
 @pytest.mark.parametrize("layers", [9, pytest.param(24, marks=pytest.mark.slow)])
 def test_memory_holds_a_part_at_a_time(layers: int, tmp_path: Path) -> None:
     # what is spared is for the second moments of one layer and what is made of them (up to 15 matrices of 8 MB), its weights, and so long a program
-    width, spare = 1024, 150_000_000 + layers * 3_000_000
+    width, spare = 1024, 110_000_000 + layers * 3_000_000
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
     streamed.write(tmp_path / "small" / "model.safetensors", 2, 64)
@@ -190,6 +192,14 @@ def test_weights_that_do_not_fit_are_refused_by_name(weights: Path, tmp_path: Pa
         shrink(streamed.job(streamed.llama), _spoil(weights, tmp_path, UP, value), tmp_path / "net.shrunk")
     assert "up_proj" in str(raised.value)
     assert [file.name for file in tmp_path.iterdir()] == ["spoiled.safetensors"], "something half done was left"
+
+
+def test_a_prefix_too_many_or_too_few_is_named(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"under the name 'model'"):
+        shrink(streamed.job(lambda: streamed.llama().model), weights, tmp_path / "net.shrunk")
+    around = nn.ModuleDict({"around": streamed.llama()})
+    with pytest.raises(UsageError, match=r"module 'around' of that model alone"):
+        stored_names(around, Weights(weights))
 
 
 @pytest.mark.parametrize("keep", [4, 20, 300, -100])
@@ -324,9 +334,9 @@ def test_what_cannot_run_is_left_beside_and_named(weights: Path, tmp_path: Path,
         raise RuntimeFailed("out of memory", "onnxruntime:cpu, model.onnx: no memory")
 
     if fault == "it cannot run":
-        monkeypatch.setattr("planish.streaming.shrink.Probe.open", refuse)
+        monkeypatch.setattr("planish.streaming.judge.Probe.open", refuse)
     else:
-        monkeypatch.setattr("planish.streaming.shrink.outputs_of", lambda _, split: [np.zeros((split.n, 16, 64), np.float32)])
+        monkeypatch.setattr("planish.streaming.judge.outputs_of", lambda _, split: [np.zeros((split.n, 16, 64), np.float32)])
     with pytest.raises(RuntimeFailed, match=r"net\.shrunk\.unrun1") as raised:
         shrink(streamed.job(streamed.llama), weights, tmp_path / "net.shrunk")
     assert raised.value.kind == ("out of memory" if fault == "it cannot run" else "mismatch")

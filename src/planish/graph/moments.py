@@ -74,6 +74,8 @@ class Moments:
 def root_of_inverse(gram: Tensor, damping: float) -> Tensor:
     """U, upper triangular, with U^T U the inverse of the damped Hessian: row i holds what the columns behind i change by when i does.
 
+    With the columns in reverse order H = L L^T, so that U is the inverse of L with its rows and columns reversed again.
+
     Args:
         gram: E[x x^T], [..., columns, columns], float64, finite. An input that is always zero counts as one that varies with no other.
         damping: what is added to the diagonal, as a share of its mean; ten times as much where round-off leaves the Hessian indefinite.
@@ -82,15 +84,14 @@ def root_of_inverse(gram: Tensor, damping: float) -> Tensor:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     while True:
-        damped = gram.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping * scale + (diagonal <= 0) * scale)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # each of these is as large as the Hessian of a model's widest layer
+        damped = gram.flip(-2, -1)
+        damped.diagonal(dim1=-2, dim2=-1).add_((damping * scale + (diagonal <= 0) * scale).flip(-1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed.any()):
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            root: Tensor
-            root, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed.any()):
-                return root
+            # each of these is as large as the Hessian of a model's widest layer, so that one is written over
+            damped.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+            inverse = torch.linalg.solve_triangular(lower, damped, upper=False)
+            del lower, damped
+            root: Tensor = inverse.flip(-2, -1)
+            return root
         damping *= 10

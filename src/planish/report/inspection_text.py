@@ -79,7 +79,8 @@ def _sensitivity(data: dict[str, Any]) -> str:
         for row in found.operators
     ]
     text = f"Sensitivity in {data['target']}, the worst first: signal to noise of the outputs in dB (more is better) with an operator alone in a scheme"
-    parts = [folded(f"{text}, and with all in int8 but it; {words.summed_up(found)}.")]
+    legend = f"{figures.NOTHING}: the operator has no such form in that runtime, or there was no time"
+    parts = [folded(f"{text}, and with all in int8 but it; {words.summed_up(found)}. {legend}.")]
     parts.append(table(columns, rows, right=range(1, len(columns)), fold=(0,), spare=(len(columns) - 1,)))
     return "".join([*parts, *(folded(said, "- ") for said in (*found.findings, *data["notes"]))])
 

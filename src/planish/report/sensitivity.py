@@ -23,7 +23,7 @@ def cure(row: Sensitivity) -> str:
     if row.scheme == "fp32":
         return "kept in fp32"
     if row.scheme == STATIC:
-        return "stays in int8"
+        return "none: left in int8"
     if row.scheme.endswith("-weights"):
         return f"weights alone, in {row.scheme.removesuffix('-weights')}"
     return f"{row.scheme} instead of int8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -87,13 +88,24 @@ def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:
         same = names[id(parameter)]
         stored = next((one for one in same if one in weights), None)
         if stored is None:
-            some = ", ".join(list(weights)[:3])
-            raise UsageError(
-                f"weights: {weights.path} must hold parameter {name!r}; it holds {some}, ...; names must be those of the model"
-            )
+            raise UsageError(f"weights: {weights.path} must hold parameter {name!r}; {_nearest(name, weights)}")
         weights.check_shape(stored, parameter.shape)
         found[name] = stored
     return found
+
+
+def _nearest(name: str, weights: Weights) -> str:
+    """What is stored that comes nearest to a name, and what to do."""
+    for stored in weights:
+        if stored.endswith(f".{name}"):
+            return (
+                f"it holds {stored!r}: hold the net in a module, under the name {stored.removesuffix(name)[:-1]!r}, or rename the tensors"
+            )
+        if name.endswith(f".{stored}"):
+            return f"it holds {stored!r}: give the module {name.removesuffix(stored)[:-1]!r} of that model alone, or rename the tensors"
+    near = difflib.get_close_matches(name, list(weights), n=1)
+    some = repr(near[0]) if near else ", ".join(list(weights)[:3]) + ", ..."
+    return f"it holds {some}; names must be those of the model"
 
 
 class _EmptyOnMeta(TorchFunctionMode):

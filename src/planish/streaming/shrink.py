@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -15,36 +14,27 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from planish import registry
 from planish.artifact import check_output, write
-from planish.artifact.deployed import LEAST_SQNR_DB, sqnr_db
 from planish.artifact.manifest import SHRUNK
 from planish.data import Split
 from planish.errors import RuntimeFailed, UsageError
 from planish.events import Events, Silent
 from planish.graph.capture import capture
-from planish.measure.latency import Timing, interleaved
-from planish.measure.machine import facts, machine, usable_cores
-from planish.measure.memory import peak_memory_bytes, size_bytes
-from planish.measure.probe import Probe
+from planish.measure.machine import facts, usable_cores
+from planish.measure.memory import size_bytes
 from planish.measure.resident import peak_resident_bytes, resident_bytes
-from planish.measurement import Estimate, Measurement, Proof
-from planish.metrics import get_metric
+from planish.measurement import Estimate
 from planish.plan import DEFAULT_SALIENCY, Plan
 from planish.quantize.contract import Rounding, Scheme
-from planish.runtimes.contract import Array, get_runtime
-from planish.signature import Signature
+from planish.runtimes.contract import get_runtime
 from planish.streaming.hollow import built
+from planish.streaming.judge import judge
 from planish.streaming.stream import MODEL, OperatorLoss, Stream
 from planish.streaming.weights import Weights
 from planish.target import Target
-from planish.workbench import outputs_of
 from planish.workload import Workload
-
-_SECONDS = 2.0
-"""Of counted time, for the latency."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ def shrink(
     out = Path(out) if out is not None else Path(f"{job.name}.shrunk")
     _check_out(out, Path(weights), overwrite)
     target = Target("onnxruntime", threads=threads or usable_cores(), facts=facts())
-    versions = get_runtime(target.runtime).versions()
+    get_runtime(target.runtime)  # whether it is there, before the work
     said = events or Silent()
     said.stage("capturing the model")
     source = Weights(weights)
@@ -156,17 +146,12 @@ def shrink(
         example = [np.ascontiguousarray(value.numpy()) for value in job.flatten(job.example_inputs)]
         held_out = Split([array[streamed.samples] for array in calibration.inputs], None, streamed.held_out)
         try:
-            ran = _run(target, model, signature, example, held_out, said)
+            judged = judge(target, model, signature, example, held_out, streamed, said)
         except (RuntimeFailed, OSError) as error:
             aside = _set_aside(model.parent, out)
             raise RuntimeFailed(
-                getattr(error, "kind", "crashed"), f"what was made could not run here: {error}; it is in {aside}, with nothing known of it"
+                getattr(error, "kind", "crashed"), f"what was made cannot be used here: {error}; it is in {aside}"
             ) from error
-        noise = None if ran.outputs is None or streamed.shrunk is None else sqnr_db(streamed.shrunk, ran.outputs)
-        if noise is not None and noise < LEAST_SQNR_DB:
-            aside = _set_aside(model.parent, out)
-            raise RuntimeFailed("mismatch", f"what was made gives {noise:.0f} dB of what it gave in PyTorch only; it is in {aside}")
-        scores = {} if ran.outputs is None else {name: _score(name, ran.outputs, streamed.original) for name in ("cosine", "agreement")}
         account = Shrunk(
             path=out,
             bytes_before=source.nbytes,
@@ -175,10 +160,10 @@ def shrink(
             skipped=stream.skipped,
             units=stream.units,
             held_out=streamed.held_out,
-            cosine=scores.get("cosine"),
-            agreement=scores.get("agreement"),
-            streamed_cosine=None if streamed.original is None else _score("cosine", streamed.shrunk, streamed.original),
-            latency_s=ran.timing.latency_s,
+            cosine=judged.scores.get("cosine"),
+            agreement=judged.scores.get("agreement"),
+            streamed_cosine=judged.streamed_scores.get("cosine"),
+            latency_s=judged.timing.latency_s,
             threads=target.threads,
             peak_memory_bytes=peak_resident_bytes(),
             memory_before_bytes=before,
@@ -202,63 +187,17 @@ def shrink(
             plan=plan,
             signature=signature,
             target=target,
-            measurements={"optimized": _measurement(target, versions, len(example[0]), stream.macs_left, model, ran, noise)},
+            measurements={"optimized": judged.measurement(target, len(example[0]), stream.macs_left, model)},
             weights=None,
             files=[file for file in model.parent.iterdir() if file != model],
             moves=True,
-            check=(example, ran.example),
+            check=(example, judged.example),
             notes=(_note(account),),
             overwrite=overwrite,
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return account
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """What came of running the artifact in a process of its own.
-
-    Args:
-        outputs: its first output for the samples that were held out; None without any.
-        example: its outputs for the example.
-    """
-
-    outputs: NDArray[np.float32] | None
-    example: list[Array]
-    timing: Timing
-    proof: Proof
-    peak_memory_bytes: int
-
-
-def _run(target: Target, model: Path, signature: Signature, example: list[Array], held_out: Split, events: Events) -> _Ran:
-    events.stage("running the artifact")
-    with Probe.open(target, model, signature) as probe:
-        outputs = outputs_of(probe, held_out)[0] if held_out.n else None
-        kept = [np.array(array) for array in probe.outputs(example)]
-        timing = interleaved({"artifact": probe}, example, seconds=_SECONDS)["artifact"]
-        proof = probe.proof()
-    return _Ran(outputs, kept, timing, proof, peak_memory_bytes(target, model, signature, example))
-
-
-def _measurement(
-    target: Target, versions: dict[str, str], batch: int, macs: int, model: Path, ran: _Ran, noise: float | None
-) -> Measurement:
-    return Measurement(
-        runtime=target.name,
-        machine=machine(),
-        threads=target.threads,
-        batch=batch,
-        latency_s=ran.timing.latency_s,
-        cpu_s=ran.timing.cpu_s,
-        size_bytes=size_bytes(model),
-        peak_memory_bytes=ran.peak_memory_bytes,
-        macs=macs,
-        sqnr_db=noise if noise is None or math.isfinite(noise) else None,
-        proof=ran.proof,
-        versions=versions,
-        warm_up=ran.timing.warm_up,
-    )
 
 
 def _note(account: Shrunk) -> str:
@@ -299,9 +238,3 @@ def _settings(scheme: str, rounding: str, prune: float) -> tuple[Scheme, Roundin
     if not 0.0 <= prune < 1.0:
         raise UsageError(f"prune: must be at least 0 and below 1; got {prune}")
     return chosen, method
-
-
-def _score(metric: str, outputs: Any, reference: Any) -> float:
-    """A metric without labels, over all positions."""
-    one, other = (np.asarray(values).reshape(-1, values.shape[-1]) for values in (outputs, reference))
-    return float(get_metric(metric).score([one], [other]))

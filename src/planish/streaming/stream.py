@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +44,9 @@ _RESHAPING = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten"
 _HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
 _MOST_HELD_OUT = 32
 _MOST_ROWS = 65536
+_ROWS_OF_POWER = 256
+_OUTPUT_BYTES = 2**25
+"""Of an operator, at once."""
 _ROWS = 4096
 """Of an embedding that are rounded at a time."""
 
@@ -65,10 +69,10 @@ class OperatorLoss:
 
 @dataclass(frozen=True)
 class Streamed:
-    """The first output for the samples that were held out, `[n, ...]`, with the original's weights and with the new; None without any."""
+    """The first output for the samples that were held out, batch by batch, views of files: with the original's weights, and with the new."""
 
-    original: NDArray[np.float32] | None
-    shrunk: NDArray[np.float32] | None
+    original: list[NDArray[np.float32]]
+    shrunk: list[NDArray[np.float32]]
     samples: slice
     """Which of the calibration samples."""
 
@@ -219,7 +223,7 @@ class Stream:
             events.progress(number + 1, len(parts))
         original, shrunk = (self._outputs([run for run in runs if run.role == role]) for role in _JUDGED)
         first = self.calibration.n - self._held_out
-        found = Streamed(original, shrunk, slice(first, first + (0 if original is None else len(original))))
+        found = Streamed(original, shrunk, slice(first, first + sum(map(len, original))))
         events.stage("writing the model")
         write_onnx(self.graph, self.grouped, self.rows, self.stored, self.pieces, self.work / "out" / MODEL)
         return found
@@ -240,7 +244,7 @@ class Stream:
 
     def _batches(self, first: int, last: int, role: Role) -> list[_Run]:
         fixed = self.graph.signature.inputs[0].shape[0]
-        size = fixed if isinstance(fixed, int) else _BATCH
+        size = fixed if isinstance(fixed, int) else self._batch()
         placeholders = [node for node in self.replay.nodes if node.op == "placeholder"]
         found = []
         for start in range(first, last - (last - first) % size if isinstance(fixed, int) else last, size):
@@ -249,6 +253,12 @@ class Stream:
                 run.values.keep(node, torch.from_numpy(np.array(array[start : min(start + size, last)])))
             found.append(run)
         return found
+
+    def _batch(self) -> int:
+        """Samples that are run at once: up to 8, fewer where what an operator gives for them is large."""
+        outputs = [math.prod(size.at({}) for size in operator.output) for operator in self.analysis.operators.values()]
+        sample = 4 * max(outputs, default=1) // len(self.graph.example[0])
+        return min(_BATCH, max(1, _OUTPUT_BYTES // max(1, sample)))
 
     def _segment(self, segment: Segment, runs: Sequence[_Run]) -> None:
         """Weights in, moments, rounded weights out, and every batch through."""
@@ -334,7 +344,7 @@ class Stream:
         called = self._name(node)
         matrix = weight.t().contiguous() if axis else weight
         gram = moments.second(centered=False)[0][0]
-        energy = float(((matrix.double() @ gram) * matrix).sum())
+        energy = _power(matrix, gram)
         kept = None
         if (hidden := self.hidden.get(name)) is not None:
             kept = survivors(hidden, matrix, moments, self.share)
@@ -348,8 +358,7 @@ class Stream:
             rounded, quantizer = self._on_grid(refitted(matrix, gram, kept), gram[at][:, at])
             whole = torch.zeros_like(matrix)
             whole[:, at] = rounded
-        gone = (matrix - whole).double()
-        error = float(((gone @ gram) * gone).sum()) / max(energy, 1e-30)
+        error = _power(matrix - whole, gram) / max(energy, 1e-30)
         self.losses[called] = OperatorLoss(called, rounded.shape[1], len(rounded), error)
         if name in self.made:
             self.waiting[name] = _Waiting(rounded, quantizer, node)
@@ -404,12 +413,18 @@ class Stream:
         else:
             self.pieces.add(self.stored[name], tensor)
 
-    def _outputs(self, judging: Sequence[_Run]) -> NDArray[np.float32] | None:
-        """The first output of these runs, sample axis 0; None without any."""
-        if self.first.op == "get_attr":
-            return None
-        found = [run.values.read(self.first).numpy() for run in judging]
-        return np.concatenate(found) if found else None
+    def _outputs(self, judging: Sequence[_Run]) -> list[NDArray[np.float32]]:
+        """The first output of these runs."""
+        return [] if self.first.op == "get_attr" else [run.values.read(self.first).numpy() for run in judging]
+
+
+def _power(matrix: Tensor, gram: Tensor) -> float:
+    """E|w x|^2, some rows at a time."""
+    total = 0.0
+    for start in range(0, len(matrix), _ROWS_OF_POWER):
+        rows = matrix[start : start + _ROWS_OF_POWER].double()
+        total += float(((rows @ gram) * rows).sum())
+    return total
 
 
 def _kind(node: Node) -> str:

@@ -42,26 +42,26 @@ class Gptq:
 
     def _in_place(self, layer: Layer) -> Rounded:
         """In the order of the columns."""
-        found, scale, zero_point = self._by_columns(layer, _Steps(layer))
+        assert layer.gram is not None
+        found, scale, zero_point = self._by_columns(layer, root_of_inverse(layer.gram, self.damping), _Steps(layer))
         return _on_grid(layer, found, dataclasses.replace(layer.quantizer, scale=scale, zero_point=zero_point))
 
     def _ordered(self, layer: Layer) -> Rounded:
         """In the order of the inputs' power, summed over systems."""
         assert layer.gram is not None
         order = layer.gram.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
+        upper = root_of_inverse(layer.gram[:, order[:, None], order], self.damping)  # before there is more: it takes the most memory
         quantizer, columns = layer.quantizer, layer.weight.shape[1]
         each = [along_groups(values, quantizer.group, columns)[:, order] for values in (quantizer.scale, quantizer.zero_point)]
-        moved = Layer(layer.weight[:, order], GroupQuantizer(quantizer.grid, 1, *each), layer.gram[:, order[:, None], order])
+        moved = Layer(layer.weight[:, order], GroupQuantizer(quantizer.grid, 1, *each), None)
         found = torch.empty_like(layer.weight)
-        found[:, order] = self._by_columns(moved, _Steps(moved))[0].float()
+        found[:, order] = self._by_columns(moved, upper, _Steps(moved))[0].float()
         return _on_grid(layer, found, quantizer)
 
-    def _by_columns(self, layer: Layer, steps: _Steps) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_columns(self, layer: Layer, upper: Tensor, steps: _Steps) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, [rows, columns], and the scales and zero points that it is rounded with."""
-        assert layer.gram is not None
-        systems, columns = layer.gram.shape[:2]
-        left = layer.weight.double().view(systems, -1, columns).clone()
-        upper = root_of_inverse(layer.gram, self.damping)
+        systems, columns = upper.shape[:2]
+        left = layer.weight.to(torch.float64, copy=True).view(systems, -1, columns)
         group = layer.quantizer.group
         size = -(-self.block // group) * group if group < columns else self.block
         for start in range(0, columns, size):
@@ -84,7 +84,9 @@ class _Steps:
 
     def __init__(self, layer: Layer) -> None:
         self._grid, self._regrid = layer.quantizer.grid, layer.regrid
-        self.scale, self.zero_point = layer.quantizer.scale.clone(), layer.quantizer.zero_point.clone()
+        self.scale, self.zero_point = layer.quantizer.scale, layer.quantizer.zero_point
+        if self._regrid is not None:
+            self.scale, self.zero_point = self.scale.clone(), self.zero_point.clone()
 
     def choose(self, group: int, values: Tensor) -> None:
         if self._regrid is not None:
