@@ -110,3 +110,11 @@ def test_a_figure_and_what_it_lies_between_have_the_same_digits() -> None:
 def test_figures_are_written_out(limit: dict[str, str], value: float, beside: float, said: str) -> None:
     (wanted,) = planish.Budget(**limit).limits
     assert _texts(wanted, value, beside)[0] == said
+
+
+def test_a_speed_that_noise_blurs_is_said_with_its_bounds() -> None:
+    seconds = measurement()
+    for is_sure, said in ((True, "2.00 times as fast as the"), (False, "2.00 times as fast (1.60 to 2.50: the machine is noisy) as the")):
+        ratio = Estimate(0.5, 0.4, 0.625, 20, is_sure)
+        verdict, reason = judge_budget(planish.Budget(drop=0.5), seconds, seconds, ratio, 0.0, None, is_original=False)
+        assert verdict == "met" and reason.startswith(said), reason

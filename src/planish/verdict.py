@@ -151,7 +151,8 @@ def judge_budget(
         return "met", "the original itself: " + ("it holds every limit" if budget.limits else "nothing faster was found in this target")
     if latency.median >= 1:
         return "met", f"every limit holds; it takes {latency.median:.2f} times as long as the original in its quickest runtime"
-    return "met", f"{1 / latency.median:.2f} times as fast as the original in its quickest runtime" + (
+    noisy = "" if latency.trustworthy else f" ({1 / latency.high:.2f} to {1 / latency.low:.2f}: the machine is noisy)"
+    return "met", f"{1 / latency.median:.2f} times as fast{noisy} as the original in its quickest runtime" + (
         "" if lost is None else f", drop {lost:.4g} of {allowed:.4g} allowed" if lost > 0 else ", no drop"
     )
 
