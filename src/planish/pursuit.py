@@ -16,7 +16,6 @@ from planish.offers import Offers
 from planish.plan import Option, Plan
 from planish.search.contract import Evidence, Limits, Search
 from planish.search.costs import Affine, Costs, ceilings
-from planish.search.factor import Assignment
 from planish.search.space import Space
 from planish.study.store import Study
 from planish.train.norms import has_batch_norm
@@ -247,13 +246,14 @@ class Pursuit:
 
     def _search(self) -> None:
         request, clock = self.request, self.clock
-        assert self.search is not None
+        assert self.search is not None and self.costs is not None
         end = clock.elapsed_s + SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
         for plan in self.known_trials():  # however little time there is: one scheme everywhere is often the best that there is
             self.tell(plan, self.trials.candidate(plan))
             self.try_plan(plan)
-        for plan in self._one_scheme():
-            if clock.elapsed_s < end and self.beliefs.known(plan, "trial") is None:
+        if (quickest := self.costs.quickest_scheme()) is not None and clock.elapsed_s < end:
+            plan = self.space.plan(quickest)
+            if self.beliefs.known(plan, "trial") is None:
                 self.tell(plan, self.trials.candidate(plan))
                 self.try_plan(plan)
         for plan in self._left_over():
@@ -390,27 +390,6 @@ class Pursuit:
                 if (offered or not trial.plan.precisions) and trial.plan.floats == self.template.floats:
                     out.append(trial.plan.replace(precisions=offered))
         return list(dict.fromkeys(out))
-
-    def _one_scheme(self) -> list[Plan]:
-        """One scheme wherever the tables say that it makes the net quicker, of all the quickest: what other tools stop at, and nothing may be
-        slower than that. Schemes were tried everywhere before there were tables, with other operators in fp32."""
-        assert self.costs is not None
-        if "latency" not in self.costs.quantities:
-            return []
-        numbers = [number for number, variable in enumerate(self.space.variables) if variable.technique == "precision"]
-        found: list[tuple[float, Assignment]] = []
-        for scheme in dict.fromkeys(scheme for number in numbers for scheme in self.space.variables[number].values[1:]):
-            chosen: list[int] = list(self.space.identity)
-            for number in numbers:
-                if scheme in self.space.variables[number].values:
-                    chosen[number] = self.space.variables[number].values.index(scheme)
-            seconds = self.costs.predict(chosen)["latency"]
-            for number in numbers:
-                without = [*chosen[:number], 0, *chosen[number + 1 :]]
-                if chosen[number] and (quicker := self.costs.predict(without)["latency"]) < seconds:
-                    chosen, seconds = without, quicker
-            found.append((seconds, tuple(chosen)))
-        return [self.space.plan(min(found)[1])] if found and any(min(found)[1]) else []
 
     def _left_over(self) -> list[Plan]:
         """Plans that the study was given to try (those of the study that it was forked from), as far as this space offers them."""

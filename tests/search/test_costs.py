@@ -372,3 +372,23 @@ def test_an_operator_of_many_groups_leaves_the_others_their_levels():
     assert len(found["1.f1"][inner]) == space.sizes[inner]
     assert all(len(values) < space.sizes[v] for v, values in found["1.qkv"].items())
     assert all(values[0] == 0 and values[-1] == space.sizes[v] - 1 for grid in found.values() for v, values in grid.items())
+
+
+def test_the_quickest_scheme_leaves_out_what_it_makes_slower():
+    net = residual_net()
+    linear_is_slower = lambda kernels: np.asarray(  # noqa: E731
+        [
+            seconds * (30.0 if k.precision == "int8" and k.kind == "linear" else 1.0)
+            for k, seconds in zip(kernels, kernel_seconds(kernels), strict=True)
+        ]
+    )
+    options = [Option("precision", name, scheme, 0.1) for name, o in net.operators.items() if o.weights for scheme in ("bf16", "int8")]
+    space = Space(net, options, TEMPLATE)
+    for lookup, left_out in ((kernel_seconds, set()), (linear_is_slower, {"linear"})):
+        chosen = Costs(space, lookup).quickest_scheme()
+        assert chosen is not None
+        plan = space.plan(chosen)
+        assert set(plan.precisions.values()) == {"int8"}
+        assert set(plan.precisions) == {o.subject for o in options if net.operators[o.subject].kind not in left_out}
+    assert Costs(space, lambda kernels: np.asarray([1.0 if k.precision == "fp32" else 9.0 for k in kernels])).quickest_scheme() is None
+    assert Costs(space, None).quickest_scheme() is None

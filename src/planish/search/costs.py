@@ -14,7 +14,7 @@ from planish.budget import Limit
 from planish.errors import BudgetError
 from planish.measure.kernels import Kernel
 from planish.plan import FULL_PRECISION
-from planish.search.factor import Table
+from planish.search.factor import Assignment, Table
 from planish.search.kernels import Grid, Term, fill_unmeasured, grids, terms_of
 from planish.search.lagrangian import Problem
 from planish.search.memory import memory_rows, size_rows
@@ -198,6 +198,30 @@ class Costs:
         """Loss and all costs of one assignment, uncorrected, by quantity."""
         values = dict(zip(self.problem.rows, self.problem.values(self.space.canonical(assignment)).tolist(), strict=True))
         return {"loss": values["loss"], **{q: max(values[row] for row in self.rows(q)) for q in self.quantities}}
+
+    def quickest_scheme(self) -> Assignment | None:
+        """One scheme wherever it makes the net quicker, of all the quickest; None without tables, or where none does.
+
+        It is what other tools stop at, so that nothing may be slower. Where each scheme was tried everywhere, before there were tables, it had
+        operators too that it makes slower, and the others in fp32.
+        """
+        if "latency" not in self.factors:
+            return None
+        numbers = [number for number, variable in enumerate(self.space.variables) if variable.technique == "precision"]
+        found = [(self.predict(self.space.identity)["latency"], self.space.identity)]
+        for scheme in dict.fromkeys(scheme for number in numbers for scheme in self.space.variables[number].values[1:]):
+            chosen: list[int] = list(self.space.identity)
+            for number in numbers:
+                if scheme in self.space.variables[number].values:
+                    chosen[number] = self.space.variables[number].values.index(scheme)
+            seconds = self.predict(chosen)["latency"]
+            for number in numbers:
+                without = [*chosen[:number], 0, *chosen[number + 1 :]]
+                if chosen[number] and (quicker := self.predict(without)["latency"]) < seconds:
+                    chosen, seconds = without, quicker
+            found.append((seconds, tuple(chosen)))
+        quickest = min(found)[1]
+        return quickest if any(quickest) else None
 
     @property
     def precisions(self) -> tuple[str, ...]:
