@@ -251,9 +251,9 @@ class Pursuit:
         for plan in self.known_trials():  # however little time there is: one scheme everywhere is often the best that there is
             self.tell(plan, self.trials.candidate(plan))
             self.try_plan(plan)
-        if (quickest := self.costs.quickest_scheme()) is not None and clock.elapsed_s < end:
-            plan = self.space.plan(quickest)
-            if self.beliefs.known(plan, "trial") is None:
+        quickest = self.costs.quickest_scheme()
+        for plan in [*([self.space.plan(quickest)] if quickest is not None else []), *self._in_other_floats()]:
+            if clock.elapsed_s < end and self.beliefs.known(plan, "trial") is None:
                 self.tell(plan, self.trials.candidate(plan))
                 self.try_plan(plan)
         for plan in self._left_over():
@@ -390,6 +390,19 @@ class Pursuit:
                 if (offered or not trial.plan.precisions) and trial.plan.floats == self.template.floats:
                     out.append(trial.plan.replace(precisions=offered))
         return list(dict.fromkeys(out))
+
+    def _in_other_floats(self) -> list[Plan]:
+        """The quickest scheme that was tried everywhere with other floats than the search has, with those: fused operators are in no table."""
+        tried = [
+            (float(trial.latency_ratio), trial.plan)
+            for trial in self.trials.all
+            if trial.latency_ratio is not None and trial.plan.target == self.template.target and trial.plan.is_dense
+        ]
+        quickest = min(tried, key=lambda one: one[0])[1] if tried else self.template
+        if quickest.floats == self.template.floats:
+            return []
+        offered = {n: s for n, s in quickest.precisions.items() if self.space.offers("precision", n, s)}
+        return [self.template.replace(precisions=offered)] if offered else []
 
     def _left_over(self) -> list[Plan]:
         """Plans that the study was given to try (those of the study that it was forked from), as far as this space offers them."""

@@ -14,6 +14,7 @@ from planish.graph.attention import static_attention
 from planish.measure.machine import facts
 from planish.quantize.arithmetic import sqnr_db
 from planish.quantize.options import precision_options
+from planish.quantize.placement import place
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 
@@ -133,3 +134,42 @@ def test_attention_that_is_spread_over_many_keys_keeps_its_output(runtime: str, 
     assert sqnr_db(expected, found) > 15.0
     step.fill_(1 / 255)
     assert sqnr_db(expected, outputs(done.graph, split)) < 3.0
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_only_openvino_gets_operands_around_zero(runtime: str, tmp_path: Path) -> None:
+    """With zero points OpenVINO would subtract them in kernels of their own, between float and int8, before it multiplies."""
+    known = get_runtime(runtime, require=False)
+    if known.missing():
+        pytest.skip(f"{runtime} is not installed")
+    graph, analysis = captured(net("none"), (torch.randn(2, 32, 32),))
+    target = Target(runtime, facts=facts())
+    done = quantized(graph, analysis, known, target)
+    nodes = {node.name: node for node in done.graph.module.graph.nodes}
+    read = [done.graph.module.get_buffer(name) for name in dict(done.graph.module.named_buffers()) if name.endswith("zero_point")]
+    grids = {node.args[3:5] for node in nodes.values() if str(node.target).find("per_tensor") >= 0}
+    assert read and grids == ({(0, 255), (-128, 127)} if runtime == "openvino" else {(0, 255)})
+    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
+    found = torch.from_numpy(session.run(list(calibration(graph, samples=2, seed=9).inputs))[0])
+    proof = session.proof()
+    session.close()
+    assert sqnr_db(outputs(done.graph, calibration(graph, samples=2, seed=9)), found) > 40.0
+    assert "Subtract" not in proof.kernels
+
+
+def test_a_value_that_something_else_reads_too_keeps_its_zero_point() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return torch.matmul(torch.matmul(y, y.transpose(1, 2)).softmax(-1), self.second(y))
+
+    graph, analysis = captured(Shared(), (torch.randn(2, 9, 16),))
+    runtime = get_runtime("openvino", require=False)
+    nodes = {name: operator.node for name, operator in analysis.operators.items() if operator.kind in ("linear", "matmul")}
+    found = place(graph.module, nodes, runtime.quantize_inputs_of)
+    assert found.signed == {"softmax", "linear_1"} and "linear" in found.activations
+    assert not place(graph.module, nodes, get_runtime("onnxruntime").quantize_inputs_of).signed

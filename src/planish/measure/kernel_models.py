@@ -130,7 +130,11 @@ def build(
         xs = []
     for shape in _produced(kernel):
         x = model.producer(shape, layout, int8, barred=_is_barred(kernel))
-        xs.append(model.quantized(x, zero=0 if dict(kernel.attributes).get("transposed") else 128) if int8 else x)
+        if int8 and "signed" in quantized_inputs and kernel.kind in ("matmul", "attention") and not kernel.weights:
+            x = model.signed(x)
+        elif int8:
+            x = model.quantized(x, zero=0 if dict(kernel.attributes).get("transposed") else 128)
+        xs.append(x)
     y = CORES[kernel.kind](model, kernel, xs, int8)
     is_positive = False
     if int8 and kernel.kind in quantized_outputs and kernel.fused and kernel.fused[0] not in ("relu", "relu6", *BINARY):

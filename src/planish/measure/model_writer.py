@@ -83,7 +83,13 @@ class Model:
         return self.op("DequantizeLinear", [values, scales, zeros], axis=axis)
 
     def quantized(self, x: str, zero: int = 128) -> str:
-        scale, point = self.constant(np.float32(0.03)), self.constant(np.uint8(zero))
+        return self._rounded(x, np.uint8(zero))
+
+    def signed(self, x: str) -> str:
+        return self._rounded(x, np.int8(0))
+
+    def _rounded(self, x: str, zero: np.integer[Any]) -> str:
+        scale, point = self.constant(np.float32(0.03)), self.constant(zero)
         return self.op("DequantizeLinear", [self.op("QuantizeLinear", [x, scale, point]), scale, point])
 
     def linear(self, x: str, rank: int, weight: Shape, has_bias: bool, int8: bool) -> str:

@@ -30,7 +30,7 @@ from planish.target import Target
 
 __all__ = ["Kernel", "Table"]
 
-FORMAT = 3
+FORMAT = 4
 """Part of the cache's file name: raise it whenever `kernel_models.py` builds other models for the same kernel."""
 _SECONDS, _CALLS, _TIMEOUT_S, _SAVE_EVERY_S = 0.012, 15, 60.0, 5.0
 _PERCENTILE = 15

@@ -129,7 +129,7 @@ def _static(
     by_name = {node.name: node for node in module.graph.nodes}
     placement = place(module, nodes, runtime.quantize_inputs_of, ())
     reasons.update(placement.skipped)
-    ground.watch(placement.watched)
+    ground.watch(placement)
     reasons.update(why_not(module, placement, nodes, ground.watched))
     watched = with_shared(ground.activations, placement.shared)
     if scheme.activation_bits < INT8.activation_bits:

@@ -172,7 +172,7 @@ def _placed(ground: Ground, analysis: Analysis, static: Mapping[str, str], runti
         left = {name: node for name, node in static.items() if name not in skipped}
         placement = place(module, left, runtime.quantize_inputs_of, runtime.quantize_outputs_of, matrices)
         skipped.update(placement.skipped)
-        ground.watch(placement.watched)
+        ground.watch(placement)
         unfit = why_not(module, placement, static, ground.watched)
         if not unfit:
             return placement, skipped

@@ -36,6 +36,8 @@ def unsigned(bits: int) -> Grid:
 
 
 UINT8 = unsigned(8)
+SIGNED8 = Grid(-128, 127, symmetric=True)
+"""Of activations that are multiplied with each other, where a zero point would have to be subtracted first."""
 
 
 def int8_weights(largest: int, axis: int = 0) -> Grid:

@@ -52,10 +52,10 @@ class Ground:
         """The program of the graph."""
         return self.graph.module
 
-    def watch(self, values: Iterable[str]) -> None:
-        """Run the calibration samples for the values (fx node names) that were not watched before."""
-        new = [value for value in values if value not in self.watched]
-        self.watched.update(watch(self.module, self.flat, new, self.make))
+    def watch(self, placement: Placement) -> None:
+        """Run the calibration samples for the values of a placement that were not watched before."""
+        new = [value for value in placement.watched if value not in self.watched]
+        self.watched.update(watch(self.module, self.flat, new, self.make, signed=placement.signed))
 
     @property
     def activations(self) -> dict[str, Quantizer]:

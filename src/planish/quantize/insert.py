@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from planish.graph.attention import LEVELS, probabilities
 from planish.graph.fake_quantize import LARGEST_BIAS, PER_CHANNEL, fake_quantize_per_tensor_affine
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
-from planish.quantize.arithmetic import TINY_RANGE, UINT8, Grid, Quantizer
+from planish.quantize.arithmetic import SIGNED8, TINY_RANGE, UINT8, Grid, Quantizer
 from planish.quantize.contract import Observer
 from planish.quantize.placement import Placement, Read, source_among
 
@@ -24,7 +24,12 @@ BATCH = 50  # calibration samples that are run at once
 
 
 def watch(
-    module: GraphModule, flat: Sequence[Tensor], values: Sequence[str], make: Callable[[Grid], Observer], grid: Grid = UINT8
+    module: GraphModule,
+    flat: Sequence[Tensor],
+    values: Sequence[str],
+    make: Callable[[Grid], Observer],
+    grid: Grid = UINT8,
+    signed: Collection[str] = (),
 ) -> dict[str, Quantizer | str]:
     """For each value its quantizer on the calibration data, or why it can have none.
 
@@ -34,9 +39,11 @@ def watch(
         values: fx node names.
         make: an observer for a grid.
         grid: that they are rounded to.
+        signed: those that get signed grids instead, unless they are never below zero.
     """
     replay = Replay(module)
     observers = {replay.by_name[value]: make(grid) for value in values}
+    around_zero = {replay.by_name[value]: make(SIGNED8) for value in values if value in signed}
     largest = dict.fromkeys(observers, 0.0)
     reasons: dict[Node, str] = {}
     with torch.no_grad():
@@ -51,10 +58,18 @@ def watch(
                     else:
                         largest[node] = max(largest[node], size)
                         observers[node].update(found)
+                        if node in around_zero:
+                            around_zero[node].update(found)
     for node, size in largest.items():
         if size <= TINY_RANGE:
             reasons.setdefault(node, f"{node.name} is zero on all of the calibration data")
-    return {node.name: reasons[node] if node in reasons else found.quantizer() for node, found in observers.items()}
+    chosen: dict[str, Quantizer | str] = {**{node.name: reason for node, reason in reasons.items()}}
+    for node, found in observers.items():
+        if node not in reasons:
+            quantizer = found.quantizer()
+            is_below = node in around_zero and bool(quantizer.zero_point > grid.low)
+            chosen[node.name] = around_zero[node].quantizer() if is_below else quantizer
+    return chosen
 
 
 def probability_steps(module: GraphModule, flat: Sequence[Tensor], attentions: Sequence[str]) -> dict[str, Tensor]:

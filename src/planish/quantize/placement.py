@@ -37,6 +37,7 @@ class Placement:
             passes int8 through slices and views but not through padding, and would add the two in float behind it. Parts of a
             concatenation that of the whole.
         shared: value -> the values on whose ranges its quantizer is chosen, itself among them: a concatenation and its parts.
+        signed: the values with a grid that has zero in its middle, unless they are never below zero.
     """
 
     activations: Mapping[str, tuple[Read, ...]]
@@ -45,6 +46,7 @@ class Placement:
     skipped: Mapping[str, str]
     repeats: Mapping[str, str]
     shared: Mapping[str, tuple[str, ...]]
+    signed: frozenset[str] = frozenset()
 
     @property
     def watched(self) -> list[str]:
@@ -174,7 +176,19 @@ def place(
         skipped,
         {value.name: source.name for value, source in repeats.items()},
         {owner.name: tuple(member.name for member in members) for owner, members in shared.items()},
+        frozenset(value.name for value in reads if "signed" in inputs_of and _is_multiplied_alone(value)),
     )
+
+
+def _is_multiplied_alone(value: Node) -> bool:
+    """Whether products of two activations are all that a value goes to, in whatever precision."""
+
+    def is_factor(user: Node) -> bool:
+        parts = parts_of(user)
+        is_product = isinstance(parts, Parts) and parts.weight is None
+        return is_product and not set(_positions(user, value)) - set(parts.activations)  # type: ignore[union-attr]
+
+    return bool(value.users) and all(is_factor(user) or (moves(user) and _is_multiplied_alone(user)) for user in value.users)
 
 
 def _no_transposed(module: GraphModule, node: Node) -> str:

@@ -34,7 +34,8 @@ class OpenVino:
     On a machine with bf16 units OpenVINO would round an fp32 model to bf16 unasked; planish pins f32, unless the model asks for
     bf16, and reads back what ran. It is a matter of the whole net: operators that are not in int8 take it or leave it together.
     Additions are fused into the convolution before them only if both of their inputs are quantized: else each is a kernel of its
-    own, which cost 1 to 6 % of the CPU time of int8 residual nets. Pools pass int8 on only if it is quantized before them.
+    own, which cost 1 to 6 % of the CPU time of int8 residual nets. Pools pass int8 on only if it is quantized before them. Attention is fused into
+    one kernel in int8 only if nothing has to be subtracted from its operands: their grids are signed (see decision 023).
     """
 
     name = "openvino"
@@ -43,7 +44,7 @@ class OpenVino:
     devices = ("cpu",)
     model_file = "model.onnx"
     schemes = ("fp32", "int8", "int8-weights", "int4-weights", "w4a8", "w4a4", "codebook", "codebook-mixture", "bf16")
-    quantize_inputs_of = frozenset({"conv", "conv_transpose", "linear", "matmul", "attention", "sum", "pool", "cat"})
+    quantize_inputs_of = frozenset({"conv", "conv_transpose", "linear", "matmul", "attention", "signed", "sum", "pool", "cat"})
     quantize_outputs_of: frozenset[str] = frozenset()
     short_convolution = 0
     stores_sparse = True
