@@ -15,7 +15,8 @@ import numpy as np
 
 from planish.artifact import Artifact, open_artifact
 from planish.artifact.deployed import sqnr_db
-from planish.errors import DataError, RuntimeFailed
+from planish.artifact.manifest import SHRUNK
+from planish.errors import DataError, RuntimeFailed, UsageError
 from planish.events import Events, Silent
 from planish.measure.latency import Timing, interleaved, ratio
 from planish.measure.machine import machine, usable_cores
@@ -320,6 +321,11 @@ def bench(
     events = events or Silent()
     count = threads or usable_cores()
     artifacts = [open_artifact(path) for path in paths]
+    if shrunk := [artifact for artifact in artifacts if SHRUNK in artifact.manifest.files]:
+        raise UsageError(
+            f"artifacts: {shrunk[0].path} is of `planish shrink`, whose original need not fit into memory and is not in the job; "
+            "`planish verify` measures it alone"
+        )
     rows: list[BenchRow] = []
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:
         clock = Clock(None, events)

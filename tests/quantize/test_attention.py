@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from quantizing import VNNI, calibration, captured, outputs, quantized
 from torch import Tensor, nn
 
+from planish.data import Split
 from planish.graph.attention import static_attention
 from planish.measure.machine import facts
 from planish.quantize.arithmetic import sqnr_db
@@ -120,7 +121,8 @@ def test_attention_that_is_spread_over_many_keys_keeps_its_output(runtime: str, 
     with torch.no_grad():
         for layer in (model.query, model.key):
             layer.weight.mul_(0.1)
-    graph, analysis = captured(model, (torch.randn(2, 600, 32),))
+    patches = nn.Sequential(nn.Flatten(1, 2), model)  # images have a fixed size, and so as many keys each time
+    graph, analysis = captured(patches, (torch.randn(2, 20, 30, 32),))
     target = Target(runtime, facts=facts())
     done = quantized(graph, analysis, known, target)
     split = calibration(graph, samples=2, seed=9)
@@ -157,19 +159,70 @@ def test_only_openvino_gets_operands_around_zero(runtime: str, tmp_path: Path) -
     assert "Subtract" not in proof.kernels
 
 
-def test_a_value_that_something_else_reads_too_keeps_its_zero_point() -> None:
-    class Shared(nn.Module):
+class Products(nn.Module):
+    """A product whose operands are never below zero, are given back, or are read by a linear map as well."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.o = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a, b = self.a(x), self.b(x)
+        if self.kind in ("relu left", "relu both"):
+            a = torch.relu(a)
+        if self.kind in ("relu right", "relu both"):
+            b = torch.relu(b)
+        out = (a @ b.transpose(1, 2)).mean(-1)
+        return {"given back": (out, b), "read again": (out, self.o(b))}.get(self.kind, (out,))
+
+
+@pytest.mark.runtime("openvino")
+@pytest.mark.parametrize("kind", ["plain", "relu left", "relu right", "relu both", "given back", "read again"])
+def test_openvino_multiplies_activations_in_int8_whatever_they_are(kind: str, tmp_path: Path) -> None:
+    known = get_runtime("openvino", require=False)
+    if known.missing():
+        pytest.skip("openvino is not installed")
+    torch.manual_seed(0)
+    graph, analysis = captured(Products(kind), (torch.randn(2, 32, 32),))
+    target = Target("openvino", facts=facts())
+    done = quantized(graph, analysis, known, target)
+    split = calibration(graph, samples=4, seed=9)
+    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
+    found = torch.from_numpy(session.run(list(split.inputs))[0])
+    proof = session.proof()
+    session.close()
+    assert (proof.int8_kernels, proof.float_kernels) == (len(done.operators), 0), proof
+    assert sqnr_db(outputs(done.graph, split), found) > 40.0
+
+
+def test_only_runtimes_that_ask_for_them_get_signed_grids() -> None:
+    graph, analysis = captured(Products("relu left"), (torch.randn(2, 9, 32),))
+    nodes = {name: operator.node for name, operator in analysis.operators.items() if operator.kind in ("linear", "matmul")}
+    found = place(graph.module, nodes, get_runtime("openvino", require=False).quantize_inputs_of)
+    assert found.signed == {"relu": False, "linear_1": True}
+    assert not place(graph.module, nodes, get_runtime("onnxruntime").quantize_inputs_of).signed
+
+
+def test_a_query_that_sees_fewer_keys_than_on_calibration_data_is_not_clipped() -> None:
+    class Seeing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.inner = net("none")
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            return torch.matmul(torch.matmul(y, y.transpose(1, 2)).softmax(-1), self.second(y))
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            q, k, v = (layer(x).unflatten(-1, (4, 8)).transpose(1, 2) for layer in (self.inner.query, self.inner.key, self.inner.value))
+            return self.inner.out(F.scaled_dot_product_attention(q, k, v, seen[:, None, None] > 0).transpose(1, 2).flatten(2))
 
-    graph, analysis = captured(Shared(), (torch.randn(2, 9, 16),))
-    runtime = get_runtime("openvino", require=False)
-    nodes = {name: operator.node for name, operator in analysis.operators.items() if operator.kind in ("linear", "matmul")}
-    found = place(graph.module, nodes, runtime.quantize_inputs_of)
-    assert found.signed == {"softmax", "linear_1"} and "linear" in found.activations
-    assert not place(graph.module, nodes, get_runtime("onnxruntime").quantize_inputs_of).signed
+    torch.manual_seed(0)
+    words, seen = torch.randn(8, 64, 32), torch.ones(8, 64, dtype=torch.int64)
+    graph, analysis = captured(Seeing(), (words[:2], seen[:2]))
+    done = quantized(graph, analysis, get_runtime("onnxruntime"), split=Split([words.numpy(), seen.numpy()], None, 8))
+    for few in (64, 8, 4):
+        seen[:, few:] = 0
+        found = [module(words, seen)[0].detach() for module in (graph.module, done.graph.module)]
+        assert sqnr_db(*found) > 12.0, few
+    plain, analysis = captured(net("none"), (words[:2],))
+    done = quantized(plain, analysis, get_runtime("onnxruntime"), split=Split([words.numpy()], None, 8))
+    found = [module(words[:, :4])[0].detach() for module in (plain.module, done.graph.module)]
+    assert sqnr_db(*found) > 12.0, "the length of a sentence is not fixed"

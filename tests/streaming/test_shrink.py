@@ -30,6 +30,7 @@ from planish.streaming.hollow import stored_names
 from planish.streaming.shrink import shrink
 from planish.streaming.weights import Weights
 from planish.target import Target
+from planish.verification import bench
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +343,97 @@ def test_what_cannot_run_is_left_beside_and_named(weights: Path, tmp_path: Path,
     assert raised.value.kind == ("out of memory" if fault == "it cannot run" else "mismatch")
     assert [file.name for file in tmp_path.iterdir()] == ["net.shrunk.unrun1"]
     assert sorted(file.name for file in (tmp_path / "net.shrunk.unrun1").iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+class Odd(nn.Module):
+    """A small net with a head, and what a case does with it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.words, self.up, self.down = nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head, self.last = nn.Linear(32, 50, bias=False), nn.Linear(32, 32)
+        self.bias = nn.Parameter(torch.full((3,), 7.0))
+        if kind == "tied, in one part":
+            self.head.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> object:
+        inner = self.down(torch.relu(self.up(self.words(x))))
+        logits = self.head(inner)
+        cases = {
+            "a parameter is given back": lambda: (logits, self.bias),
+            "tied, in one part": lambda: (self.last(inner + 2 * self.words(x)), logits),
+            "masked logits": lambda: logits.masked_fill(torch.arange(50) > 45, -torch.inf),
+            "flat": lambda: logits.view(-1, 50),
+            "one number": logits.mean,
+            "classes": lambda: logits.argmax(-1),
+        }
+        return cases[self.kind]()
+
+
+def odd(kind: str, folder: Path) -> tuple[nn.Module, planish.Workload, Path]:
+    torch.manual_seed(0)
+    net, inputs = Odd(kind).eval(), torch.randint(0, 50, (32, 6), generator=torch.Generator().manual_seed(1))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    save_file(state, folder / "net.safetensors")
+    job = planish.Workload(model=lambda: Odd(kind), example_inputs=(inputs[:1],), calibration=[inputs], name="odd")
+    return net, job, folder / "net.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["a parameter is given back", "tied, in one part", "masked logits"])
+def test_unusual_nets_come_out_right(kind: str, tmp_path: Path) -> None:
+    net, job, file = odd(kind, tmp_path)
+    found = shrink(job, file, tmp_path / "net.shrunk", scheme="int8-weights", threads=1)
+    assert found.held_out == 4 and found.cosine is not None and found.cosine > 0.99
+    inputs = torch.arange(18).view(3, 6)
+    with torch.no_grad():
+        expected, got = net(inputs), planish.load(found.path)(inputs)
+    for one, other in zip(*((of if isinstance(of, tuple) else (of,)) for of in (expected, got)), strict=True):
+        one = one.detach()
+        assert torch.equal(one.isinf(), other.isinf())
+        wanted, is_finite = one.double()[one.isfinite()], one.isfinite()
+        assert float((wanted - other.double()[is_finite]).square().sum()) < 0.01 * float(wanted.square().sum())
+
+
+@pytest.mark.parametrize("kind", ["flat", "one number", "classes"])
+def test_a_net_that_cannot_be_judged_is_refused_before_the_work(kind: str, tmp_path: Path) -> None:
+    _, job, file = odd(kind, tmp_path)
+    with pytest.raises(UsageError, match="first output must be floats"):
+        shrink(job, file, tmp_path / "net.shrunk")
+    assert [one.name for one in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_what_cannot_be_written_is_left_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job, file = odd("masked logits", tmp_path)
+    out = tmp_path / "net.shrunk"
+
+    class Meanwhile:
+        def say(self, text: str) -> None: ...
+        def progress(self, done: int, total: int) -> None: ...
+        def stage(self, title: str) -> None:
+            if title == "measuring":
+                out.mkdir()
+
+    with pytest.raises(RuntimeFailed, match=r"already there.*net\.shrunk\.unrun1"):
+        shrink(job, file, out, scheme="int8-weights", threads=1, events=Meanwhile())
+    out.rmdir()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("planish.artifact.writing._put", full)
+    with pytest.raises(RuntimeFailed, match=r"No space left.*net\.shrunk\.unrun2"):
+        shrink(job, file, out, scheme="int8-weights", threads=1)
+    for number in (1, 2):
+        assert {"model.onnx", "model.onnx.data", "shrunk.json"} <= {one.name for one in (tmp_path / f"net.shrunk.unrun{number}").iterdir()}
+    assert not out.exists()
+
+
+def test_types_that_are_not_read_are_named(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="as F8_E4M3, which is not read"):
+        shrink(streamed.job(streamed.llama), _spoil(weights, tmp_path, UP, torch.zeros(192, 64).to(torch.float8_e4m3fn)), tmp_path / "out")
+
+
+def test_bench_does_not_set_it_beside_random_weights(shrunk: Path) -> None:
+    with pytest.raises(UsageError, match="original need not fit"):
+        bench(streamed.job(streamed.llama), [shrunk])

@@ -93,8 +93,9 @@ def sqnr_db(wanted: NDArray[Any], got: NDArray[Any]) -> float:
     """Signal to noise of `got` against `wanted` in decibels; infinite where they are equal, NaN never."""
     if wanted.shape != got.shape:
         return -np.inf
-    noise = float(np.sum((wanted.astype(np.float64) - got.astype(np.float64)) ** 2))
-    signal = float(np.sum(wanted.astype(np.float64) ** 2))
+    differ = wanted != got  # equal infinities (masked logits) are equal
+    noise = float(np.sum((wanted[differ].astype(np.float64) - got[differ].astype(np.float64)) ** 2))
+    signal = float(np.sum(wanted.astype(np.float64, copy=False)[np.isfinite(wanted)] ** 2))
     if noise == 0:
         return np.inf
     if not np.isfinite(noise) or signal == 0:

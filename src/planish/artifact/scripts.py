@@ -1,4 +1,4 @@
-"""`deploy.py`: the ten lines that run an artifact with its runtime and nothing else."""
+"""`deploy.py`: the few lines that run an artifact with its runtime and nothing else."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ def predict(*arrays: np.ndarray) -> list[np.ndarray]:
 '''
 _OPENVINO = '''\
 """Runs this artifact with numpy and openvino alone: predict({inputs}) gives {outputs}."""
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import openvino as ov
 settings = {{"INFERENCE_NUM_THREADS": {threads}, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": {floats!r}}}
-model = ov.Core().compile_model(str(Path(__file__).with_name({model!r})), "CPU", settings)
+core, path = ov.Core(), str(Path(__file__).with_name({model!r}))
+@lru_cache(maxsize=8)
+def compiled(*shapes):
+    """A program for these shapes alone: it is quicker than one for any."""
+    model = core.read_model(path)
+    model.reshape(dict(enumerate(map(list, shapes))))
+    return core.compile_model(model, "CPU", settings)
 def predict(*arrays: np.ndarray) -> list[np.ndarray]:
     """Arrays in the order {inputs}: {shapes}."""
-    result = model(list(arrays))
-    return [result[port] for port in model.outputs]
+    run = compiled(*(array.shape for array in arrays))
+    result = run(list(arrays))
+    return [result[port] for port in run.outputs]
 '''
 _ANY = '''\
 """Runs this artifact with planish and {runtime}: predict({inputs}) gives {outputs}."""

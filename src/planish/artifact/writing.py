@@ -134,7 +134,7 @@ def write(
         measurements: "original" and "optimized"; the optimized one's machine and versions become the manifest's.
         weights: parameters and buffers by name; None: the model's own files are all that holds them.
         files: further files that the model needs beside it (external data).
-        moves: the model and the files are moved there, not copied; they must lie on the same disk.
+        moves: the model and the files are moved there, not copied, and back if it cannot be written; they must lie on the same disk.
         result_json: the JSON of the result's summary, for the report.
         check: flat inputs of a batch and the model's flat outputs for them, computed again when it is loaded elsewhere.
         test_looks: how often the test split was looked at.
@@ -175,6 +175,7 @@ def write(
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as err:
         raise ArtifactError(f"{path} could not be written: {err.strerror}; nothing was changed") from err
+    is_there = False
     try:
         for source in (model, *files):
             (os.replace if moves else shutil.copyfile)(source, temporary / source.name)
@@ -206,10 +207,15 @@ def write(
             if directory.exists():
                 _flush(directory)
         _put(temporary, path, overwrite)
+        is_there = True
         _flush(path.parent)
     except OSError as err:
         raise ArtifactError(f"{path} could not be written: {err.strerror or err}; what was there before is unchanged") from err
     finally:
+        if moves and not is_there:
+            for source in (model, *files):
+                if (temporary / source.name).exists():
+                    os.replace(temporary / source.name, source)
         shutil.rmtree(temporary, ignore_errors=True)
     return open_artifact(path)
 

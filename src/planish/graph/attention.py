@@ -1,4 +1,4 @@
-"""Attention in static int8: two products of rounded operands, with probabilities on a grid from zero to the largest that calibration data gave."""
+"""Attention in static int8: two products of rounded operands, with probabilities on a grid from zero to one, or to the largest that calibration data gave."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ from planish.graph.interpret import attribute
 
 _decomposed = torch.ops.quantized_decomposed
 LEVELS = 255
+
+
+def has_fixed_keys(node: fx.Node) -> bool:
+    """Whether a query always sees the same number of keys, as far as the node says: no mask, no later keys hidden. Each probability then has a
+    bound that data can tell; else a query that sees few keys gives each of them more than any that sees many."""
+    masked = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    return masked is None and not causal
+
+
 _HIDDEN = -3.0e38
 
 

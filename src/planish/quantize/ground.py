@@ -64,7 +64,8 @@ class Ground:
 
     def probability_steps(self, attentions: Sequence[str]) -> Mapping[str, Tensor]:
         """The steps of the probabilities of some attentions (fx node names), and of those that were asked for before."""
-        self._steps.update(probability_steps(self.module, self.flat, [name for name in attentions if name not in self._steps]))
+        new = [name for name in attentions if name not in self._steps]
+        self._steps.update(probability_steps(self.module, self.flat, new, self.graph.signature.is_sized))
         return self._steps
 
     def weight_quantizer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from planish.graph.attention import LEVELS, probabilities
+from planish.graph.attention import LEVELS, has_fixed_keys, probabilities
 from planish.graph.fake_quantize import LARGEST_BIAS, PER_CHANNEL, fake_quantize_per_tensor_affine
 from planish.graph.parts import Parts, bias_of, parts_of, tensor_of
 from planish.graph.replay import Replay
@@ -29,7 +30,7 @@ def watch(
     values: Sequence[str],
     make: Callable[[Grid], Observer],
     grid: Grid = UINT8,
-    signed: Collection[str] = (),
+    signed: Mapping[str, bool] = MappingProxyType({}),
 ) -> dict[str, Quantizer | str]:
     """For each value its quantizer on the calibration data, or why it can have none.
 
@@ -39,7 +40,7 @@ def watch(
         values: fx node names.
         make: an observer for a grid.
         grid: that they are rounded to.
-        signed: those that get signed grids instead, unless they are never below zero.
+        signed: those that get signed grids instead -> whether they do where they are never below zero, too.
     """
     replay = Replay(module)
     observers = {replay.by_name[value]: make(grid) for value in values}
@@ -67,21 +68,25 @@ def watch(
     for node, found in observers.items():
         if node not in reasons:
             quantizer = found.quantizer()
-            is_below = node in around_zero and bool(quantizer.zero_point > grid.low)
-            chosen[node.name] = around_zero[node].quantizer() if is_below else quantizer
+            is_signed = node in around_zero and (signed[node.name] or bool(quantizer.zero_point > grid.low))
+            chosen[node.name] = around_zero[node].quantizer() if is_signed else quantizer
     return chosen
 
 
-def probability_steps(module: GraphModule, flat: Sequence[Tensor], attentions: Sequence[str]) -> dict[str, Tensor]:
+def probability_steps(module: GraphModule, flat: Sequence[Tensor], attentions: Sequence[str], is_sized: bool) -> dict[str, Tensor]:
     """For each attention the step of its probabilities' grid, with which the largest on the calibration data is the last point.
+
+    Where a query may see fewer keys than on the calibration data, that is no bound: the last point is 1, and what is spread over very many keys
+    is lost.
 
     Args:
         module: run in the mode that it is in.
         flat: inputs of all calibration samples, sample axis 0.
         attentions: fx node names.
+        is_sized: whether no axis of an input but the first may vary.
     """
     replay = Replay(module)
-    largest = {replay.by_name[name]: TINY_RANGE for name in attentions}
+    largest = {replay.by_name[name]: TINY_RANGE for name in attentions if is_sized and has_fixed_keys(replay.by_name[name])}
     with torch.no_grad():
         for start in range(0, len(flat[0]) if largest else 0, BATCH):
             for node, environment in replay.visits([value[start : start + BATCH] for value in flat]):
@@ -89,7 +94,8 @@ def probability_steps(module: GraphModule, flat: Sequence[Tensor], attentions: S
                     options: Any = map_arg(node.kwargs, environment.__getitem__)
                     weights, _ = probabilities(*replay.arguments(node, environment), **options)
                     largest[node] = max(largest[node], float(weights.amax()))
-    return {node.name: torch.tensor(size / LEVELS) for node, size in largest.items()}
+    found = {node.name: size for node, size in largest.items()}
+    return {name: torch.tensor(found.get(name, 1.0) / LEVELS) for name in attentions}
 
 
 def why_not(module: GraphModule, placement: Placement, nodes: Mapping[str, str], watched: Mapping[str, Quantizer | str]) -> dict[str, str]:

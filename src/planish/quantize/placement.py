@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
@@ -37,7 +37,7 @@ class Placement:
             passes int8 through slices and views but not through padding, and would add the two in float behind it. Parts of a
             concatenation that of the whole.
         shared: value -> the values on whose ranges its quantizer is chosen, itself among them: a concatenation and its parts.
-        signed: the values with a grid that has zero in its middle, unless they are never below zero.
+        signed: the values with a grid that has zero in its middle -> whether they have it where they are never below zero, too.
     """
 
     activations: Mapping[str, tuple[Read, ...]]
@@ -46,7 +46,7 @@ class Placement:
     skipped: Mapping[str, str]
     repeats: Mapping[str, str]
     shared: Mapping[str, tuple[str, ...]]
-    signed: frozenset[str] = frozenset()
+    signed: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def watched(self) -> list[str]:
@@ -176,19 +176,26 @@ def place(
         skipped,
         {value.name: source.name for value, source in repeats.items()},
         {owner.name: tuple(member.name for member in members) for owner, members in shared.items()},
-        frozenset(value.name for value in reads if "signed" in inputs_of and _is_multiplied_alone(value)),
+        _signed(reads) if "signed" in inputs_of else {},
     )
 
 
-def _is_multiplied_alone(value: Node) -> bool:
-    """Whether products of two activations are all that a value goes to, in whatever precision."""
+def _signed(values: Collection[Node]) -> dict[str, bool]:
+    """The values that products of two activations read, in whatever precision -> whether one of them has it on its right."""
+    sides = {value.name: _sides(value) for value in values}
+    return {name: "right" in found for name, found in sides.items() if found}
 
-    def is_factor(user: Node) -> bool:
+
+def _sides(value: Node) -> set[str]:
+    """On which sides of products a value stands, through movements."""
+    found: set[str] = set()
+    for user in value.users:
         parts = parts_of(user)
-        is_product = isinstance(parts, Parts) and parts.weight is None
-        return is_product and not set(_positions(user, value)) - set(parts.activations)  # type: ignore[union-attr]
-
-    return bool(value.users) and all(is_factor(user) or (moves(user) and _is_multiplied_alone(user)) for user in value.users)
+        if isinstance(parts, Parts) and parts.weight is None:
+            found.update("right" if position else "left" for position in _positions(user, value) if position in parts.activations)
+        elif moves(user):
+            found |= _sides(user)
+    return found
 
 
 def _no_transposed(module: GraphModule, node: Node) -> str:

@@ -64,7 +64,7 @@ class Runtime(Protocol):
     quantize_inputs_of: frozenset[str]
     """Operator kinds (and "add", "sum", "pool", "cat") whose activation inputs want a quantizer around an int8 operator; empty without
     "int8". "add" is an addition of its own; "sum" one that is computed in the operator which issues one of its inputs, before that is rounded.
-    With "signed", what only products of two activations read gets a grid with zero in its middle."""
+    With "signed", what products of two activations read gets a grid with zero in its middle."""
     quantize_outputs_of: frozenset[str]
     """Operator kinds that run in int8 only when their output is quantized too, whoever reads it (after a fused activation); "gemm" is a
     linear map of a matrix, of two axes."""

@@ -96,6 +96,8 @@ def stored_names(model: nn.Module, weights: Weights) -> Mapping[str, str]:
 
 def _nearest(name: str, weights: Weights) -> str:
     """What is stored that comes nearest to a name, and what to do."""
+    if name in weights.unread:
+        return f"it holds it as {weights.unread[name][:20]}, which is not read; convert it to F32, F16 or BF16"
     for stored in weights:
         if stored.endswith(f".{name}"):
             return (

@@ -116,7 +116,8 @@ def _scores(found: list[NDArray[np.float32]], reference: list[NDArray[np.float32
     sums = dict.fromkeys(_METRICS, 0.0)
     count = 0
     for one, other in zip(found, reference, strict=True):
-        rows = [np.asarray(values).reshape(-1, values.shape[-1]) for values in (one, other)]
+        masked = np.isinf(one) & (one == other)  # equal, and no direction
+        rows = [np.where(masked, 0, values).reshape(-1, values.shape[-1]) for values in (one, other)]
         count += len(rows[0])
         for metric in _METRICS:
             sums[metric] += len(rows[0]) * float(get_metric(metric).score([rows[0]], [rows[1]]))

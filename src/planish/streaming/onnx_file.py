@@ -75,6 +75,8 @@ def write_onnx(
     for name, value in model.graph.initializers.items():
         if name in names:
             value.const_value = pieces.external(names[name])
+        else:
+            assert name not in stored, f"{name} was never written"
     finish(model, graph.signature)
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from planish import registry
 from planish.artifact import check_output, write
 from planish.artifact.manifest import SHRUNK
 from planish.data import Split
-from planish.errors import RuntimeFailed, UsageError
+from planish.errors import PlanishError, RuntimeFailed, UsageError
 from planish.events import Events, Silent
 from planish.graph.capture import capture
 from planish.measure.machine import facts, usable_cores
@@ -31,7 +32,7 @@ from planish.quantize.contract import Rounding, Scheme
 from planish.runtimes.contract import get_runtime
 from planish.streaming.hollow import built
 from planish.streaming.judge import judge
-from planish.streaming.stream import MODEL, OperatorLoss, Stream
+from planish.streaming.stream import HELD_OUT, MODEL, OperatorLoss, Stream
 from planish.streaming.weights import Weights
 from planish.target import Target
 from planish.workload import Workload
@@ -138,6 +139,11 @@ def shrink(
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         calibration = job.materialize(work / "data").calibration
+        if calibration.n < HELD_OUT:
+            said.say(
+                f"calibration: {calibration.n} sample{'' if calibration.n == 1 else 's'} to fit weights on, and none held out to judge them by; "
+                "give `calibration` a hundred or more"
+            )
         stream = Stream(graph, source, calibration, work, chosen, method, prune, observer, seed)
         signature = graph.signature
         with torch.no_grad():
@@ -145,56 +151,51 @@ def shrink(
         model = work / "out" / MODEL
         example = [np.ascontiguousarray(value.numpy()) for value in job.flatten(job.example_inputs)]
         held_out = Split([array[streamed.samples] for array in calibration.inputs], None, streamed.held_out)
-        try:
+        with _set_aside(model.parent, out, said):
             judged = judge(target, model, signature, example, held_out, streamed, said)
-        except (RuntimeFailed, OSError) as error:
-            aside = _set_aside(model.parent, out)
-            raise RuntimeFailed(
-                getattr(error, "kind", "crashed"), f"what was made cannot be used here: {error}; it is in {aside}"
-            ) from error
-        account = Shrunk(
-            path=out,
-            bytes_before=source.nbytes,
-            bytes_after=size_bytes(model),
-            operators=tuple(stream.losses.values()),
-            skipped=stream.skipped,
-            units=stream.units,
-            held_out=streamed.held_out,
-            cosine=judged.scores.get("cosine"),
-            agreement=judged.scores.get("agreement"),
-            streamed_cosine=judged.streamed_scores.get("cosine"),
-            latency_s=judged.timing.latency_s,
-            threads=target.threads,
-            peak_memory_bytes=peak_resident_bytes(),
-            memory_before_bytes=before,
-            seconds=time.monotonic() - began,
-        )
-        (model.parent / SHRUNK).write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
-        plan = Plan(
-            target.name,
-            widths=stream.widths,
-            precisions=stream.precisions,
-            saliency="obs" if prune else DEFAULT_SALIENCY,
-            observer=observer,
-            rounding=rounding,
-            seed=seed,
-        )
-        _check_out(out, Path(weights), overwrite)
-        write(
-            out,
-            name=job.name,
-            model=model,
-            plan=plan,
-            signature=signature,
-            target=target,
-            measurements={"optimized": judged.measurement(target, len(example[0]), stream.macs_left, model)},
-            weights=None,
-            files=[file for file in model.parent.iterdir() if file != model],
-            moves=True,
-            check=(example, judged.example),
-            notes=(_note(account),),
-            overwrite=overwrite,
-        )
+            account = Shrunk(
+                path=out,
+                bytes_before=source.nbytes,
+                bytes_after=size_bytes(model),
+                operators=tuple(stream.losses.values()),
+                skipped=stream.skipped,
+                units=stream.units,
+                held_out=streamed.held_out,
+                cosine=judged.scores.get("cosine"),
+                agreement=judged.scores.get("agreement"),
+                streamed_cosine=judged.streamed_scores.get("cosine"),
+                latency_s=judged.timing.latency_s,
+                threads=target.threads,
+                peak_memory_bytes=peak_resident_bytes(),
+                memory_before_bytes=before,
+                seconds=time.monotonic() - began,
+            )
+            (model.parent / SHRUNK).write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
+            plan = Plan(
+                target.name,
+                widths=stream.widths,
+                precisions=stream.precisions,
+                saliency="obs" if prune else DEFAULT_SALIENCY,
+                observer=observer,
+                rounding=rounding,
+                seed=seed,
+            )
+            _check_out(out, Path(weights), overwrite)
+            write(
+                out,
+                name=job.name,
+                model=model,
+                plan=plan,
+                signature=signature,
+                target=target,
+                measurements={"optimized": judged.measurement(target, len(example[0]), stream.macs_left, model)},
+                weights=None,
+                files=[file for file in model.parent.iterdir() if file != model],
+                moves=True,
+                check=(example, judged.example),
+                notes=(_note(account),),
+                overwrite=overwrite,
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return account
@@ -210,13 +211,25 @@ def _note(account: Shrunk) -> str:
     return f"made by `planish shrink`, of weights that went past part by part: {judged}; the original was not timed; see {SHRUNK}"
 
 
-def _set_aside(folder: Path, out: Path) -> Path:
-    """Moves what was made beside the place where the artifact would be, under a name that is free."""
-    number = 1
-    while (aside := out.with_name(f"{out.name}.unrun{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
+@contextlib.contextmanager
+def _set_aside(folder: Path, out: Path, events: Events) -> Iterator[None]:
+    """What was made, moved beside the place where the artifact would be if anything fails within: hours of work are not thrown away.
+
+    Raises:
+        RuntimeFailed: what failed, and where it is now.
+    """
+    try:
+        yield
+    except BaseException as error:
+        number = 1
+        while (aside := out.with_name(f"{out.name}.unrun{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        if isinstance(error, (PlanishError, OSError)):
+            kind = getattr(error, "kind", "crashed")
+            raise RuntimeFailed(kind, f"what was made cannot be used here: {error}; it is in {aside}") from error
+        events.say(f"what was made is in {aside}")
+        raise
 
 
 def _check_out(out: Path, weights: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,14 +42,13 @@ from planish.streaming.weights import Weights
 MODEL, TENSORS = "model.onnx", "model.onnx.data"
 _BATCH = 8
 _RESHAPING = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "split", "split_with_sizes", "chunk", "slice"})
-_HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
+HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
 _MOST_HELD_OUT = 32
 _MOST_ROWS = 65536
-_ROWS_OF_POWER = 256
 _OUTPUT_BYTES = 2**25
 """Of an operator, at once."""
-_ROWS = 4096
-"""Of an embedding that are rounded at a time."""
+_ROWS = 1024
+"""Of a matrix that are copied at a time: an embedding, or a head, has a hundred thousand and more."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class _Run:
 
     values: Values
     role: Role
+    samples: int
 
 
 @dataclass
@@ -129,22 +130,29 @@ class Stream:
         self.generator = torch.Generator().manual_seed(self.seed)
         (self.work / "out").mkdir()
         self.pieces = Pieces(self.work / "out" / TENSORS)
-        self.analysis = analyse(self.graph)
-        self.operators = {operator.node: name for name, operator in self.analysis.operators.items()}
+        analysis = analyse(self.graph)
+        self.operators = {operator.node: name for name, operator in analysis.operators.items()}
+        largest = max((math.prod(size.at({}) for size in operator.output) for operator in analysis.operators.values()), default=1)
+        self.sample_bytes = 4 * largest // len(self.graph.example[0])
         self.inputs, self.embeddings, self.skipped = self._subjects()
         self.first = first_output(self.graph.module)
+        self._check_first()
+        self.output = next(node for node in self.replay.nodes if node.op == "output")
         hidden: list[Hidden] = []
         if self.share:
             shapes = {name: value.shape for name, value in self.graph.module.named_parameters(remove_duplicate=False)}
             plain = {str(_weight(node).target) for node in self.inputs if known_parts(node).axis == 0}
             fixed = {str(_weight(node).target) for node in self.inputs if self._is_reshaped(node)}
-            hidden = [one for one in hidden_units(self.analysis, plain, shapes) if one.reader not in fixed]
+            hidden = [one for one in hidden_units(analysis, plain, shapes) if one.reader not in fixed]
             if not hidden:
                 raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
             if all(width_of(one, self.share) >= one.group.units for one in hidden):
                 widest = max(one.group.units for one in hidden)
                 raise UsageError(f"prune: must take 32 units or more, which leave together; {self.share} of {widest} are fewer")
         self.hidden = {one.reader: one for one in hidden}
+        self.macs = {group: macs(analysis, widths) for group, widths in self._narrowed(hidden)}
+        del analysis
+        gc.collect()  # it is as large as a block's weights, and has circles
         self.made = {maker for one in hidden for maker in one.makers}
 
     @property
@@ -158,10 +166,24 @@ class Stream:
         grouped = {self.operators[node.name]: self.scheme.name for node in self.grouped}
         return grouped | {self.operators[node.name]: INT8_WEIGHTS.name for node in self.rows}
 
+    def _check_first(self) -> None:
+        """Refuse a model that cannot be judged by its first output, before hours of work."""
+        taken, given = self.graph.signature.inputs[0], self.graph.signature.outputs[0]
+        is_judged = self.first.op == "call_function" and given.dtype.startswith("float") and len(given.shape) > 1
+        if not is_judged or given.shape[0] != taken.shape[0]:
+            raise UsageError(
+                f"model: its first output must be floats, computed, of shape [samples, ..., values], to be judged by; {given.name!r} is "
+                f"{given.dtype} {list(given.shape)}"
+            )
+
+    def _narrowed(self, hidden: Sequence[Hidden]) -> list[tuple[str, dict[str, int]]]:
+        """No group, then each that units leave, and the widths of that net."""
+        return [("", {}), *((one.group.name, {one.group.name: width_of(one, self.share)}) for one in hidden)]
+
     @property
     def macs_left(self) -> int:
-        """Multiply-accumulates of the example with the units that stay."""
-        return macs(self.analysis, self.widths)
+        """Multiply-accumulates of the example with the units that stay: no operator belongs to two of these layers."""
+        return self.macs[""] - sum(self.macs[""] - self.macs[group] for group in self.widths)
 
     def _is_reshaped(self, node: Node) -> bool:
         """Whether a shape is written out between an operator and those, with weights, that make what it reads."""
@@ -223,7 +245,10 @@ class Stream:
             events.progress(number + 1, len(parts))
         original, shrunk = (self._outputs([run for run in runs if run.role == role]) for role in _JUDGED)
         first = self.calibration.n - self._held_out
-        found = Streamed(original, shrunk, slice(first, first + sum(map(len, original))))
+        found = Streamed(original, shrunk, slice(first, first + sum(run.samples for run in runs if run.role == "original")))
+        for node in self.output.all_input_nodes:
+            if node.op == "get_attr":
+                self._write_float(node, self._read(node))
         events.stage("writing the model")
         write_onnx(self.graph, self.grouped, self.rows, self.stored, self.pieces, self.work / "out" / MODEL)
         return found
@@ -240,7 +265,7 @@ class Stream:
 
     @property
     def _held_out(self) -> int:
-        return min(self.calibration.n // _HELD_OUT, _MOST_HELD_OUT)
+        return min(self.calibration.n // HELD_OUT, _MOST_HELD_OUT)
 
     def _batches(self, first: int, last: int, role: Role) -> list[_Run]:
         fixed = self.graph.signature.inputs[0].shape[0]
@@ -248,7 +273,7 @@ class Stream:
         placeholders = [node for node in self.replay.nodes if node.op == "placeholder"]
         found = []
         for start in range(first, last - (last - first) % size if isinstance(fixed, int) else last, size):
-            run = _Run(Values(self.work / f"{role}-{start}"), role)
+            run = _Run(Values(self.work / f"{role}-{start}"), role, min(start + size, last) - start)
             for node, array in zip(placeholders, self.calibration.inputs, strict=True):
                 run.values.keep(node, torch.from_numpy(np.array(array[start : min(start + size, last)])))
             found.append(run)
@@ -256,16 +281,13 @@ class Stream:
 
     def _batch(self) -> int:
         """Samples that are run at once: up to 8, fewer where what an operator gives for them is large."""
-        outputs = [math.prod(size.at({}) for size in operator.output) for operator in self.analysis.operators.values()]
-        sample = 4 * max(outputs, default=1) // len(self.graph.example[0])
-        return min(_BATCH, max(1, _OUTPUT_BYTES // max(1, sample)))
+        return min(_BATCH, max(1, _OUTPUT_BYTES // max(1, self.sample_bytes)))
 
     def _segment(self, segment: Segment, runs: Sequence[_Run]) -> None:
         """Weights in, moments, rounded weights out, and every batch through."""
         original = {node: self._read(node) for node in segment.tensors}
         changed = dict(original)
-        for node in self.embeddings.intersection(segment.nodes):
-            changed[_weight(node)] = self._rounded_rows(node, original[_weight(node)])
+        rows = {node: self._rounded_rows(node, original[_weight(node)]) for node in self.embeddings.intersection(segment.nodes)}
         moments: dict[Node, Moments] = {}
         for node in segment.rounded:
             source, weight = self.inputs[node], _weight(node)
@@ -279,19 +301,33 @@ class Stream:
         for run in runs:
             gives = set(segment.gives) | ({self.first}.intersection(segment.nodes) if run.role in _JUDGED else set())
             if gives:
-                self._run(segment, run, original if run.role == "original" else changed, gives, dying)
+                if run.role == "original":
+                    self._run(segment, run, original, {}, gives, dying)
+                else:
+                    self._run(segment, run, changed, rows, gives, dying)
             for node in segment.ends:
                 if node is not self.first:
                     run.values.drop(node)
 
     def _run(
-        self, segment: Segment, run: _Run, tensors: Mapping[Node, Tensor], gives: Collection[Node], dying: Sequence[Sequence[Node]]
+        self,
+        segment: Segment,
+        run: _Run,
+        tensors: Mapping[Node, Tensor],
+        rows: Mapping[Node, Tensor],
+        gives: Collection[Node],
+        dying: Sequence[Sequence[Node]],
     ) -> None:
-        """One batch through a segment: its values are dropped as soon as nobody in it reads them any more."""
+        """One batch through a segment: its values are dropped as soon as nobody in it reads them any more.
+
+        Args:
+            tensors: what its nodes read. rows: embedding -> what it reads instead, which another operator may read in another form.
+        """
         environment: dict[Node, Any] = dict(tensors)
         environment.update({node: run.values.read(node) for node in segment.takes})
         for number, node in enumerate(segment.nodes):
-            environment[node] = self.replay.value(node, environment)
+            own = {**environment, _weight(node): rows[node]} if node in rows else environment
+            environment[node] = self.replay.value(node, own)
             if node in gives:
                 run.values.keep(node, environment[node])
             for source in dying[number]:
@@ -321,20 +357,22 @@ class Stream:
     def _rounded_rows(self, node: Node, weight: Tensor) -> Tensor:
         """An embedding with each row in int8, and written so, once: a few thousand rows at a time, since its copies may be large."""
         prefix = self.stored[str(_weight(node).target)]
-        whole, scales = torch.empty_like(weight), []
-        grid = int8_weights(INT8_WEIGHTS.largest_weight(0))
-        for start in range(0, len(weight), _ROWS):
-            watcher = self.make(grid)
-            watcher.update(weight[start : start + _ROWS])
+        whole, integers, scale = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight), 1)
+        gone = power = 0.0
+        for some in _slices(len(weight)):
+            watcher = self.make(int8_weights(INT8_WEIGHTS.largest_weight(0)))
+            watcher.update(weight[some])
             found = watcher.quantizer()
-            scales.append(found.scale)
-            whole[start : start + _ROWS] = fake_quantize(weight[start : start + _ROWS], found)
-        scale = torch.cat(scales)[:, None]
-        error = float((weight - whole).square().sum() / weight.square().sum().clamp_min(1e-30))
+            scale[some] = found.scale[:, None]
+            whole[some] = fake_quantize(weight[some], found)
+            integers[some] = (whole[some] / scale[some]).round().to(torch.int8)
+            gone += float((weight[some] - whole[some]).double().square().sum())
+            power += float(weight[some].double().square().sum())
+        error = gone / max(power, 1e-30)
         self.losses[self._name(node)] = OperatorLoss(self._name(node), weight.shape[0], weight.shape[1], error)
         self.rows[node] = prefix
         if f"{prefix}.rows" not in self.pieces:
-            self.pieces.add(f"{prefix}.rows", (whole / scale).round().to(torch.int8))
+            self.pieces.add(f"{prefix}.rows", integers)
             self.pieces.add(f"{prefix}.row_scales", scale)
         return whole
 
@@ -358,7 +396,7 @@ class Stream:
             rounded, quantizer = self._on_grid(refitted(matrix, gram, kept), gram[at][:, at])
             whole = torch.zeros_like(matrix)
             whole[:, at] = rounded
-        error = _power(matrix - whole, gram) / max(energy, 1e-30)
+        error = _power(matrix, gram, whole) / max(energy, 1e-30)
         self.losses[called] = OperatorLoss(called, rounded.shape[1], len(rounded), error)
         if name in self.made:
             self.waiting[name] = _Waiting(rounded, quantizer, node)
@@ -373,7 +411,8 @@ class Stream:
             return group_quantizer(values, grid, group, self.make)
 
         group = group_size(self.scheme.group, matrix.shape[1])
-        quantizer = scales(matrix, group)
+        each = [scales(matrix[some], group) for some in _slices(len(matrix))]
+        quantizer = GroupQuantizer(grid, group, torch.cat([one.scale for one in each]), torch.cat([one.zero_point for one in each]))
         if "moments" not in self.method.needs:
             return quantizer.rounded(matrix), quantizer
         layer = Layer(matrix, quantizer, gram[None], lambda values: scales(values, group))
@@ -395,8 +434,12 @@ class Stream:
 
     def _write(self, node: Node, name: str, matrix: Tensor, quantizer: GroupQuantizer) -> None:
         grid = quantizer.grid
-        for what, tensor in packed_groups(matrix, quantizer.scale, quantizer.zero_point, quantizer.group, grid.low, grid.high).items():
-            self.pieces.add(f"{name}.{what}", tensor)
+        packed = [
+            packed_groups(matrix[some], quantizer.scale[some], quantizer.zero_point[some], quantizer.group, grid.low, grid.high)
+            for some in _slices(len(matrix))
+        ]
+        for what in packed[0]:
+            self.pieces.add(f"{name}.{what}", torch.cat([tensors[what] for tensors in packed]))
         self.grouped[node] = Grouped(name, len(matrix), matrix.shape[1], self.scheme.weight_bits, quantizer.group)
 
     def _write_float(self, node: Node, tensor: Tensor) -> None:
@@ -415,14 +458,18 @@ class Stream:
 
     def _outputs(self, judging: Sequence[_Run]) -> list[NDArray[np.float32]]:
         """The first output of these runs."""
-        return [] if self.first.op == "get_attr" else [run.values.read(self.first).numpy() for run in judging]
+        return [run.values.read(self.first).numpy() for run in judging]
 
 
-def _power(matrix: Tensor, gram: Tensor) -> float:
-    """E|w x|^2, some rows at a time."""
+def _slices(rows: int) -> list[slice]:
+    return [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+
+
+def _power(matrix: Tensor, gram: Tensor, rounded: Tensor | None = None) -> float:
+    """E|w x|^2, or E|(w - w') x|^2."""
     total = 0.0
-    for start in range(0, len(matrix), _ROWS_OF_POWER):
-        rows = matrix[start : start + _ROWS_OF_POWER].double()
+    for some in _slices(len(matrix)):
+        rows = (matrix[some] if rounded is None else matrix[some] - rounded[some]).double()
         total += float(((rows @ gram) * rows).sum())
     return total
 

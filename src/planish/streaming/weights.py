@@ -54,8 +54,13 @@ class Weights:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._places: dict[str, _Place] = {}
+        self.unread: dict[str, str] = {}
+        """Tensors of types that are not read -> the type."""
         for file in _files(self.path):
             for name, place in _header(file).items():
+                if isinstance(place, str):
+                    self.unread[name] = place
+                    continue
                 if name in self._places:
                     raise DataError(f"weights: {name!r} is in {self._places[name].file.name} and in {file.name}; it must be in one of them")
                 self._places[name] = place
@@ -125,8 +130,8 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _header(file: Path) -> dict[str, _Place]:
-    """What a file says that it holds; tensors of other types than these are left out."""
+def _header(file: Path) -> dict[str, _Place | str]:
+    """What a file says that it holds; of tensors of other types than these the type."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -134,19 +139,19 @@ def _header(file: Path) -> dict[str, _Place]:
             raise DataError(f"weights: {file} is not a safetensors file: it has {size} bytes, and its header would take {length}")
         try:
             entries = json.loads(opened.read(length))
-            return {name: place for name, entry in entries.items() if name != "__metadata__" and (place := _place(file, 8 + length, entry))}
+            return {name: _place(file, 8 + length, entry) for name, entry in entries.items() if name != "__metadata__"}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(f"weights: {file} is not a safetensors file: {error!r}") from error
 
 
-def _place(file: Path, start: int, entry: dict[str, Any]) -> _Place | None:
+def _place(file: Path, start: int, entry: dict[str, Any]) -> _Place | str:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     dtype = _DTYPES.get(entry["dtype"])
     if not 0 <= begin <= end <= file.stat().st_size - start:
         raise ValueError(f"bytes {begin} to {end} are not in it; it may be cut off")
     if dtype is None:
-        return None
+        return str(entry["dtype"])
     if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{end - begin} bytes are no {entry['dtype']} of shape {list(shape)}")
     return _Place(file, start + begin, dtype, shape)

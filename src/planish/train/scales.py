@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from planish.graph.attention import static_attention
 from planish.graph.fake_quantize import (
     PER_CHANNEL,
     fake_quantize_per_channel_affine,
@@ -19,7 +20,7 @@ from planish.graph.fake_quantize import (
 from planish.graph.graph import Graph
 from planish.graph.interpret import attribute
 
-_LEARNING = (fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine, fake_quantize_per_group)
+_LEARNING = (fake_quantize_per_tensor_affine, fake_quantize_per_channel_affine, fake_quantize_per_group, static_attention)
 
 
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ def _owner(module: GraphModule, name: str) -> nn.Module:
 
 
 def _scale(node: Node) -> Node | None:
-    scale = node.args[1]
+    scale = node.kwargs["step"] if node.target is static_attention else node.args[1]
     return scale if isinstance(scale, Node) and scale.op == "get_attr" else None
 
 

@@ -26,6 +26,7 @@ class Gptq:
         is_ordered: whether the inputs of most power come first. Groups then keep the scales of the weights as they were; else each group
             gets the scale that the observer chooses for its weights as they are when it is reached. On inputs of unequal power the order
             is worth more: a third of the error where power grows along the columns; and it is quicker.
+        rows: that are rounded at a time, in double precision, where the inputs come in an order of their own; it changes no number.
 
     References: Frantar et al., GPTQ, 2023, algorithm 1 and section 4.1; activation order is of the authors' code.
     Differs: an input that is always zero keeps its weights, rounded to nearest, where the authors zero them; damping is ten times as much
@@ -34,8 +35,8 @@ class Gptq:
 
     needs: frozenset[str] = frozenset({"moments"})
 
-    def __init__(self, damping: float = 0.01, block: int = 128, is_ordered: bool = True) -> None:
-        self.damping, self.block, self.is_ordered = damping, block, is_ordered
+    def __init__(self, damping: float = 0.01, block: int = 128, is_ordered: bool = True, rows: int = 4096) -> None:
+        self.damping, self.block, self.is_ordered, self.rows = damping, block, is_ordered, rows
 
     def rounded(self, layers: Sequence[Layer], outputs: Outputs | None, generator: torch.Generator) -> list[Rounded]:
         return [self._ordered(layer) if self.is_ordered else self._in_place(layer) for layer in layers]
@@ -51,12 +52,16 @@ class Gptq:
         assert layer.gram is not None
         order = layer.gram.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
         upper = root_of_inverse(layer.gram[:, order[:, None], order], self.damping)  # before there is more: it takes the most memory
-        quantizer, columns = layer.quantizer, layer.weight.shape[1]
-        each = [along_groups(values, quantizer.group, columns)[:, order] for values in (quantizer.scale, quantizer.zero_point)]
-        moved = Layer(layer.weight[:, order], GroupQuantizer(quantizer.grid, 1, *each), None)
+        quantizer, (rows, columns) = layer.quantizer, layer.weight.shape
         found = torch.empty_like(layer.weight)
-        found[:, order] = self._by_columns(moved, upper, _Steps(moved))[0].float()
-        return _on_grid(layer, found, quantizer)
+        most = self.rows if len(upper) == 1 else rows
+        for some in (slice(start, start + most) for start in range(0, rows, most)):
+            own = GroupQuantizer(quantizer.grid, quantizer.group, quantizer.scale[some], quantizer.zero_point[some])
+            each = [along_groups(values, own.group, columns)[:, order] for values in (own.scale, own.zero_point)]
+            moved = Layer(layer.weight[some][:, order], GroupQuantizer(own.grid, 1, *each), None)
+            found[some][:, order] = self._by_columns(moved, upper, _Steps(moved))[0].float()
+            found[some] = own.rounded(found[some])
+        return Rounded(found, quantizer)
 
     def _by_columns(self, layer: Layer, upper: Tensor, steps: _Steps) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, [rows, columns], and the scales and zero points that it is rounded with."""
