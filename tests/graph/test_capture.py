@@ -168,6 +168,26 @@ def test_static_batch_is_said() -> None:
     assert any("batch is static" in note for note in graph.notes)
 
 
+class Patches(nn.Module):
+    """Pixels without a channel axis, in patches of 2 x 2, or of two rows; positions are for 16 patches, or for none."""
+
+    def __init__(self, has_positions: bool) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 16, 4)) if has_positions else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.positions is None:
+            return x.unflatten(1, (-1, 2)).mean(2)
+        return x.reshape(x.shape[0], 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(x.shape[0], 16, 4) + self.positions
+
+
+def test_an_axis_is_free_only_if_the_model_takes_another_size_there() -> None:
+    fixed = capture(Patches(True), torch.randn(3, 8, 8))
+    assert fixed.signature.inputs[0].shape == ("batch", 8, 8) and any("no other size than 8" in note for note in fixed.notes)
+    free = capture(Patches(False), torch.randn(3, 8, 8))
+    assert all(isinstance(size, str) for size in free.signature.inputs[0].shape), "any even number of rows is taken"
+
+
 def test_static_sequence_is_said() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:

@@ -67,7 +67,7 @@ def capture(model: nn.Module, example_inputs: Any, state: Mapping[str, str] | No
         call = FlatCall(mine, list(inputs), takes)
         sizes = {size for tensor in inputs.values() for size in tensor.shape[1:]}
         traced = next(size for size in _TRACE_BATCHES if size not in sizes or size == _TRACE_BATCHES[-1])
-        few = tuple(_resize(tensor, traced) for tensor in inputs.values())
+        few = tuple(_resized(tensor, traced) for tensor in inputs.values())
         whole = tuple(inputs.values())
         is_dynamic = _runs(call, few)
         if not is_dynamic:
@@ -134,8 +134,11 @@ def _check_no_chance(module: fx.GraphModule) -> None:
             )
 
 
-def _resize(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.index_select(0, torch.arange(batch) % tensor.shape[0])
+def _resized(tensor: Tensor, size: int, axes: Iterable[int] = (0,)) -> Tensor:
+    """A tensor with so many entries along some axes, repeated or left out."""
+    for axis in axes:
+        tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+    return tensor
 
 
 def _runs(call: FlatCall, flat: tuple[Tensor, ...]) -> bool:
@@ -250,7 +253,26 @@ def _export_dynamic(
     if any(names.get(symbol, "batch") != "batch" for symbol in graph_axes(program) or ()):
         notes.append("all axes but the batch are static, because the model holds a graph whose nodes lie along one of them")
         return _export(model, mine, call, flat, axes=1)
+    if fixed := _fixed_size(program, call, flat):
+        notes.append(f"all axes but the batch are static, because the model takes no other size than {fixed} along one of them")
+        return _export(model, mine, call, flat, axes=1)
     return program
+
+
+def _fixed_size(program: torch.export.ExportedProgram, call: FlatCall, flat: tuple[Tensor, ...]) -> int | None:
+    """The size of an axis that tracing left free though the model takes no other there, as where 8 x 8 pixels become 16 patches: a runtime that
+    was given another would fail, or answer with what it had in memory. None where each free axis takes some other size."""
+    values = _input_values(program)
+    sizes = [str(size) for value in values for size in value.shape]
+    for symbol in dict.fromkeys(size for size in sizes if size.isidentifier() and size not in [str(value.shape[0]) for value in values]):
+        if any(symbol in size for size in sizes if size != symbol):
+            continue  # another axis is a multiple of it
+        lies = [[axis for axis, size in enumerate(value.shape) if str(size) == symbol] for value in values]
+        size = next(tensor.shape[axes[0]] for tensor, axes in zip(flat, lies, strict=True) if axes)
+        others = [other for other in (size + 1, size - 1, 2 * size, size // 2) if other]
+        if not any(_runs(call, tuple(_resized(tensor, other, axes) for tensor, axes in zip(flat, lies, strict=True))) for other in others):
+            return size
+    return None
 
 
 def _export(model: nn.Module, mine: nn.Module, call: FlatCall, flat: tuple[Tensor, ...], axes: int) -> torch.export.ExportedProgram:
