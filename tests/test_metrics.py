@@ -206,3 +206,9 @@ def test_weighted_ranks_are_those_of_scipy(values: list[int], seed: int) -> None
 def test_one_hot_labels_are_named() -> None:
     with pytest.raises(DataError, match=r"shape \[\]; got \[5\]; for one-hot labels give their argmax over axis 1"):
         check_targets(get_metric("accuracy"), [LOGITS], np.eye(5, dtype=np.int64)[LABELS], "test")
+
+
+def test_a_function_that_raises_is_named_with_what_it_was_given() -> None:
+    metric = function_metric(lambda outputs, _: outputs.logits, True, lambda flat: {"logits": flat[0]})
+    with pytest.raises(DataError, match=r"raised AttributeError.*outputs that it gets are a dict of logits"):
+        metric.score([LOGITS], LABELS)

@@ -322,6 +322,15 @@ def function_metric(function: Callable[[Any, Any], float], higher_is_better: boo
     """
     name = getattr(function, "__name__", type(function).__name__)
 
+    def called(outputs: Any, targets: Any) -> Any:
+        try:
+            return function(outputs, targets)
+        except Exception as err:
+            given = f"a dict of {', '.join(outputs)}" if isinstance(outputs, dict) else f"a {type(outputs).__name__}"
+            raise DataError(
+                f"metric: {name}(outputs, targets) raised {type(err).__name__}: {err}; the outputs that it gets are {given}"
+            ) from err
+
     def prepare(outputs: Outputs, targets: Any) -> Weighted:
         import torch
 
@@ -332,10 +341,10 @@ def function_metric(function: Callable[[Any, Any], float], higher_is_better: boo
             out = np.empty(len(weights))
             for i, row in enumerate(weights):
                 if np.all(row == 1):
-                    value = function(structure(list(flat)), wanted)
+                    value = called(structure(list(flat)), wanted)
                 else:
                     index = torch.from_numpy(np.repeat(np.arange(len(row)), row.astype(np.int64)))
-                    value = function(structure([tensor[index] for tensor in flat]), None if wanted is None else wanted[index])
+                    value = called(structure([tensor[index] for tensor in flat]), None if wanted is None else wanted[index])
                 try:
                     out[i] = float(value)
                 except (TypeError, ValueError) as err:
