@@ -64,7 +64,7 @@ def watch(
     for node, size in largest.items():
         if size <= TINY_RANGE:
             reasons.setdefault(node, f"{node.name} is zero on all of the calibration data")
-    chosen: dict[str, Quantizer | str] = {**{node.name: reason for node, reason in reasons.items()}}
+    chosen: dict[str, Quantizer | str] = {node.name: reason for node, reason in reasons.items()}
     for node, found in observers.items():
         if node not in reasons:
             quantizer = found.quantizer()

@@ -22,9 +22,8 @@ from planish.events import Events
 from planish.graph.graph import Graph
 from planish.graph.groups import analyse
 from planish.graph.macs import macs
-from planish.graph.modes import short_name
 from planish.graph.moments import Moments
-from planish.graph.parts import Parts, is_parameter, known_parts, parts_of
+from planish.graph.parts import known_parts
 from planish.graph.replay import Replay
 from planish.quantize.arithmetic import Grid, GroupQuantizer, fake_quantize, int8_weights
 from planish.quantize.contract import Layer, Rounding, Scheme, group_size
@@ -35,13 +34,13 @@ from planish.streaming.hollow import stored_names
 from planish.streaming.onnx_file import Grouped, write_onnx
 from planish.streaming.pieces import Pieces
 from planish.streaming.segments import Segment, first_output, segments
+from planish.streaming.subjects import check_first, is_reshaped, subjects, weight_of
 from planish.streaming.units import Hidden, hidden_units, refitted, survivors, width_of
 from planish.streaming.values import Values
 from planish.streaming.weights import Weights
 
 MODEL, TENSORS = "model.onnx", "model.onnx.data"
 _BATCH = 8
-_RESHAPING = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "split", "split_with_sizes", "chunk", "slice"})
 HELD_OUT = 8  # one of so many calibration samples is held out, to judge by
 _MOST_HELD_OUT = 32
 _MOST_ROWS = 65536
@@ -134,15 +133,17 @@ class Stream:
         self.operators = {operator.node: name for name, operator in analysis.operators.items()}
         largest = max((math.prod(size.at({}) for size in operator.output) for operator in analysis.operators.values()), default=1)
         self.sample_bytes = 4 * largest // len(self.graph.example[0])
-        self.inputs, self.embeddings, self.skipped = self._subjects()
+        check_first(self.graph)
         self.first = first_output(self.graph.module)
-        self._check_first()
+        found = subjects(self.graph.module, self.stored)
+        self.inputs, self.embeddings = found.inputs, found.embeddings
+        self.skipped = {self._name(node): reason for node, reason in found.skipped.items()}
         self.output = next(node for node in self.replay.nodes if node.op == "output")
         hidden: list[Hidden] = []
         if self.share:
             shapes = {name: value.shape for name, value in self.graph.module.named_parameters(remove_duplicate=False)}
-            plain = {str(_weight(node).target) for node in self.inputs if known_parts(node).axis == 0}
-            fixed = {str(_weight(node).target) for node in self.inputs if self._is_reshaped(node)}
+            plain = {str(weight_of(node).target) for node in self.inputs if known_parts(node).axis == 0}
+            fixed = {str(weight_of(node).target) for node in self.inputs if is_reshaped(node, self.inputs)}
             hidden = [one for one in hidden_units(analysis, plain, shapes) if one.reader not in fixed]
             if not hidden:
                 raise UsageError("prune: the model has no feed-forward layer whose units can leave while its weights stream past")
@@ -166,16 +167,6 @@ class Stream:
         grouped = {self.operators[node.name]: self.scheme.name for node in self.grouped}
         return grouped | {self.operators[node.name]: INT8_WEIGHTS.name for node in self.rows}
 
-    def _check_first(self) -> None:
-        """Refuse a model that cannot be judged by its first output, before hours of work."""
-        taken, given = self.graph.signature.inputs[0], self.graph.signature.outputs[0]
-        is_judged = self.first.op == "call_function" and given.dtype.startswith("float") and len(given.shape) > 1
-        if not is_judged or given.shape[0] != taken.shape[0]:
-            raise UsageError(
-                f"model: its first output must be floats, computed, of shape [samples, ..., values], to be judged by; {given.name!r} is "
-                f"{given.dtype} {list(given.shape)}"
-            )
-
     def _narrowed(self, hidden: Sequence[Hidden]) -> list[tuple[str, dict[str, int]]]:
         """No group, then each that units leave, and the widths of that net."""
         return [("", {}), *((one.group.name, {one.group.name: width_of(one, self.share)}) for one in hidden)]
@@ -184,53 +175,6 @@ class Stream:
     def macs_left(self) -> int:
         """Multiply-accumulates of the example with the units that stay: no operator belongs to two of these layers."""
         return self.macs[""] - sum(self.macs[""] - self.macs[group] for group in self.widths)
-
-    def _is_reshaped(self, node: Node) -> bool:
-        """Whether a shape is written out between an operator and those, with weights, that make what it reads."""
-        seen: set[Node] = set()
-        stack = [self.inputs[node]]
-        while stack:
-            source = stack.pop()
-            if source not in seen and source not in self.inputs:
-                seen.add(source)
-                if short_name(source) in _RESHAPING:
-                    return True
-                stack.extend(source.all_input_nodes)
-        return False
-
-    def _subjects(self) -> tuple[dict[Node, Node], frozenset[Node], dict[str, str]]:
-        """Operators whose weights are rounded -> what they multiply; embeddings whose rows are; and those that stay in float -> why."""
-        found: dict[Node, Node] = {}
-        skipped: dict[str, str] = {}
-        embeddings: dict[Node, str] = {}
-        readers: dict[str, list[Node]] = {}
-        for node in self.graph.module.graph.nodes:
-            if node.op == "get_attr" and node.target in self.stored:
-                readers.setdefault(self.stored[str(node.target)], []).extend(node.users)
-        for node in self.graph.module.graph.nodes:
-            parts = parts_of(node) if node.op == "call_function" else ""
-            if not isinstance(parts, Parts) or parts.weight is None:
-                continue
-            weight = node.args[parts.weight]
-            if not (isinstance(weight, Node) and weight.op == "get_attr" and is_parameter(weight)):
-                continue
-            name, stored = self._name(node), self.stored[str(weight.target)]
-            if parts.kind == "embedding":
-                embeddings[node] = stored
-            elif sum(_kind(reader) != "embedding" for reader in readers[stored]) > 1:
-                skipped[name] = "its weight is shared with another operator"
-            elif isinstance(source := node.args[parts.activations[0]] if parts.activations else None, Node) and source.op == "get_attr":
-                skipped[name] = "it multiplies a parameter"
-            elif parts.kind != "linear" and not (parts.kind == "matmul" and parts.axis == 1):
-                skipped[name] = f"{parts.kind} stays in float where weights stream past"
-            else:
-                assert isinstance(source, Node)
-                found[node] = source
-        if not found:
-            raise UsageError("model: it must have linear maps with weights of their own; it has none")
-        unread = {node for node, stored in embeddings.items() if all(one in found or one in embeddings for one in readers[stored])}
-        skipped.update({self._name(node): "its weight is read in float too" for node in embeddings if node not in unread})
-        return found, frozenset(unread), skipped
 
     def _name(self, node: Node) -> str:
         return self.operators.get(node.name, node.name)
@@ -287,10 +231,10 @@ class Stream:
         """Weights in, moments, rounded weights out, and every batch through."""
         original = {node: self._read(node) for node in segment.tensors}
         changed = dict(original)
-        rows = {node: self._rounded_rows(node, original[_weight(node)]) for node in self.embeddings.intersection(segment.nodes)}
+        rows = {node: self._rounded_rows(node, original[weight_of(node)]) for node in segment.nodes if node in self.embeddings}
         moments: dict[Node, Moments] = {}
         for node in segment.rounded:
-            source, weight = self.inputs[node], _weight(node)
+            source, weight = self.inputs[node], weight_of(node)
             if source not in moments:
                 moments = {source: self._moments(source, runs)}  # those of the one before are no longer needed
             changed[weight] = self._rounded(node, original[weight], moments[source])
@@ -326,7 +270,7 @@ class Stream:
         environment: dict[Node, Any] = dict(tensors)
         environment.update({node: run.values.read(node) for node in segment.takes})
         for number, node in enumerate(segment.nodes):
-            own = {**environment, _weight(node): rows[node]} if node in rows else environment
+            own = {**environment, weight_of(node): rows[node]} if node in rows else environment
             environment[node] = self.replay.value(node, own)
             if node in gives:
                 run.values.keep(node, environment[node])
@@ -356,7 +300,7 @@ class Stream:
 
     def _rounded_rows(self, node: Node, weight: Tensor) -> Tensor:
         """An embedding with each row in int8, and written so, once: a few thousand rows at a time, since its copies may be large."""
-        prefix = self.stored[str(_weight(node).target)]
+        prefix = self.stored[str(weight_of(node).target)]
         whole, integers, scale = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.int8), torch.empty(len(weight), 1)
         gone = power = 0.0
         for some in _slices(len(weight)):
@@ -378,7 +322,7 @@ class Stream:
 
     def _rounded(self, node: Node, weight: Tensor, moments: Moments) -> Tensor:
         """What a weight becomes, in its own layout and size: columns of units that left are zeros there."""
-        name, axis = str(_weight(node).target), known_parts(node).axis
+        name, axis = str(weight_of(node).target), known_parts(node).axis
         called = self._name(node)
         matrix = weight.t().contiguous() if axis else weight
         gram = moments.second(centered=False)[0][0]
@@ -448,7 +392,7 @@ class Stream:
         if (
             name not in self.stored
             or self.stored[name] in self.pieces
-            or all(user in self.embeddings or (user in self.inputs and _weight(user) is node) for user in node.users)
+            or all(user in self.embeddings or (user in self.inputs and weight_of(user) is node) for user in node.users)
         ):
             return
         if name in self.made:
@@ -472,18 +416,6 @@ def _power(matrix: Tensor, gram: Tensor, rounded: Tensor | None = None) -> float
         rows = (matrix[some] if rounded is None else matrix[some] - rounded[some]).double()
         total += float(((rows @ gram) * rows).sum())
     return total
-
-
-def _kind(node: Node) -> str:
-    parts = parts_of(node)
-    return parts.kind if isinstance(parts, Parts) else ""
-
-
-def _weight(node: Node) -> Node:
-    """The parameter of an operator whose weight is rounded."""
-    weight = node.args[known_parts(node).weight or 0]
-    assert isinstance(weight, Node)
-    return weight
 
 
 def _last_reads(segment: Segment) -> list[list[Node]]:
