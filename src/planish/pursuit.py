@@ -386,10 +386,14 @@ class Pursuit:
         out = []
         for trial in self.trials.all:
             if trial.plan.target == self.template.target and trial.stage == "trial" and trial.plan.is_dense:
-                offered = {n: s for n, s in trial.plan.precisions.items() if self.space.offers("precision", n, s)}
+                offered = self._offered(trial.plan)
                 if (offered or not trial.plan.precisions) and trial.plan.floats == self.template.floats:
                     out.append(trial.plan.replace(precisions=offered))
         return list(dict.fromkeys(out))
+
+    def _offered(self, plan: Plan) -> dict[str, str]:
+        """The schemes of a plan that this space offers."""
+        return {name: scheme for name, scheme in plan.precisions.items() if self.space.offers("precision", name, scheme)}
 
     def _in_other_floats(self) -> list[Plan]:
         """The quickest scheme that was tried everywhere with other floats than the search has, with those: fused operators are in no table."""
@@ -401,7 +405,7 @@ class Pursuit:
         quickest = min(tried, key=lambda one: one[0])[1] if tried else self.template
         if quickest.floats == self.template.floats:
             return []
-        offered = {n: s for n, s in quickest.precisions.items() if self.space.offers("precision", n, s)}
+        offered = self._offered(quickest)
         return [self.template.replace(precisions=offered)] if offered else []
 
     def _left_over(self) -> list[Plan]:

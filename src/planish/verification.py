@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from planish.artifact import Artifact, open_artifact
-from planish.artifact.deployed import sqnr_db
+from planish.artifact.deployed import LEAST_SQNR_DB, sqnr_db
 from planish.artifact.manifest import SHRUNK
 from planish.errors import DataError, RuntimeFailed, UsageError
 from planish.events import Events, Silent
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from planish.data import Split
     from planish.workload import Workload
 
-LEAST_SQNR_DB = 30.0
 _SECONDS = 2.0
 _ATTEMPTS, _PAUSE_S = 3, 4.0
 _SLOWER = 1.2

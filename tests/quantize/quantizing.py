@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from planish.data import Split
 from planish.graph.capture import capture
 from planish.graph.graph import Analysis, Graph
 from planish.graph.groups import analyse
+from planish.measurement import Proof
 from planish.quantize.apply import Quantized, quantize
 from planish.runtimes.contract import Runtime
 from planish.target import Facts, Target
@@ -68,6 +70,15 @@ def outputs(graph: Graph, split: Split) -> Tensor:
         value = graph.module(*(torch.from_numpy(array) for array in split.inputs))[0]
     assert isinstance(value, Tensor)
     return value
+
+
+def ran(graph: Graph, runtime: Runtime, target: Target, split: Split, folder: Path) -> tuple[Tensor, Proof]:
+    """The first output of a graph that was exported to a runtime, for all samples of a split, and what the runtime executed."""
+    session = runtime.open(runtime.export(graph, folder), graph.signature, target)
+    found = torch.from_numpy(session.run(list(split.inputs))[0])
+    proof = session.proof()
+    session.close()
+    return found, proof
 
 
 def fake_quantizers(graph: Graph) -> list[torch.fx.Node]:

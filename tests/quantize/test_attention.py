@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from quantizing import VNNI, calibration, captured, outputs, quantized
+from quantizing import VNNI, calibration, captured, outputs, quantized, ran
 from torch import Tensor, nn
 
 from planish.data import Split
@@ -73,10 +73,7 @@ def test_the_exported_form_computes_what_the_module_does(kind: str, runtime: str
     done = quantized(graph, analysis, known, target)
     assert "scaled_dot_product_attention" in done.operators and not done.skipped
     split = calibration(graph, samples=3, seed=9)
-    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
-    found = torch.from_numpy(session.run(list(split.inputs))[0])
-    proof = session.proof()
-    session.close()
+    found, proof = ran(done.graph, known, target, split, tmp_path)
     # sums of integers are exact; softmax in two libraries differs by 1e-7, and a probability on the border of two of 255 steps may tip
     assert sqnr_db(outputs(done.graph, split), found) > 45.0
     assert 15.0 < sqnr_db(outputs(graph, split), found) < 60.0
@@ -130,9 +127,7 @@ def test_attention_that_is_spread_over_many_keys_keeps_its_output(runtime: str, 
     step = done.graph.module.scaled_dot_product_attention_probability_scale
     assert 1 / 600 / 255 < float(step) < 1 / 2550
     assert sqnr_db(expected, outputs(done.graph, split)) > 15.0
-    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
-    found = torch.from_numpy(session.run(list(split.inputs))[0])
-    session.close()
+    found, _ = ran(done.graph, known, target, split, tmp_path)
     assert sqnr_db(expected, found) > 15.0
     step.fill_(1 / 255)
     assert sqnr_db(expected, outputs(done.graph, split)) < 3.0
@@ -151,11 +146,9 @@ def test_only_openvino_gets_operands_around_zero(runtime: str, tmp_path: Path) -
     read = [done.graph.module.get_buffer(name) for name in dict(done.graph.module.named_buffers()) if name.endswith("zero_point")]
     grids = {node.args[3:5] for node in nodes.values() if str(node.target).find("per_tensor") >= 0}
     assert read and grids == ({(0, 255), (-128, 127)} if runtime == "openvino" else {(0, 255)})
-    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
-    found = torch.from_numpy(session.run(list(calibration(graph, samples=2, seed=9).inputs))[0])
-    proof = session.proof()
-    session.close()
-    assert sqnr_db(outputs(done.graph, calibration(graph, samples=2, seed=9)), found) > 40.0
+    split = calibration(graph, samples=2, seed=9)
+    found, proof = ran(done.graph, known, target, split, tmp_path)
+    assert sqnr_db(outputs(done.graph, split), found) > 40.0
     assert "Subtract" not in proof.kernels
 
 
@@ -188,10 +181,7 @@ def test_openvino_multiplies_activations_in_int8_whatever_they_are(kind: str, tm
     target = Target("openvino", facts=facts())
     done = quantized(graph, analysis, known, target)
     split = calibration(graph, samples=4, seed=9)
-    session = known.open(known.export(done.graph, tmp_path), graph.signature, target)
-    found = torch.from_numpy(session.run(list(split.inputs))[0])
-    proof = session.proof()
-    session.close()
+    found, proof = ran(done.graph, known, target, split, tmp_path)
     assert (proof.int8_kernels, proof.float_kernels) == (len(done.operators), 0), proof
     assert sqnr_db(outputs(done.graph, split), found) > 40.0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantizing import calibration, captured, fake_quantizers, outputs, quantized
+from quantizing import calibration, captured, fake_quantizers, outputs, quantized, ran
 from torch import Tensor, nn
 
 from planish.data import Split
@@ -83,9 +83,7 @@ def test_groups_that_do_not_divide_the_inputs_are_exported(inputs: int, tmp_path
     known = get_runtime("onnxruntime")
     done = quantized(graph, analysis, known, precisions={"0": "int4-weights"})
     split = calibration(graph, samples=3, seed=9)
-    session = known.open(known.export(done.graph, tmp_path), graph.signature, Target("onnxruntime"))
-    found = torch.from_numpy(session.run(list(split.inputs))[0])
-    session.close()
+    found, _ = ran(done.graph, known, Target("onnxruntime"), split, tmp_path)
     assert done.operators == ("0",) and sqnr_db(outputs(done.graph, split), found) > 100.0
 
 

@@ -180,7 +180,6 @@ def shrink(
                 rounding=rounding,
                 seed=seed,
             )
-            _check_out(out, Path(weights), overwrite)
             write(
                 out,
                 name=job.name,

@@ -217,9 +217,10 @@ class Stream:
         placeholders = [node for node in self.replay.nodes if node.op == "placeholder"]
         found = []
         for start in range(first, last - (last - first) % size if isinstance(fixed, int) else last, size):
-            run = _Run(Values(self.work / f"{role}-{start}"), role, min(start + size, last) - start)
+            end = min(start + size, last)
+            run = _Run(Values(self.work / f"{role}-{start}"), role, end - start)
             for node, array in zip(placeholders, self.calibration.inputs, strict=True):
-                run.values.keep(node, torch.from_numpy(np.array(array[start : min(start + size, last)])))
+                run.values.keep(node, torch.from_numpy(np.array(array[start:end])))
             found.append(run)
         return found
 
