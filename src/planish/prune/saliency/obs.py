@@ -21,6 +21,8 @@ from planish.prune.units import columns, finite
 _DAMPING = 1e-3
 _STILL = 1e-9
 _STEPS = 256
+_FORGET = 3
+"""Units that went are cut out of the matrices when they are more than a third of those that are left: few copies, and updates of less and less."""
 
 
 @dataclass
@@ -42,16 +44,21 @@ class Reader:
         return errors
 
     def remove(self, units: Tensor) -> None:
-        """Take the columns of some units away: what is left is the system without them."""
+        """Take the columns of some units away: what is left is the system without them. Each matrix is read and written once."""
         at = self.columns[units].reshape(-1)
-        reach = torch.linalg.solve(self.inverse[at[:, None], at], self.inverse[at])  # ((H^-1)_SS)^-1 (H^-1)_S,:
-        moved = self.power[:, at] @ reach
-        self.power -= moved + moved.T - reach.T @ (self.power[at[:, None], at] @ reach)
-        self.inverse -= self.inverse[:, at] @ reach
-        for matrix in (self.power, self.inverse):
-            matrix[at, :] = 0.0
-            matrix[:, at] = 0.0
-        self.inverse[at, at] = 1.0
+        inner = at[:, None], at
+        reach = torch.linalg.solve(self.inverse[inner], self.inverse[at])  # R = ((H^-1)_SS)^-1 (H^-1)_S,:
+        moved = self.power[:, at] - reach.T @ self.power[inner] / 2
+        self.power.addmm_(torch.cat((moved, reach.T), 1), torch.cat((reach, moved.T)), alpha=-1)  # (1 - R^T) P (1 - R)
+        self.inverse.addmm_(self.inverse[:, at], reach, alpha=-1)
+
+    def forget(self, units: Tensor) -> None:
+        """Keep no columns of units that were removed: nothing asks for them again, and what is left is updated in less time."""
+        kept = torch.ones(len(self.power), dtype=torch.bool)
+        kept[self.columns[units].reshape(-1)] = False
+        self.power = self.power[kept][:, kept]
+        self.inverse = self.inverse[kept][:, kept]
+        self.columns = kept.cumsum(0)[self.columns] - 1
 
 
 class SurgeonOrder(Magnitude):
@@ -139,7 +146,7 @@ def in_turn(readers: list[Reader], units: int) -> NDArray[np.float64]:
     """The error made when each unit went; units that never vary cost nothing, whatever else costs nothing for want of samples."""
     is_still = torch.stack([reader.is_still for reader in readers]).all(0)
     left, reached, found = (~is_still).nonzero()[:, 0], 0.0, np.zeros(units)
-    at_once = -(-units // _STEPS)
+    at_once, gone = -(-units // _STEPS), left[:0]
     while len(left):
         costs = torch.stack([reader.costs(left) for reader in readers]).sum(0)
         order = costs.argsort(stable=True)
@@ -147,7 +154,13 @@ def in_turn(readers: list[Reader], units: int) -> NDArray[np.float64]:
             reached = max(reached * (1 + 1e-9), cost)  # units that cost the same are told apart by when they went
             found[place] = reached
         going, left = left[order[:at_once]], left[order[at_once:].sort().values]
-        if len(left):
+        if not len(left):
+            break
+        for reader in readers:
+            reader.remove(going)
+        gone = torch.cat((gone, going))
+        if len(gone) > len(left) / _FORGET:
             for reader in readers:
-                reader.remove(going)
+                reader.forget(gone)
+            gone = gone[:0]
     return found
