@@ -29,6 +29,7 @@ from planish.metrics import get_metric, paired_interval
 from planish.plan import Recovery
 from planish.quantize.apply import quantize
 from planish.quantize.arithmetic import sqnr_db
+from planish.quantize.bits import bit_operations
 from planish.runtimes.contract import get_runtime
 from planish.target import Target
 from planish.workbench import as_tensor, module_outputs
@@ -62,10 +63,13 @@ def main() -> None:
     runtime, target = get_runtime(arguments.runtime[0]), Target(arguments.runtime[0], threads=1, facts=facts())
     nets = {}
     for scheme in ("w4a8", "w4a4"):
-        done = quantize(graph, analysis, precisions(analysis, scheme), runtime, target, data.calibration)
+        chosen = precisions(analysis, scheme)
+        done = quantize(graph, analysis, chosen, runtime, target, data.calibration)
         assert not done.skipped, done.skipped
         nets[scheme] = done.graph
         show(f"{scheme} untrained", module_outputs(done.graph, data.test), original, data.test)
+        whole, left = bit_operations(analysis), bit_operations(analysis, chosen)
+        print(f"{'':20s} {whole / left:.1f}x fewer bit operations: {whole / 1e9:.4g} G to {left / 1e9:.4g} G", flush=True)
 
     teacher = Teacher(graph, data.train, work)
     settings = Recovery(samples=arguments.images, learning_rate=arguments.rate)
