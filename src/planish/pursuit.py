@@ -248,18 +248,8 @@ class Pursuit:
         request, clock = self.request, self.clock
         assert self.search is not None and self.costs is not None
         end = clock.elapsed_s + SEARCH_SHARE * (clock.left_s - self.reserve_s) if math.isfinite(clock.left_s) else math.inf
-        for plan in self.known_trials():  # however little time there is: one scheme everywhere is often the best that there is
-            self.tell(plan, self.trials.candidate(plan))
-            self.try_plan(plan)
-        quickest = self.costs.quickest_scheme()
-        for plan in [*([self.space.plan(quickest)] if quickest is not None else []), *self._in_other_floats()]:
-            if clock.elapsed_s < end and self.beliefs.known(plan, "trial") is None:
-                self.tell(plan, self.trials.candidate(plan))
-                self.try_plan(plan)
-        for plan in self._left_over():
-            if clock.elapsed_s < end:
-                self.tell(plan, self.trials.candidate(plan))
         with clock.stage("candidates"):
+            self._look_first(end)
             began, longest, waited, best = clock.elapsed_s, 0.0, 0, ""
             levels = self.study.kept(_AIMED, int)
             while self.asked < request.trials:
@@ -293,6 +283,21 @@ class Pursuit:
                 self.events.progress(self.asked, request.trials)
             while not self._is_comfortable() and self.relax():
                 pass
+
+    def _look_first(self, end: float) -> None:
+        """What is known to be worth a trial before any search: one scheme everywhere, and plans that the study was given."""
+        for plan in self.known_trials():  # however little time there is: one scheme everywhere is often the best that there is
+            self.tell(plan, self.trials.candidate(plan))
+            self.try_plan(plan)
+        assert self.costs is not None
+        quickest = self.costs.quickest_scheme()
+        for plan in [*([self.space.plan(quickest)] if quickest is not None else []), *self._in_other_floats()]:
+            if self.clock.elapsed_s < end and self.beliefs.known(plan, "trial") is None:
+                self.tell(plan, self.trials.candidate(plan))
+                self.try_plan(plan)
+        for plan in self._left_over():
+            if self.clock.elapsed_s < end:
+                self.tell(plan, self.trials.candidate(plan))
 
     def is_promised(self) -> bool | None:
         """Whether the tables, corrected by all trials, say that some plan holds the limits; None where the method does not solve for one.
